@@ -1,0 +1,242 @@
+"""The command line: ``daskfed hub``, ``daskfed site``, ``daskfed status``; also ``dask fed …``."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlparse
+
+import click
+
+from daskfed.config import DEFAULT_CLUSTER, SiteOptions, parse_labels, site_options
+from daskfed.errors import ConnectionRefused, DaskfedError
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="daskfed")
+@click.option("-v", "--verbose", is_flag=True, help="say more on standard error")
+def cli(verbose: bool) -> None:
+    """Ordinary Dask code, run on many sites at once."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+
+
+@cli.command()
+@click.option("--listen", default="tcp://127.0.0.1:8700", show_default=True, help="address; port 0: any free one")
+@click.option("--state", type=click.Path(file_okay=False), help="folder for what must survive a restart")
+@click.option("--policy", default="lowest-cost", show_default=True, help="how sites are chosen")
+@click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
+@click.option("--tls-cert", type=click.Path(exists=True), help="certificate of this hub")
+@click.option("--tls-key", type=click.Path(exists=True), help="key of this hub")
+def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
+    """Run a hub until Ctrl-C."""
+    security = _security(tls)
+    check_listen(listen, security)
+    _run(lambda stop: _run_hub(listen, state, policy, security, stop))
+
+
+@cli.command()
+@click.option("--name", help="name of the site, unique in the federation")
+@click.option("--hub", "hub_address", help="address of the hub")
+@click.option("--cluster", default=DEFAULT_CLUSTER, show_default=True, help="a Dask Cluster class")
+@click.option("--options", default="{}", help="keywords of the Cluster class, as JSON")
+@click.option("--label", "labels", multiple=True, help="name=value; may be repeated")
+@click.option("--environment", "environments", multiple=True, help="environment of its workers; may be repeated")
+@click.option("--directory", type=click.Path(), help="working directory of its workers")
+@click.option("--spec", hidden=True, help="'-': read everything as a JSON line from standard input")
+@click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
+@click.option("--tls-cert", type=click.Path(exists=True), help="certificate of this site")
+@click.option("--tls-key", type=click.Path(exists=True), help="key of this site")
+def site(spec: str | None, **given: Any) -> None:
+    """Run a site until Ctrl-C: start its cluster and join the hub."""
+    security = _security({name: given.pop(name) for name in ("tls_ca_file", "tls_cert", "tls_key")})
+    if spec == "-":
+        _run(lambda stop: _run_child_site(json.loads(sys.stdin.readline()), stop))
+        return
+    name, address, options = _site_arguments(**given)
+    _run(lambda stop: _run_site(name, address, options, security, stop))
+
+
+@cli.command()
+@click.option("--hub", "hub_address", required=True, help="address of the hub")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def status(hub_address: str, as_json: bool) -> None:
+    """Show the sites of a federation and what they do."""
+    sites = _guarded(lambda: asyncio.run(_sites_of(hub_address)))
+    click.echo(json.dumps(sites, indent=1) if as_json else _table(sites))
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(prog_name="daskfed")
+
+
+# -- what the commands do ----------------------------------------------------------------------------------------------
+
+
+async def _run_hub(listen: str, state: str | None, policy: str, security: Any, stop: asyncio.Event) -> None:
+    from daskfed.client.federation import policy_named
+    from daskfed.hub.server import Hub
+
+    if state is not None:
+        os.makedirs(state, mode=0o700, exist_ok=True)
+    server = await Hub(policy=policy_named(policy), security=security).start_at(listen)
+    click.echo(f"daskfed hub at {server.address}")
+    await _until(stop, server.finished())
+    await server.close()
+
+
+async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, stop: asyncio.Event) -> None:
+    from daskfed.site.agent import Agent
+    from daskfed.site.clusters import ClusterSpec
+
+    agent = Agent(
+        name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
+        security=security,
+    )  # fmt: skip
+    try:
+        await agent.start()
+        await agent.joined()
+        click.echo(f"daskfed site {name} joined {hub}")
+        await _until(stop, agent.finished())
+    finally:
+        await agent.close()
+
+
+async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
+    """Run a site for a parent process: tell it on standard output how the start went, end when it ends."""
+    from daskfed.site.agent import Agent
+    from daskfed.site.clusters import ClusterSpec
+
+    cluster = ClusterSpec.packed(spec["pickled"])
+    agent = Agent(
+        spec["name"], cluster, hub=spec["hub"], labels=spec["labels"], environments=tuple(spec["environments"])
+    )
+    try:
+        await agent.start()
+        await agent.joined()
+    except (DaskfedError, OSError) as exc:
+        click.echo(json.dumps({"error": str(exc), "kind": type(exc).__name__}))
+        await agent.close()
+        return
+    click.echo(json.dumps({"joined": spec["name"]}))
+    try:
+        await _until(stop, agent.finished(), asyncio.to_thread(sys.stdin.read))
+    finally:
+        await agent.close()
+
+
+async def _sites_of(hub: str) -> dict[str, Any]:
+    from daskfed.comm.opaque import call_opaque, connect_opaque
+
+    comm = await connect_opaque(hub, timeout=CONNECT_TIMEOUT_S)
+    try:
+        identity = await call_opaque(comm, "identity", n_workers=0)
+        if identity.get("type") != "Hub":
+            raise ConnectionRefused(f"{hub} is a {identity.get('type')}, no daskfed hub")
+        return await call_opaque(comm, "fed_sites")  # type: ignore[no-any-return]
+    finally:
+        await comm.close()
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _run(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run ``work`` until it ends or a signal asks it to; a second signal ends the process at once."""
+
+    async def guarded() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, number)
+        await work(stop)
+
+    _guarded(lambda: asyncio.run(guarded()))
+
+
+def _on_signal(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set():
+        os._exit(128 + number)
+    stop.set()
+
+
+async def _until(stop: asyncio.Event, *others: Awaitable[Any]) -> None:
+    tasks = [asyncio.ensure_future(each) for each in (stop.wait(), *others)]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """Run ``work``; what a user caused ends the process with one line and status 1."""
+    try:
+        return work()
+    except (DaskfedError, OSError) as exc:
+        raise click.ClickException(str(exc)) from None
+
+
+def _site_arguments(
+    name: str, hub_address: str, cluster: str, options: str, labels: Any, environments: Any, directory: str | None
+) -> tuple[str, str, SiteOptions]:
+    if not name or not hub_address:
+        raise click.UsageError("a site needs --name and --hub")
+    try:
+        keywords = json.loads(options)
+    except ValueError as exc:
+        raise click.UsageError(f"--options is no JSON object: {exc}") from None
+    given = {"cluster": cluster, "options": keywords, "directory": directory}
+    given |= {"environments": list(environments)} if environments else {}
+
+    def checked() -> SiteOptions:
+        return site_options(name, {**given, "labels": parse_labels(labels)})
+
+    return name, hub_address, _guarded(checked)
+
+
+def _security(tls: dict[str, str | None]) -> Any:
+    if not any(tls.values()):
+        return None
+    from distributed.security import Security
+
+    ca, cert, key = tls["tls_ca_file"], tls["tls_cert"], tls["tls_key"]
+    roles = {f"tls_{role}_{part}": file for role in ("scheduler", "client", "worker") for part, file in
+             (("cert", cert), ("key", key))}  # fmt: skip
+    return Security(tls_ca_file=ca, require_encryption=True, **roles)
+
+
+def check_listen(address: str, security: Any) -> None:
+    """Refuse to listen where others can connect without TLS; raises UsageError."""
+    parsed = urlparse(address if "://" in address else f"tcp://{address}")
+    host = parsed.hostname or ""
+    if is_loopback(host) or (security is not None and parsed.scheme == "tls"):
+        return
+    raise click.UsageError(
+        f"{address} can be reached from other machines and would be neither encrypted nor authenticated: listen on "
+        "127.0.0.1, or use tls://… with --tls-ca-file, --tls-cert and --tls-key"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine can reach ``host``."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _table(sites: dict[str, Any]) -> str:
+    if not sites:
+        return "no sites have joined"
+    columns = ("status", "workers", "threads", "running", "queued", "blocks", "held")
+    rows = [("site", *columns)] + [(name, *(str(facts[c]) for c in columns)) for name, facts in sites.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+

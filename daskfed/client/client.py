@@ -1,0 +1,350 @@
+"""The drop-in Client: a ``distributed.Client`` whose graphs are cut into blocks and run on many sites."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import dask
+import distributed
+from dask.utils import format_bytes, parse_bytes
+from distributed.client import Future
+from toolz import merge
+
+from daskfed.client import frames, opening, progress
+from daskfed.client.assembly import Assembly, split_final
+from daskfed.client.calls import calls_of_map, calls_of_submit
+from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
+from daskfed.client.federation import Federation
+from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.submission import Submission, plan_calls, plan_graph
+from daskfed.dask_private import LLGExpr, MapExpr, has_keyword, validate_key
+from daskfed.errors import ConnectionRefused, UnknownSiteError
+from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
+
+LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
+OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
+
+
+class Client(distributed.Client):
+    """Connect to a federation of sites and submit computation to it.
+
+    Takes what ``distributed.Client`` takes. ``Client()`` starts a hub and one local site in this process, with keywords
+    as for ``LocalCluster``; ``Client(federation)`` connects to a :class:`daskfed.Federation`; ``Client("tls://…")``
+    connects to a hub that runs elsewhere.
+
+    Raises OSError where no hub answers, ConnectionRefused where it speaks another protocol version.
+    """
+
+    def __init__(self, address: Any = None, **kwargs: Any) -> None:
+        frames.install()
+        progress.install(lambda client: isinstance(client, Client))
+        self._sites: dict[str, dict[str, Any]] = {}
+        self._fixed_single = False
+        self._graph_ids = itertools.count()
+        self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
+        set_sites_lookup(_sites_of_current_client)
+        super().__init__(address, **kwargs)
+        self._stream_handlers |= {"fed-sites": self._handle_sites, "fed-refused": self._handle_refused}
+
+    # -- connecting --------------------------------------------------------------------------------------------------
+
+    async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
+        elsewhere = self.cluster or self.scheduler_file or self._start_arg or self.scheduler
+        if not elsewhere and not dask.config.get("scheduler-address", None):
+            self.cluster = await Federation.local(loop=self.loop, asynchronous=True, **self._startup_kwargs)
+        return await super()._start(timeout=timeout, **kwargs)
+
+    async def _ensure_connected(self, timeout: Any = None) -> None:
+        fresh = self.scheduler_comm is None
+        await super()._ensure_connected(timeout=timeout)
+        if fresh and self.scheduler_comm is not None:
+            self._say_hello()
+
+    def _say_hello(self) -> None:
+        info = self._scheduler_identity
+        if info.get("type") != "Hub":
+            where = self.scheduler.address if self.scheduler else "?"
+            raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
+        fed = info["fed"]
+        self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
+        self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, "owner": getpass.getuser()})
+
+    def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
+        self._sites = sites
+
+    def _handle_refused(self, reason: str) -> None:
+        raise ConnectionRefused(reason)
+
+    # -- what a user asks of the federation --------------------------------------------------------------------------
+
+    def sites(self) -> Any:
+        """Return site name -> status, workers, threads, memory, environments, labels, held bytes, running, queued."""
+        return self.sync(self._fetch_sites)
+
+    async def _fetch_sites(self) -> dict[str, dict[str, Any]]:
+        self._sites = await self.scheduler.fed_sites()
+        return self._sites
+
+    def transfers(self) -> Any:
+        """Return (from, to) -> count, nbytes and seconds of every movement of a key between two sites."""
+        return self.sync(self._transfers)
+
+    async def _transfers(self) -> dict[tuple[str, str], dict[str, Any]]:
+        rows = await self.scheduler.fed_transfers()
+        names = ("count", "nbytes", "seconds", "relayed")
+        return {(source, target): dict(zip(names, values, strict=True)) for source, target, *values in rows}
+
+    def explain(self, key: Any) -> Any:
+        """Return why a key (or future) waits, or where and why it ran: phase, why, sites, nbytes, block, site."""
+        return self.sync(self.scheduler.fed_explain, key=getattr(key, "key", key))
+
+    async def fetch_progress(self, keys: Iterable[Key]) -> dict[str, dict[str, int]]:
+        """Return ``all`` and ``remaining`` tasks behind keys of this client, per key prefix."""
+        asked: set[Key] = set()
+        for key in keys:
+            asked.update(self._assemblies[key][0].inputs if key in self._assemblies else (key,))
+        return await self.scheduler.fed_progress(keys=list(asked))  # type: ignore[no-any-return]
+
+    def open(self, function: Callable[..., Any], *args: Any, site: str, **kwargs: Any) -> Any:
+        """Call ``function(*args, **kwargs)`` at a site and return the lazy object that it opened, bound there.
+
+        Paths are relative to the working directory of the site's workers; this process need not see them. Raises what
+        ``function`` raises there, and UnknownSiteError.
+        """
+        return opening.open_at(self, function, *args, site=site, **kwargs)
+
+    # -- submitting --------------------------------------------------------------------------------------------------
+
+    def submit(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
+        """Submit a call; as ``distributed.Client.submit``, with ``site=`` and ``environment=``.
+
+        ``site`` is a name, a label ``name=value``, or a list of them; where ``func`` itself has a parameter of that
+        name, it gets it.
+        """
+        with _annotated(func, kwargs):
+            return super().submit(func, *args, **kwargs)
+
+    def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
+        """Map a function over sequences; as ``distributed.Client.map``, with ``site=`` and ``environment=``."""
+        with _annotated(func, kwargs):
+            return super().map(func, *iterables, **kwargs)  # type: ignore[no-any-return]
+
+    def _graph_to_futures(
+        self,
+        expr: Any,
+        keys: Collection[Key],
+        span_metadata: Any,
+        workers: Any = None,
+        allow_other_workers: bool | None = None,
+        internal_priority: Any = None,
+        user_priority: int = 0,
+        resources: Any = None,
+        retries: int | None = None,
+        fifo_timeout: Any = 0,
+        actors: Any = None,
+    ) -> dict[Key, Future]:
+        given = _given(workers, allow_other_workers, user_priority, resources, retries)
+        annotations = merge(dask.get_annotations(), given)
+        self._check_sites(annotations)
+        if self._fixed_single or actors:
+            return super()._graph_to_futures(  # type: ignore[no-any-return]
+                expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
+                retries, fifo_timeout, actors,
+            )  # fmt: skip
+        for key in set(keys):
+            validate_key(key)
+        with self._refcount_lock:
+            return self._submit(expr, list(dict.fromkeys(keys)), annotations)
+
+    def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
+        known = {key for key in keys if key in self.futures and self.futures[key].status in LIVE}
+        if isinstance(expr, MapExpr):
+            return self._submit_calls(_calls_of_map(expr), keys, annotations)
+        if isinstance(expr, LLGExpr) and len(keys) == 1 and len(expr.operand("dsk")) == 1:
+            ((key, task),) = expr.operand("dsk").items()
+            return self._submit_calls([calls_of_submit(key, task.func, task.args, task.kwargs)], keys, annotations)
+        return self._submit_graph(materialise(expr, keys, annotations), keys, known)
+
+    def _submit_calls(self, calls: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
+        constraint = constraint_of(annotations)
+        other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
+        submission = plan_calls(calls, constraint, other, self._block_ids())
+        held = self._hold(key for block in submission.blocks for key in block.inputs)
+        futures = {key: Future(key, self) for key in keys}
+        self._send(submission, keys, held)
+        return futures
+
+    def _submit_graph(self, graph: MaterialisedGraph, keys: list[Key], known: set[Key]) -> dict[Key, Future]:
+        graph, assemblies = split_final(graph)
+        graph = self._without_known(graph)
+        for constraint in set(graph.constraints.values()):
+            self._check_constraint(constraint)
+        held = self._hold(external_futures(graph))
+        submission = plan_graph(graph, self._block_ids())
+        inputs = {key: Future(key, self) for key in graph.wanted}
+        futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}
+        for key, assembly in assemblies.items():
+            if key not in known:
+                self._assemble_later(assembly, futures[key], inputs)
+        self._send(submission, list(graph.wanted), held)
+        return futures
+
+    def _without_known(self, graph: MaterialisedGraph) -> MaterialisedGraph:
+        """Leave out what the federation holds already, and add what so far only this client could assemble."""
+        tasks = dict(graph.tasks)
+        for key in [key for key in tasks if key in self.futures and self.futures[key].status in LIVE]:
+            if key not in self._assemblies:
+                del tasks[key]
+        wanted_here = external_futures(graph) & self._assemblies.keys()
+        tasks |= {key: self._assemblies[key][0].task for key in wanted_here}
+        return graph.restricted(tasks)
+
+    def _hold(self, keys: Iterable[Key]) -> list[Future]:
+        """Keep keys that a graph needs from being released before the graph was sent."""
+        return [Future(key, self) for key in dict.fromkeys(keys)]
+
+    def _send(self, submission: Submission, wanted: Collection[Key], held: list[Future]) -> None:
+        _warn_if_large(submission.nbytes)
+        self._send_to_scheduler(submission.message(wanted))
+        del held[:]
+
+    def _block_ids(self) -> Iterator[str]:
+        graph = next(self._graph_ids)
+        return (f"{self.id}/{graph}/{i}" for i in itertools.count())
+
+    # -- final assembly ----------------------------------------------------------------------------------------------
+
+    def _assemble_later(self, assembly: Assembly, future: Future, inputs: dict[Key, Future]) -> None:
+        parts = [inputs[key] if key in inputs else Future(key, self) for key in assembly.inputs]
+        self._assemblies[assembly.key] = (assembly, parts)
+        self.loop.add_callback(self._watch_assembly, assembly.key, parts)
+
+    async def _watch_assembly(self, key: Key, parts: list[Future]) -> None:
+        state = self.futures.get(key)
+        if state is None:
+            return
+        await asyncio.gather(*(part._state.wait() for part in parts))
+        bad = next((part._state for part in parts if part.status != "finished"), None)
+        if bad is None:
+            state.finish()
+        elif bad.status == "error":
+            state.set_error(bad.exception, bad.traceback)
+        else:
+            state.cancel()
+
+    async def _gather_remote(self, direct: bool, local_worker: Any) -> dict[str, Any]:
+        asked = set(self._gather_keys)
+        here = {key: self._assemblies[key] for key in asked & self._assemblies.keys()}
+        self._gather_keys = (asked - here.keys()).union(*(assembly.inputs for assembly, _ in here.values()))
+        response: dict[str, Any] = await super()._gather_remote(direct, local_worker)
+        if response["status"] == "OK":
+            data = response["data"]
+            done = {key: await asyncio.to_thread(assembly.run, data) for key, (assembly, _) in here.items()}
+            response["data"] = {key: value for key, value in data.items() if key in asked} | done
+        return response
+
+    def _release_key(self, key: Key) -> None:
+        self._assemblies.pop(key, None)
+        super()._release_key(key)
+
+    # -- checking ----------------------------------------------------------------------------------------------------
+
+    def _check_sites(self, annotations: Mapping[str, Any]) -> None:
+        if annotations.get("sites") or annotations.get("environment"):
+            self._check_constraint(constraint_of(annotations))
+
+    def _check_constraint(self, constraint: Constraint) -> None:
+        """Raise UnknownSiteError where no site has what a constraint names, as far as this client can tell."""
+        problem = _unmet(constraint, self._sites)
+        if problem and not self.asynchronous and not self._in_loop():
+            problem = _unmet(constraint, self.sites())
+        if problem and self._sites:
+            raise UnknownSiteError(problem)
+
+    def _in_loop(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self.loop.asyncio_loop
+        except RuntimeError:
+            return False
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def scatter(self, data: Any, *args: Any, site: Any = None, **kwargs: Any) -> Any:
+        """Put data at a site; as ``distributed.Client.scatter``, with ``site=`` (a name, a label, or a list)."""
+        if site is not None:
+            kwargs["workers"] = [f"fed://{selector}" for selector in site_selectors(site)]
+        return super().scatter(data, *args, **kwargs)
+
+
+class _annotated:
+    """Annotate what is submitted inside with the ``site`` and ``environment`` taken out of ``kwargs``."""
+
+    def __init__(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        annotations: dict[str, Any] = {}
+        if "site" in kwargs and not _takes(func, "site"):
+            annotations["sites"] = site_selectors(kwargs.pop("site"))
+        if "environment" in kwargs and not _takes(func, "environment"):
+            annotations["environment"] = kwargs.pop("environment")
+        self._context = dask.annotate(**annotations)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._context.__exit__(*exc_info)
+
+
+def _takes(func: Callable[..., Any], name: str) -> bool:
+    try:
+        return bool(has_keyword(func, name))
+    except (TypeError, ValueError):
+        return inspect.isclass(func)
+
+
+def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any, retries: Any) -> dict[str, Any]:
+    """Return the keywords of a submission as annotations, as a stock client does."""
+    if allow_other_workers not in (True, False, None):
+        raise TypeError("allow_other_workers= must be True, False, or None")
+    named = {"priority": priority, "retries": retries, "resources": resources}
+    named |= {"workers": [workers] if isinstance(workers, str) else workers, "allow_other_workers": allow_other_workers}
+    return {name: value for name, value in named.items() if value}
+
+
+def _calls_of_map(expr: Any) -> Any:
+    return calls_of_map(expr.func, expr.iterables, list(expr.keys), expr.kwargs)
+
+
+def _unmet(constraint: Constraint, sites: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return what of a constraint no site has, in words."""
+    known = set(sites) | {f"{name}={value}" for facts in sites.values() for name, value in facts["labels"].items()}
+    if constraint.sites and not known.intersection(constraint.sites):
+        wanted = ", ".join(map(repr, constraint.sites))
+        return f"no site or label {wanted} in this federation; there are {', '.join(sorted(known)) or 'no sites yet'}"
+    environments = {name for facts in sites.values() for name in facts["environments"]}
+    if constraint.environment is not None and constraint.environment not in environments:
+        offered = ", ".join(sorted(environments)) or "none"
+        return f"no site offers the environment {constraint.environment!r}; environments are: {offered}"
+    return None
+
+
+def _warn_if_large(nbytes: int) -> None:
+    if nbytes > parse_bytes(dask.config.get("distributed.admin.large-graph-warning-threshold")):
+        warnings.warn(
+            f"Sending large graph of size {format_bytes(nbytes)}.\nThis may cause some slowdown.\nConsider loading the "
+            "data with Dask directly\n or using futures or delayed objects to embed the data into the graph without "
+            "repetition.",
+            stacklevel=4,
+        )
+
+
+def _sites_of_current_client() -> dict[str, dict[str, Any]]:
+    client = distributed.get_client()
+    if not isinstance(client, Client):
+        raise UnknownSiteError("at(callable) needs a daskfed Client: create one first")
+    return client.sites()  # type: ignore[no-any-return]

@@ -1,0 +1,120 @@
+"""Cutting a graph into pieces that are placed as one.
+
+    graph --contract--> nodes --grow, stage by stage--> pieces of nodes --assemble--> list[Piece]
+
+:mod:`daskfed.client.contraction` decides what is never divided, :mod:`daskfed.client.staging` what goes together; here
+are the entry and the exit. Everything is a pure function of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from dask.order import order
+
+from daskfed.client.contraction import contract
+from daskfed.client.staging import Limits, Stages
+from daskfed.dask_private import GraphNode
+from daskfed.messages import Constraint, Key
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One block of a graph, before it gets an id."""
+
+    tasks: dict[Key, GraphNode]  # in dask's order; with its own copies of shared sources
+    inputs: tuple[Key, ...]  # keys that it needs from elsewhere: outputs of other pieces, or keys known outside
+    outputs: tuple[Key, ...]  # keys that the client wants or other pieces need
+    constraint: Constraint  # where all of its tasks may run; retries: the most that one of them has
+    stage: int  # its inputs come from pieces of lower stages
+    rank: int  # order in which the client would like pieces to run: the lowest of dask's order
+    priorities: dict[Key, int]  # place of each task in dask's order of the whole graph
+
+
+def cut(
+    graph: Mapping[Key, GraphNode],
+    wanted: Collection[Key],
+    constraints: Mapping[Key, Constraint] | None = None,
+    *,
+    slabs: int = 16,
+    cap: int = 1000,
+    rank: Mapping[Key, int] | None = None,
+) -> list[Piece]:
+    """Return the pieces of ``graph``, those of lower stages first.
+
+    Every key is in exactly one piece, apart from shared sources, of which each piece that needs them has a copy.
+
+    ``graph`` is culled; keys that it needs but does not hold are known outside. ``wanted`` are the keys that the
+    client wants. ``constraints`` holds those of keys that have one; for a key known outside, the sites where it is.
+    ``slabs`` is into how many pieces a wide graph falls at least, if it has as many roots; ``cap`` is the most tasks
+    in one piece, but for a P2P shuffle, which stays whole. ``rank`` is dask's order of the graph, if it is known.
+    Raises ConfigurationError where a P2P shuffle is bound to different places, ValueError where ``slabs`` or ``cap``
+    is not positive, and RuntimeError where the graph has a cycle.
+    """
+    if slabs < 1 or cap < 1:
+        raise ValueError(f"slabs and cap must be positive, not {slabs} and {cap}")
+    # A key that stands for itself is a future: its result is known outside.
+    graph = {key: node for key, node in graph.items() if key not in node.dependencies}
+    if not graph:
+        return []
+    ranks = order(graph) if rank is None else rank
+    nodes = contract(graph, ranks, constraints or {}, cap)
+    stages = Stages(nodes, Limits.of(nodes, slabs, cap))
+    assembly = _Assembly(graph, set(wanted), constraints or {}, ranks, stages)
+    pieces = map(assembly.piece, stages.grow())
+    return assembly.with_outputs(sorted(pieces, key=lambda piece: (piece.stage, piece.rank)))
+
+
+class _Assembly:
+    """Turns lists of nodes into pieces."""
+
+    def __init__(
+        self,
+        graph: Mapping[Key, GraphNode],
+        wanted: set[Key],
+        constraints: Mapping[Key, Constraint],
+        rank: Mapping[Key, int],
+        stages: Stages,
+    ) -> None:
+        self.graph = graph
+        self.constraints = constraints
+        self.rank = rank
+        self.stages = stages
+        self.asked = wanted  # keys that the client or a piece needs, and that no piece gives out yet
+
+    def piece(self, members: list[int]) -> Piece:
+        """Return the piece of these nodes, for now without outputs."""
+        nodes = self.stages.nodes
+        own = [key for node in members for key in nodes.members[node]]
+        needs = {need for key in own for need in self.graph[key].dependencies}.difference(own)
+        copies = needs & nodes.shared
+        keys = sorted([*own, *copies], key=self.rank.__getitem__)
+        inputs = sorted(needs - copies, key=self._order)
+        self.asked.update(inputs)
+        return Piece(
+            tasks={key: self.graph[key] for key in keys},
+            inputs=tuple(inputs),
+            outputs=(),
+            constraint=self._constraint(members[0], own),
+            stage=self.stages.stage[members[0]],
+            rank=self.rank[keys[0]],
+            priorities={key: self.rank[key] for key in keys},
+        )
+
+    def _order(self, key: Key) -> tuple[int, str]:
+        return (self.rank[key], "") if key in self.rank else (len(self.rank), str(key))
+
+    def _constraint(self, first: int, keys: list[Key]) -> Constraint:
+        placement = self.stages.nodes.placements.constraints[self.stages.placement[first]]
+        retries = max((self.constraints[key].retries for key in keys if key in self.constraints), default=0)
+        return replace(placement, retries=retries)
+
+    def with_outputs(self, pieces: list[Piece]) -> list[Piece]:
+        """Return the pieces with their outputs; a wanted key with several copies is an output of the first."""
+        done = []
+        for piece in pieces:
+            outputs = tuple(key for key in piece.tasks if key in self.asked)
+            self.asked.difference_update(outputs)
+            done.append(replace(piece, outputs=outputs))
+        return done

@@ -1,0 +1,271 @@
+"""A federation on this machine: a hub in this process, and sites in processes of their own, as one Dask Cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import weakref
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+from distributed.core import Status, rpc
+from distributed.deploy import Cluster
+
+from daskfed.client.launch import SiteProcess
+from daskfed.config import SiteOptions, site_options
+from daskfed.errors import ConfigurationError, SiteStartError
+from daskfed.hub.placement import POLICIES, Policy
+from daskfed.hub.server import Hub
+from daskfed.messages import Key, Message, SiteHello
+from daskfed.site.agent import Agent
+from daskfed.site.clusters import ClusterSpec
+
+START_TIMEOUT_S = 120.0
+POLL_S = 0.02
+LOCAL_SITE = "local"
+
+_open: weakref.WeakSet[Federation] = weakref.WeakSet()
+
+
+class Federation(Cluster):
+    """Several sites on this machine, joined by a hub in this process; a Dask Cluster that a Client connects to.
+
+    ``sites`` maps a name to options: ``cluster`` (a Dask Cluster class or its dotted name), ``options`` (its keywords),
+    ``labels``, ``environments``, ``resources``, ``directory`` (working directory of its workers). ``policy`` is a
+    placement policy or its name. ``fixed`` declares that no other site will join.
+
+    Raises ConfigurationError for a wrong option, SiteStartError where a Cluster class does not import, rejects its
+    options or does not start; nothing is left running then.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        listen: str = "tcp://127.0.0.1:0",
+        policy: Policy | str | None = None,
+        security: Any = None,
+        fixed: bool = False,
+        in_process: bool = False,
+        start_timeout: float = START_TIMEOUT_S,
+        asynchronous: bool = False,
+        loop: Any = None,
+        name: str | None = None,
+    ) -> None:
+        self.site_options = {site: site_options(site, given) for site, given in (sites or {}).items()}
+        self._hub_options = {"policy": policy_named(policy), "security": security, "fixed": fixed}
+        self._listen = listen
+        self._in_process = in_process
+        self._start_timeout = start_timeout
+        self.security = security
+        self.hub: Hub | None = None
+        self._processes: dict[str, SiteProcess] = {}
+        self._agents: dict[str, Agent] = {}
+        super().__init__(asynchronous=asynchronous, loop=loop, name=name)
+        _open.add(self)
+        if not self.called_from_running_loop:
+            self._loop_runner.start()
+            self.sync(self._start)
+
+    @classmethod
+    def local(cls, *, loop: Any = None, asynchronous: bool = False, **options: Any) -> Federation:
+        """Return the embedded default: a hub and one site, both in this process; ``options`` are LocalCluster's."""
+        security = options.pop("security", None)
+        sites = {LOCAL_SITE: {"options": options}}
+        return cls(sites, fixed=True, in_process=True, security=security, loop=loop, asynchronous=asynchronous)
+
+    # -- starting ----------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        if self.status is not Status.created:
+            return
+        self.status = Status.starting
+        try:
+            self.hub = await Hub(**self._hub_options).start_at(self._listen)
+            await asyncio.wait_for(self._start_sites(), self._start_timeout)
+            self.scheduler_comm = rpc(self.hub.address, connection_args=self.hub.connection_args)
+            await super()._start()
+        except BaseException as exc:
+            await self._close()
+            if isinstance(exc, asyncio.TimeoutError):
+                missing = sorted(set(self.site_options) - self._ready_sites())
+                raise SiteStartError(f"{missing} did not start within {self._start_timeout:g} s") from None
+            raise
+
+    async def _start_sites(self) -> None:
+        await asyncio.gather(*(self._start_site(name, options) for name, options in self.site_options.items()))
+
+    async def _start_site(self, name: str, options: SiteOptions) -> None:
+        assert self.hub is not None
+        if self._in_process:
+            await self._start_here(name, options)
+        else:
+            self._processes[name] = process = SiteProcess(name, self.hub.address, options)
+            await process.start()
+        while name not in self._ready_sites():
+            await asyncio.sleep(POLL_S)
+
+    async def _start_here(self, name: str, options: SiteOptions) -> None:
+        assert self.hub is not None
+        spec = ClusterSpec.of(options, in_process=True)
+        port = LocalHub(self.hub, name)
+        agent = Agent(name, spec, hub=port, labels=options.labels, environments=tuple(options.environments))
+        self._agents[name] = agent
+        await agent.start()
+        self.hub.add_site(LocalSite(agent))
+        await agent.joined()
+
+    def _ready_sites(self) -> set[str]:
+        if self.hub is None:
+            return set()
+        return {name for name, site in self.hub.core.sites.items() if site.status is not None}
+
+    def __await__(self) -> Any:
+        async def started() -> Federation:
+            await self._start()
+            return self
+
+        return started().__await__()
+
+    # -- a Dask Cluster ----------------------------------------------------------------------------------------------
+
+    @property
+    def scheduler_address(self) -> str:
+        """Address of the hub, as a Client wants it."""
+        return self.hub.address if self.hub is not None else "<not started>"
+
+    @property
+    def dashboard_link(self) -> str:
+        """URL of the dashboard of the first site that has one."""
+        sites = self.hub.core.sites.values() if self.hub is not None else ()
+        return next((site.hello.dashboard for site in sites if site.hello.dashboard), "")
+
+    def scale(self, n: int | Mapping[str, int], site: str | None = None) -> Any:
+        """Scale to ``n`` workers: at one site, or in all, spread evenly; or to a number per site, given as a dict."""
+        if isinstance(n, Mapping):
+            wanted = dict(n)
+        elif site is not None:
+            wanted = {site: n}
+        else:
+            share, rest = divmod(n, len(self.site_options))
+            wanted = {name: share + (i < rest) for i, name in enumerate(self.site_options)}
+        self._known(wanted)
+        return self.sync(self._each, "scale", {name: {"n": count} for name, count in wanted.items()})
+
+    def adapt(self, *, site: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Let one site, or each of them, scale itself between bounds; keywords as for ``Cluster.adapt``."""
+        names = [site] if site is not None else list(self.site_options)
+        self._known(names)
+        return self.sync(self._each, "adapt", dict.fromkeys(names, kwargs))
+
+    def drain(self, site: str) -> Any:
+        """Let a site hand its keys over and leave."""
+        self._known([site])
+        return self.sync(self._each, "drain", {site: {}})
+
+    async def _each(self, method: str, calls: Mapping[str, Mapping[str, Any]]) -> None:
+        assert self.hub is not None
+        await asyncio.gather(*(self.hub.gateway.fed_cluster(name, method, kw) for name, kw in calls.items()))
+
+    def _known(self, names: Any) -> None:
+        unknown = set(names) - set(self.site_options)
+        if unknown:
+            raise ConfigurationError(f"no site {sorted(unknown)} here; sites are {sorted(self.site_options)}")
+
+    def __repr__(self) -> str:
+        sites = ", ".join(self.site_options)
+        workers = len(self.scheduler_info["workers"])
+        return f"<Federation {self.name!r} at {self.scheduler_address}, sites: {sites or 'none'}, workers: {workers}>"
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+
+    async def _close(self) -> None:
+        if self.status is Status.closed:
+            return
+        await asyncio.gather(*(process.close() for process in self._processes.values()), return_exceptions=True)
+        for agent in self._agents.values():
+            with suppress(OSError):
+                await agent.close()
+        await super()._close()
+        if self.hub is not None:
+            await self.hub.close()
+        self.status = Status.closed
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        self._loop_runner.stop()
+
+
+class LocalHub:
+    """The hub, as an agent in the same process sees it."""
+
+    def __init__(self, hub: Hub, site: str) -> None:
+        self.hub = hub
+        self.site = site
+        self.epoch = hub.core.ledger.epoch
+        self.federation = hub.secret
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Give the hub a message of the site."""
+        self.hub.from_site(self.site, message, payload)
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler of the hub."""
+        return await self.hub.handlers[op](**kwargs)
+
+    def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of keys of another site, which come through the hub."""
+        return self.hub.ports[site].stream_keys(keys, self.federation)
+
+
+class LocalSite:
+    """An agent in the same process, as the hub sees it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    @property
+    def hello(self) -> SiteHello:
+        """What the site says of itself."""
+        return self.agent.hello
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Give the agent a message of the hub, after the present step of the hub has ended."""
+        asyncio.get_running_loop().call_soon(self.agent.deliver, message, payload)
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler of the agent."""
+        return await self.agent.call(op, **kwargs)
+
+    def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages with these keys, up to the one that ends them."""
+        return self.agent.stream_keys(list(keys))
+
+    async def close(self) -> None:
+        """Nothing to end: the agent belongs to the federation object."""
+
+
+def policy_named(policy: Policy | str | None) -> Policy | None:
+    """Return a policy by its name or as given; raises ConfigurationError for a name that nobody registered."""
+    if not isinstance(policy, str):
+        return policy
+    from importlib.metadata import entry_points
+
+    if policy in POLICIES:
+        return POLICIES[policy]()
+    found = {entry.name: entry for entry in entry_points(group="daskfed.policies")}
+    if policy not in found:
+        names = ", ".join(sorted({*POLICIES, *found}))
+        raise ConfigurationError(f"no placement policy {policy!r}; there are {names}")
+    return found[policy].load()()  # type: ignore[no-any-return]
+
+
+@atexit.register
+def _close_open_federations() -> None:
+    for federation in list(_open):
+        if federation.status not in (Status.closed, Status.created) and not federation.asynchronous:
+            with suppress(Exception):
+                federation.close(timeout=10)
+
+

@@ -1,0 +1,58 @@
+"""Progress bars over a federation.
+
+``distributed.progress`` sends the scheduler a pickled function, which a hub does not open. :func:`install` makes its
+bars ask a daskfed client's hub for counts of tasks instead; bars of other clients work as before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from dask.utils import parse_timedelta
+
+from daskfed.dask_private import MultiProgressBar, ProgressBar
+
+FINAL = ("finished", "error")
+
+
+def install(is_federated: Callable[[Any], bool]) -> None:
+    """Let the bars of clients for which ``is_federated(client)`` is true ask the hub. May be called again."""
+    for cls in (ProgressBar, MultiProgressBar):
+        if not hasattr(cls.listen, "stock"):
+            cls.listen = _listening(cls.listen, is_federated)
+
+
+def _listening(stock: Callable[[Any], Awaitable[None]], is_federated: Callable[[Any], bool]) -> Any:
+    async def listen(bar: Any) -> None:
+        client = bar.client() if bar.client else None
+        await (_follow(bar, client) if client is not None and is_federated(client) else stock(bar))
+
+    listen.stock = stock  # type: ignore[attr-defined]
+    return listen
+
+
+async def _follow(bar: Any, client: Any) -> None:
+    """Draw a bar until its futures are done."""
+    interval_s = parse_timedelta(bar.interval, default="s")
+    while True:
+        response = await _response(bar, client)
+        bar._last_response, bar.status = response, response["status"]
+        bar._draw_bar(**response)
+        if response["status"] in FINAL:
+            bar._draw_stop(**response)
+            return
+        await asyncio.sleep(interval_s)
+
+
+async def _response(bar: Any, client: Any) -> dict[str, Any]:
+    states = [client.futures[key] for key in bar.keys if key in client.futures]
+    counts = await client.fetch_progress(bar.keys)
+    response: dict[str, Any] = dict(counts)
+    if not isinstance(bar, MultiProgressBar):
+        response = {name: sum(each.values()) for name, each in counts.items()}
+    failed = next((state for state in states if state.status == "error"), None)
+    if failed is not None:
+        return response | {"status": "error", "key": failed.key, "exception": failed.exception, "traceback": None}
+    return response | {"status": "finished" if all(state.done() for state in states) else "running"}

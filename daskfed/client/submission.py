@@ -1,0 +1,115 @@
+"""From a materialised graph, or from calls, to blocks with payloads that are ready to send. No I/O."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask.utils import key_split
+from distributed.protocol import to_serialize
+from distributed.protocol.serialize import Serialized, serialize
+from distributed.utils import nbytes
+
+from daskfed.client.calls import Calls
+from daskfed.client.constraints import annotations_of
+from daskfed.client.cutting import Piece, cut
+from daskfed.client.graphs import BlockExpr, MaterialisedGraph, block_payload
+from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
+
+LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
+
+
+@dataclass
+class Submission:
+    """Blocks of one graph and their payloads, in the same order."""
+
+    blocks: list[BlockSpec] = field(default_factory=list)
+    payloads: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(_nbytes(payload["expr"]) for payload in self.payloads)
+
+    def message(self, wanted: Iterable[Key], wait: bool = False) -> dict[str, Any]:
+        """Return the message that submits the blocks."""
+        blocks = [encode(block) for block in self.blocks]
+        return {"op": "fed-submit", "blocks": blocks, "payloads": self.payloads, "wanted": list(wanted), "wait": wait}
+
+    def add(self, block: BlockSpec, expr: Any, priorities: Mapping[Key, int] | None) -> None:
+        """Append a block; raises TypeError where its tasks cannot be pickled."""
+        self.blocks.append(block)
+        self.payloads.append({"expr": pickled(expr), "priorities": dict(priorities) if priorities else None})
+
+
+def plan_graph(graph: MaterialisedGraph, ids: Iterator[str]) -> Submission:
+    """Cut a graph and pickle each piece; raises TypeError where a task cannot be pickled."""
+    submission = Submission()
+    for piece in cut(graph.tasks, graph.wanted, graph.constraints):
+        spec = _block_of(piece, next(ids))
+        submission.add(spec, block_payload(graph, piece.tasks), piece.priorities)
+    return submission
+
+
+def _block_of(piece: Piece, name: str) -> BlockSpec:
+    counts = Counter(map(key_split, piece.tasks))
+    return BlockSpec(
+        id=name,
+        client="",
+        owner="",
+        kind=BlockKind.GRAPH,
+        inputs=piece.inputs,
+        outputs=piece.outputs,
+        ntasks=len(piece.tasks),
+        prefixes=tuple(counts.items()),
+        constraint=piece.constraint,
+        rank=piece.rank,
+        label=label_of(piece.outputs),
+    )
+
+
+def plan_calls(
+    calls: Iterable[Calls], constraint: Constraint, annotations: Mapping[str, Any], ids: Iterator[str]
+) -> Submission:
+    """Make a block of each batch of calls; ``annotations`` are given to every call."""
+    submission = Submission()
+    for each in calls:
+        spec = BlockSpec(
+            id=next(ids),
+            client="",
+            owner="",
+            kind=BlockKind.CALLS,
+            inputs=tuple(each.needs),
+            outputs=tuple(each.keys),
+            ntasks=len(each.keys),
+            prefixes=((key_split(each.keys[0]), len(each.keys)),),
+            constraint=constraint,
+            label=label_of(each.keys),
+        )
+        submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None)
+    return submission
+
+
+def annotated(calls: Calls, annotations: Mapping[str, Any]) -> Any:
+    """Return the expression of calls, with annotations for all of them if there are any."""
+    if not annotations:
+        return calls.expr
+    tasks = dict(calls.expr.__dask_graph__())
+    return BlockExpr.of(tasks, {name: dict.fromkeys(tasks, value) for name, value in annotations.items()})
+
+
+def label_of(keys: Iterable[Key]) -> str:
+    """Return what a person would call a block with these outputs."""
+    names = list(dict.fromkeys(map(key_split, keys)))
+    return ", ".join(names[:LABEL_PREFIXES]) + (", …" if len(names) > LABEL_PREFIXES else "")
+
+
+def pickled(expr: Any) -> Serialized:
+    """Return an expression as opaque frames; raises TypeError where it cannot be pickled."""
+    return Serialized(*serialize(to_serialize(expr), on_error="raise"))
+
+
+def _nbytes(frames: Serialized) -> int:
+    return sum(map(nbytes, frames.frames))

@@ -1,0 +1,98 @@
+"""The ordered, exactly-once stream of messages between a hub and a site, over a Dask comm.
+
+Both ends use the same class: a :class:`daskfed.link.Link` does the bookkeeping, this shell moves its envelopes. What is
+sent within a few milliseconds travels together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from math import inf
+from typing import Any
+
+from distributed.comm.core import Comm
+
+from daskfed.link import Envelope, Link
+from daskfed.messages import Message, decode, encode
+
+INTERVAL_S = 0.002  # messages within this time travel together
+
+Item = tuple[Message, Any]
+Deliver = Callable[[Message, Any], None]
+
+
+class ControlStream:
+    """One end of the control stream.
+
+    ``comm`` must read opaquely (see :mod:`daskfed.comm.opaque`); ``deliver(message, payload)`` is called on the event
+    loop for each message of the peer, in order. ``payload`` is None or whatever opaque structure travelled beside it.
+    """
+
+    def __init__(self, comm: Comm, session: str, deliver: Deliver, *, interval_s: float = INTERVAL_S) -> None:
+        self.comm = comm
+        self.link: Link[Item] = Link(session)
+        self.deliver = deliver
+        self.interval_s = interval_s
+        self._wake = asyncio.Event()
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Queue a message, with what travels beside it."""
+        self.link.send((message, payload))
+        self._wake.set()
+
+    async def serve(self) -> None:
+        """Move messages both ways until the comm closes; raises CommClosedError when it did."""
+        writer = asyncio.create_task(self._write_forever())
+        try:
+            while True:
+                self._receive(await self.comm.read())
+        finally:
+            writer.cancel()
+            with suppress(asyncio.CancelledError, OSError):
+                await writer
+
+    def _receive(self, plain: dict[str, Any]) -> None:
+        for each in plain["envelopes"]:
+            envelope = Envelope.decode(each, item=_decode_item)
+            for message, payload in self.link.receive(envelope, time.monotonic()):
+                self.deliver(message, payload)
+        self._wake.set()
+
+    async def flush(self, timeout_s: float = 5.0) -> None:
+        """Wait until everything sent so far was written or ``timeout_s`` passed."""
+        deadline = time.monotonic() + timeout_s
+        while not self.link.idle and time.monotonic() < deadline and not self.comm.closed():
+            self._wake.set()
+            await asyncio.sleep(self.interval_s)
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._sleep_until_due()
+            envelopes = self.link.outgoing(time.monotonic())
+            if envelopes:
+                await self.comm.write({"envelopes": [e.encode(item=_encode_item) for e in envelopes]})
+                await asyncio.sleep(self.interval_s)
+
+    async def _sleep_until_due(self) -> None:
+        due = self.link.wakes_at()
+        timeout = None if due == inf else max(0.0, due - time.monotonic())
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), timeout)
+        self._wake.clear()
+
+
+def _encode_item(item: Item) -> dict[str, Any]:
+    message, payload = item
+    plain = encode(message)
+    if payload is not None:
+        plain["payload"] = payload
+    return plain
+
+
+def _decode_item(plain: dict[str, Any]) -> Item:
+    values = dict(plain)
+    payload = values.pop("payload", None)
+    return decode(values), payload

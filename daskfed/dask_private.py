@@ -1,0 +1,128 @@
+"""Every private Dask name that daskfed relies on, with what it is needed for; tested on each Dask release.
+
+Nothing else in daskfed imports a name that Dask does not document.
+"""
+
+# ruff: noqa: I001  (grouped by what needs them)
+from __future__ import annotations
+
+__all__ = [  # names that are exported under another name than their own
+    "AnnotationsTombstone",
+    "HLGExprGroup",
+    "INPROC_EOF",
+    "TaskList",
+    "current_annotations",
+    "decompress_frames",
+    "execute_subgraph",
+    "inproc_manager",
+    "pickle_loads",
+]
+
+# -- comm/opaque.py: reading messages without opening what users put into them ---------------------------------------
+from dask._expr import CompositeFinalizeCompute as CompositeFinalizeCompute
+
+# -- client/graphs.py and its neighbours: opening a collection's graph on the client ---------------------------------
+from dask._expr import Expr as Expr  # what every collection is turned into
+from dask._expr import HLGExpr as HLGExpr  # a graph in layers, with the optimiser of its collection
+from dask._expr import HLGFinalizeCompute as HLGFinalizeCompute  # what compute() makes of it
+
+# -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
+from dask._expr import LLGExpr as LLGExpr  # a low-level graph: submit, get(dict)
+from dask._expr import _AnnotationsTombstone as AnnotationsTombstone  # "this key has no such annotation"
+from dask._expr import _HLGExprGroup as HLGExprGroup  # several graphs that share one optimiser
+
+# -- client/cutting.py: reading the nodes of a graph -----------------------------------------------------------------
+from dask._task_spec import Alias as Alias  # a key that only stands for another
+from dask._task_spec import DataNode as DataNode  # a value that lies in the graph itself
+from dask._task_spec import GraphNode as GraphNode  # base of everything in a graph: key, dependencies
+from dask._task_spec import List as TaskList  # a list with tasks in it
+from dask._task_spec import NestedContainer as NestedContainer  # a list, tuple, set or dict with tasks in it
+from dask._task_spec import Task as Task
+from dask._task_spec import TaskRef as TaskRef  # a key that a task needs; futures are a kind of it
+from dask._task_spec import _execute_subgraph as execute_subgraph  # the function of a fused task
+from dask._task_spec import convert_legacy_graph as convert_legacy_graph
+from dask._task_spec import cull as cull
+from dask._task_spec import fuse_linear_task_spec as fuse_linear_task_spec
+from dask._task_spec import parse_input as parse_input  # an argument of submit, with its futures as references
+from dask.base import _annotations as current_annotations  # the context variable behind dask.annotate
+from dask.core import validate_key as validate_key
+from dask.sizeof import sizeof as sizeof
+from dask.utils import has_keyword as has_keyword
+
+# -- hub/coordination.py: distributed's own Variables, Queues, Locks ..., hosted by the hub instead of a scheduler ---
+from distributed.broker import Broker as Broker  # topics and their events
+from distributed.comm.addressing import parse_address as parse_address  # "tcp://host:port" -> scheme, rest
+from distributed.comm.core import Comm as Comm
+from distributed.comm.core import Connector as Connector
+from distributed.comm.core import FatalCommClosedError as FatalCommClosedError  # TLS refused: no use trying again
+from distributed.comm.core import Listener as Listener
+from distributed.comm.inproc import _EOF as INPROC_EOF  # the last thing read from an in-process comm
+from distributed.comm.inproc import InProc as InProc
+from distributed.comm.inproc import InProcConnector as InProcConnector
+from distributed.comm.inproc import InProcListener as InProcListener
+from distributed.comm.inproc import global_manager as inproc_manager  # which addresses listen in this process
+from distributed.comm.tcp import MAX_BUFFER_SIZE as MAX_BUFFER_SIZE  # bytes one stream may hold: half the memory
+from distributed.comm.tcp import TCP as TCP
+from distributed.comm.tcp import TLS as TLS
+from distributed.comm.tcp import TCPConnector as TCPConnector
+from distributed.comm.tcp import TCPListener as TCPListener
+from distributed.comm.tcp import TLSConnector as TLSConnector
+from distributed.comm.tcp import TLSListener as TLSListener
+from distributed.comm.tcp import convert_stream_closed_error as convert_stream_closed_error
+from distributed.comm.tcp import read_bytes_rw as read_bytes_rw  # read n bytes into a writable buffer
+
+# -- client/progress.py: bars that ask the hub -----------------------------------------------------------------------
+from distributed.diagnostics.progressbar import MultiProgressBar as MultiProgressBar
+from distributed.diagnostics.progressbar import ProgressBar as ProgressBar
+from distributed.event import EventExtension as EventExtension
+from distributed.multi_lock import MultiLockExtension as MultiLockExtension
+from distributed.protocol.compression import decompress as decompress_frames
+from distributed.protocol.pickle import loads as pickle_loads
+from distributed.protocol.serialize import Pickled as Pickled  # a value that stock endpoints unpickle on arrival
+from distributed.protocol.serialize import Serialize as Serialize
+from distributed.protocol.serialize import Serialized as Serialized  # a value that stock schedulers pass on
+from distributed.protocol.serialize import ToPickle as ToPickle
+from distributed.protocol.serialize import msgpack_decode_default as msgpack_decode_default  # imports an Enum
+from distributed.protocol.utils import host_array_from_buffers as host_array_from_buffers
+from distributed.protocol.utils import merge_memoryviews as merge_memoryviews  # joins neighbours, no copy
+from distributed.protocol.utils import unpack_frames as unpack_frames
+from distributed.publish import PublishExtension as PublishExtension
+from distributed.queues import QueueExtension as QueueExtension
+from distributed.semaphore import SemaphoreExtension as SemaphoreExtension  # also what a Lock is made of
+from distributed.shuffle._core import P2PBarrierTask as P2PBarrierTask  # between the transfers and unpacks of a shuffle
+from distributed.variable import VariableExtension as VariableExtension
+
+# -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
+from dask.core import validate_key as validate_key
+from distributed.client import _MapExpr as MapExpr  # what Client.map sends
+
+
+def without_annotations(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function outside every ``dask.annotate``: a layer that Dask makes anew takes on what is current."""
+    context = contextvars.copy_context()
+    context.run(current_annotations.set, None)
+    return context.run(function, *args, **kwargs)
+
+
+# Dask's collections are heavy and optional: their private names are imported only when one of them is there.
+
+
+def array_optimisation() -> Any:
+    """Return the module with ``optimize`` and ``_optimize_slices``."""
+    from dask.array import optimization
+
+    return optimization
+
+
+def bag_optimise() -> Any:
+    """Return the optimiser of bags."""
+    from dask.bag.core import optimize
+
+    return optimize
+
+
+def delayed_optimise() -> Any:
+    """Return the optimiser of delayed objects."""
+    from dask.delayed import optimize
+
+    return optimize

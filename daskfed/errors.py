@@ -1,0 +1,39 @@
+"""Every error that daskfed raises by itself; a message says what was wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class DaskfedError(Exception):
+    """Base of all errors of daskfed."""
+
+
+class ConfigurationError(DaskfedError, ValueError):
+    """A profile, an option or an argument is wrong."""
+
+
+class UnknownSiteError(ConfigurationError):
+    """A constraint names a site, a label or an environment that no site of the federation has."""
+
+
+class ConnectionRefused(DaskfedError, ConnectionError):
+    """The hub refused a client or a site: wrong version, a name in use, no credentials."""
+
+
+class SiteStartError(DaskfedError, RuntimeError):
+    """The Cluster class of a site could not be imported, rejected its options, or did not start."""
+
+
+class SiteLostError(DaskfedError, RuntimeError):
+    """Something that cannot be recomputed was at a site that is gone."""
+
+
+class TransferError(DaskfedError, OSError):
+    """A key could not be moved from one site to another."""
+
+
+class IllegalTransition(DaskfedError, AssertionError):
+    """A block or key was asked to make a move that its transition table does not have: a bug in daskfed."""
+
+
+class KeyClash(DaskfedError, ValueError):
+    """Two graphs use one key for different things."""

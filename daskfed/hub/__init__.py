@@ -1,0 +1,1 @@
+"""The hub: knows keys and bytes, places blocks on sites, and never sees user code."""

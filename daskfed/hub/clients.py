@@ -1,0 +1,228 @@
+"""The clients' streams: Dask's client protocol in, statuses of keys out."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from distributed.batched import BatchedSend
+from distributed.comm.core import Comm, CommClosedError
+from distributed.core import Status
+
+from daskfed.hub import events as ev
+from daskfed.messages import PROTOCOL_VERSION, BlockKind, BlockSpec, Constraint, Key, decode_block
+
+if TYPE_CHECKING:
+    from daskfed.hub.server import Hub
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OWNER = "local"
+GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
+OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
+
+
+class ClientSession:
+    """One connected client."""
+
+    def __init__(self, client: str, stream: BatchedSend) -> None:
+        self.client = client
+        self.owner = DEFAULT_OWNER  # the user whom it acts for
+        self.stream = stream
+        self.federated = False  # it is daskfed's client, not a stock one
+        self.home: str | None = None  # the site that runs all of a stock client's graphs
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queue a message; one that can no longer be sent is dropped."""
+        with suppress(CommClosedError):
+            self.stream.send(message)
+
+
+class ClientSessions:
+    """All clients of a hub."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.sessions: dict[str, ClientSession] = {}
+        self._graphs = itertools.count()
+
+    def stream_handlers(self) -> dict[str, Callable[..., Any]]:
+        """Return what a client may say on its stream."""
+        return {
+            "fed-hello": self.hello,
+            "fed-submit": self.submit_blocks,
+            "update-graph": self.update_graph,
+            "client-desires-keys": self.desire,
+            "client-releases-keys": self.release,
+            "cancel-keys": self.cancel,
+            "report-key": self.report,
+            "heartbeat-client": _nothing,
+            "close-client": _nothing,
+        }
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    async def register(self, comm: Comm, client: str, versions: Any = None) -> Status:
+        """Serve a client's stream until it ends."""
+        comm.name = "Hub->Client"
+        stream = BatchedSend(interval="2ms", loop=self.hub.loop)
+        stream.start(comm)
+        session = ClientSession(client, stream)
+        self.sessions[client] = session
+        self.hub.take(ev.ClientJoined(client, session.owner))
+        stream.send({"op": "stream-start"})
+        try:
+            await self._serve(comm, session)
+        finally:
+            self._ended(session)
+            with suppress(OSError, asyncio.TimeoutError):
+                await stream.close(timeout=1)
+        return Status.dont_reply
+
+    def _ended(self, session: ClientSession) -> None:
+        if self.sessions.get(session.client) is session:
+            del self.sessions[session.client]
+            self.hub.take(ev.ClientLeft(session.client))
+        if not session.stream.closed():
+            session.send({"op": "stream-closed"})
+
+    async def _serve(self, comm: Comm, session: ClientSession) -> None:
+        while True:
+            try:
+                messages = await comm.read()
+            except CommClosedError:
+                return
+            for message in messages if isinstance(messages, (list, tuple)) else (messages,):
+                if message.get("op") in ("close-stream", "close-client"):
+                    return
+                await self._dispatch(session, dict(message))
+            await asyncio.sleep(0)
+
+    async def _dispatch(self, session: ClientSession, message: dict[str, Any]) -> None:
+        op = message.pop("op")
+        handler = self.hub.stream_handlers.get(op)
+        if handler is None:
+            logger.warning("client %s sent %r, which the hub does not know", session.client, op)
+            return
+        message["client"] = session.client  # a client speaks for itself only
+        try:
+            result = handler(**message)
+            if inspect.isawaitable(result):
+                await result
+        except Exception as exc:
+            logger.exception("client %s sent a %r that failed", session.client, op)
+            session.send({"op": "error", "exception": f"{type(exc).__name__}: {exc}"})
+
+    async def close(self) -> None:
+        """End every stream."""
+        for session in list(self.sessions.values()):
+            session.send({"op": "close"})
+            with suppress(OSError, asyncio.TimeoutError):
+                await session.stream.close(timeout=1)
+
+    # -- told by clients ---------------------------------------------------------------------------------------------
+
+    def hello(self, client: str, protocol: int, owner: str) -> None:
+        """A client says that it is daskfed's own, and for which user it acts."""
+        session = self.sessions[client]
+        if protocol != PROTOCOL_VERSION:
+            problem = f"the hub speaks protocol {PROTOCOL_VERSION}, this client {protocol}: install the same daskfed"
+            session.send({"op": "fed-refused", "reason": problem})
+            return
+        session.federated, session.owner = True, owner or DEFAULT_OWNER
+        self.hub.take(ev.ClientJoined(client, session.owner))
+        session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})
+
+    def submit_blocks(
+        self,
+        client: str,
+        blocks: Collection[dict[str, Any]],
+        payloads: Collection[Any],
+        wanted: Collection[Key],
+        wait: bool = False,
+    ) -> None:
+        """A client submits blocks that it cut."""
+        owner = self.sessions[client].owner
+        specs = tuple(decode_block({**block, "client": client, "owner": owner}) for block in blocks)
+        self.hub.stores.keep_payloads(specs, payloads)
+        self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
+
+    def update_graph(self, client: str, keys: Collection[Key], constraint: Any = None, **fields: Any) -> None:
+        """A client submits a whole graph, unopened: it runs at the client's home site."""
+        session = self.sessions[client]
+        if session.home not in self.hub.core.sites:
+            session.home = self._pick_home()
+        spec = BlockSpec(
+            id=f"{client}/whole/{next(self._graphs)}",
+            client=client,
+            owner=session.owner,
+            kind=BlockKind.WHOLE,
+            inputs=(),
+            outputs=tuple(keys),
+            ntasks=max(1, len(keys)),
+            prefixes=(),
+            constraint=Constraint(sites=(session.home,) if session.home else ()),
+        )
+        payload = {name: fields[name] for name in OPAQUE_FIELDS if name in fields} | {"keys": list(keys)}
+        self.hub.stores.keep_payloads((spec,), (payload,))
+        self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
+
+    def _pick_home(self) -> str | None:
+        sites = self.hub.core.sites.values()
+        return max(sites, key=lambda site: site.threads).name if sites else None
+
+    def desire(self, client: str, keys: Collection[Key]) -> None:
+        """A client wants keys."""
+        self.hub.take(ev.KeysDesired(client, tuple(keys)))
+
+    def release(self, client: str, keys: Collection[Key]) -> None:
+        """A client no longer wants keys."""
+        self.hub.take(ev.KeysReleased(client, tuple(keys)))
+
+    def cancel(
+        self, client: str, keys: Collection[Key], force: bool = False, reason: str = "", msg: str | None = None
+    ) -> None:
+        """A client cancels keys."""
+        self.hub.take(ev.KeysCancelled(client, tuple(keys), force, msg or reason))
+
+    def report(self, client: str, key: Key) -> None:
+        """A client asks how a key stands."""
+        self.hub.take(ev.KeysDesired(client, (key,)))
+
+    # -- told to clients ---------------------------------------------------------------------------------------------
+
+    def tell(self, command: ev.TellClient) -> None:
+        """Pass on how keys stand."""
+        session = self.sessions.get(command.client)
+        if session is None:
+            return
+        if command.outcome in (ev.Outcome.CANCELLED, ev.Outcome.LOST):
+            reason = {"reason": command.reason or "lost dependencies", "msg": None}
+            session.send({"op": "cancelled-keys", "keys": list(command.keys), **reason})
+            return
+        for key in command.keys:
+            session.send(self._status(key, command.outcome))
+
+    def _status(self, key: Key, outcome: ev.Outcome) -> dict[str, Any]:
+        stores = self.hub.stores
+        if outcome is ev.Outcome.FAILED:
+            return {"op": "task-erred", "key": key, **stores.errors[key]}
+        found = {"op": "key-in-memory", "key": key}
+        return found | {"type": stores.types[key]} if key in stores.types else found
+
+    def announce_sites(self) -> None:
+        """Tell daskfed's own clients which sites there are."""
+        if any(session.federated for session in self.sessions.values()):
+            message = {"op": "fed-sites", "sites": self.hub.gateway.sites_info()}
+            for session in self.sessions.values():
+                if session.federated:
+                    session.send(message)
+
+
+def _nothing(client: str) -> None:
+    pass

@@ -1,0 +1,321 @@
+"""The hub's decisions: one event and the time in, a list of commands out. No sockets, no clock, no randomness.
+
+The ledger holds keys, blocks and who is interested in them; the dispatcher decides where ready blocks go. This module
+is the switchboard between the two and the outside; the order in every step is: take in, release, place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from daskfed.hub import events as ev
+from daskfed.hub import inspection
+from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
+from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.placement import LowestCost, Policy
+from daskfed.hub.states import BlockPhase, KeyPhase
+from daskfed.messages import (
+    BlockLost,
+    BlockRecalled,
+    BlockStarted,
+    ImportFailed,
+    Key,
+    KeyImported,
+    KeysFailed,
+    KeysLost,
+    KeysMade,
+    Learned,
+    Message,
+    SiteStatus,
+)
+
+DATA = "data"  # why a site holds a key that no block made there
+MAX_FAILURES = 10  # attempts of one block that end through no fault of its tasks
+
+
+class HubCore:
+    """The federation's state, and what follows from each event.
+
+    ``epoch`` goes up each time the hub starts; ``policy`` chooses sites (default: lowest estimated time to finish).
+    """
+
+    def __init__(self, epoch: int = 0, policy: Policy | None = None) -> None:
+        self.ledger = Ledger(epoch)
+        self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
+        self.clients: dict[str, str] = {}  # client -> owner
+        self._arrivals = 0
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            ev.ClientJoined: self._client_joined,
+            ev.ClientLeft: self._client_left,
+            ev.BlocksSubmitted: self._blocks_submitted,
+            ev.KeysDesired: self._keys_desired,
+            ev.KeysReleased: self._keys_released,
+            ev.KeysCancelled: self._keys_cancelled,
+            ev.KeysScattered: self._keys_scattered,
+            ev.SiteJoined: self._site_joined,
+            ev.SiteLeft: self._site_left,
+            ev.FromSite: self._from_site,
+            ev.Tick: self._tick,
+        }
+        self._from_site_handlers: dict[type[Message], Callable[[SiteState, Any], None]] = {
+            SiteStatus: self._site_status,
+            BlockStarted: self._block_started,
+            BlockRecalled: self._block_recalled,
+            KeysMade: self._keys_made,
+            KeysFailed: self._keys_failed,
+            BlockLost: self._block_lost,
+            KeyImported: self._key_imported,
+            ImportFailed: self._import_failed,
+            KeysLost: self._keys_lost,
+            Learned: self._learned,
+        }
+
+    @property
+    def sites(self) -> dict[str, SiteState]:
+        """The sites, by name."""
+        return self.dispatcher.sites
+
+    def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
+        """Take in one event at time ``now`` (seconds, any origin) and return what is to be done, in order.
+
+        Raises IllegalTransition where an event asks for a move that the tables do not have: always a bug.
+        """
+        self._handlers[type(event)](event)
+        self.dispatcher.place()
+        return self.ledger.flush()
+
+    def check(self) -> None:
+        """Verify every invariant; raises AssertionError naming the first that is broken."""
+        inspection.check(self.ledger, self.dispatcher)
+
+    # -- clients -----------------------------------------------------------------------------------------------------
+
+    def _client_joined(self, event: ev.ClientJoined) -> None:
+        self.clients[event.client] = event.owner
+
+    def _client_left(self, event: ev.ClientLeft) -> None:
+        self.clients.pop(event.client, None)
+        keys = list(self.ledger.wants.get(event.client, ()))
+        self.ledger.unwant(event.client, keys)
+        self.ledger.settle(keys)
+
+    def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
+        added = []
+        for spec in event.blocks:
+            if spec.id in self.ledger.blocks:
+                continue
+            if self._exists(spec.outputs):
+                self.ledger.command(ev.ForgetBlock(spec.id))
+                continue
+            self._arrivals += 1
+            order = (-spec.constraint.priority, self._arrivals)
+            added.append(self.ledger.add_block(spec, order, event.wait))
+        for key in event.wanted:
+            if key in self.ledger.keys:
+                self.ledger.want(event.client, key)
+            else:
+                self.ledger.tell((event.client,), ev.Outcome.LOST, key, "lost dependencies")
+        for block in added:
+            if block.spec.id in self.ledger.blocks:
+                self._link(block)
+        self.ledger.settle([key for block in added for key in block.spec.outputs])
+
+    def _exists(self, keys: tuple[Key, ...]) -> bool:
+        """Whether all of these keys are made, failed, or being made already."""
+        states = [self.ledger.keys.get(key) for key in keys]
+        return all(s is not None and (s.phase is not KeyPhase.PENDING or s.producer is not None) for s in states)
+
+    def _link(self, block: BlockState) -> None:
+        unknown = [key for key in block.spec.inputs if key not in self.ledger.keys]
+        if unknown:
+            self.ledger.cancel_keys(block.spec.outputs, f"lost dependencies: {unknown[:3]}")
+            if block.spec.id in self.ledger.blocks:
+                self.ledger.cancel(block)
+            return
+        hellos = [site.hello for site in self.sites.values()]
+        problem = unmet(block.spec.constraint, hellos) if hellos and not block.wait else None
+        if problem:
+            self.ledger.fail_block(block, "UnknownSiteError", f"{block.spec.label or block.spec.id}: {problem}")
+        else:
+            self.ledger.link_inputs(block)
+
+    def _keys_desired(self, event: ev.KeysDesired) -> None:
+        for key in event.keys:
+            if key not in self.ledger.keys:
+                owner = self.clients.get(event.client, "")
+                self.ledger.keys[key] = KeyState(key, owner)  # a promise: its graph is still on the way
+            self.ledger.want(event.client, key)
+
+    def _keys_released(self, event: ev.KeysReleased) -> None:
+        self.ledger.unwant(event.client, event.keys)
+        self.ledger.settle(event.keys)
+
+    def _keys_cancelled(self, event: ev.KeysCancelled) -> None:
+        mine: list[Key] = []
+        shared: list[Key] = []
+        for key in event.keys:
+            state = self.ledger.keys.get(key)
+            if state is not None:
+                (mine if event.force or state.wanted_by.keys() <= {event.client} else shared).append(key)
+        self.ledger.cancel_keys(mine, event.reason)
+        for key in shared:
+            self.ledger.tell((event.client,), ev.Outcome.CANCELLED, key, event.reason)
+        self.ledger.unwant(event.client, shared)
+        self.ledger.settle(shared)
+
+    def _keys_scattered(self, event: ev.KeysScattered) -> None:
+        for key, nbytes in event.keys:
+            state = self.ledger.keys.get(key)
+            if state is None:
+                state = self.ledger.keys[key] = KeyState(key, self.clients.get(event.client, ""))
+            self.ledger.key_made(state, event.site, nbytes, DATA)
+            self.ledger.want(event.client, key)
+
+    # -- sites -------------------------------------------------------------------------------------------------------
+
+    def _site_joined(self, event: ev.SiteJoined) -> None:
+        self.dispatcher.add_site(event.hello)
+
+    def _site_left(self, event: ev.SiteLeft) -> None:
+        site = self.sites.get(event.site)
+        if site is None or site.hello.incarnation != event.incarnation:
+            return
+        blocks = [self.ledger.blocks[name] for name in site.blocks]
+        for block in blocks:
+            self.ledger.return_block(block, "site lost")
+        self.dispatcher.update()
+        self.dispatcher.remove_site(event.site)
+        for state in list(self.ledger.keys.values()):
+            self.ledger.lose_key_at(state, event.site)
+
+    def _from_site(self, event: ev.FromSite) -> None:
+        site = self.sites.get(event.site)
+        if site is not None:
+            self._from_site_handlers[type(event.message)](site, event.message)
+
+    def _site_status(self, site: SiteState, message: SiteStatus) -> None:
+        site.status = message
+        self._tick()
+
+    def _tick(self, event: ev.Tick | None = None) -> None:
+        self.dispatcher.place()
+        self.dispatcher.balance()
+        self.dispatcher.hand_over()
+
+    def _learned(self, site: SiteState, message: Learned) -> None:
+        for prefix, count, seconds in message.durations:
+            self.dispatcher.functions.learn_duration(prefix, count, seconds)
+        for prefix, count, nbytes in message.sizes:
+            self.dispatcher.functions.learn_size(prefix, count, nbytes)
+        self.dispatcher.relearn()
+
+    # -- blocks at sites ---------------------------------------------------------------------------------------------
+
+    def _attempt(self, site: SiteState, message: Any) -> BlockState | None:
+        """Return the block that a report is about, or None where the report is of an attempt that ended."""
+        block = self.ledger.blocks.get(message.block)
+        current = (BlockPhase.PLACED, BlockPhase.RECALLING)
+        if block is not None and block.phase in current and block.attempt == message.attempt:
+            return block
+        self.ledger.command(ev.DropReport(site.name, message.block, message.attempt))
+        return None
+
+    def _block_started(self, site: SiteState, message: BlockStarted) -> None:
+        if (block := self._attempt(site, message)) is not None:
+            block.started = True
+
+    def _block_recalled(self, site: SiteState, message: BlockRecalled) -> None:
+        block = self._attempt(site, message)
+        if block is None:
+            return
+        if message.given:
+            self.ledger.return_block(block, "given back")
+        elif block.phase is BlockPhase.RECALLING:
+            self.ledger.move_block(block, "too late")
+            block.started = True
+            self.dispatcher.recall_ended(block)
+
+    def _keys_made(self, site: SiteState, message: KeysMade) -> None:
+        block = self._attempt(site, message)
+        if block is None:
+            return
+        for made in message.keys:
+            block.open_outputs.discard(made.key)
+            state = self.ledger.keys.get(made.key)
+            if state is None:
+                self.ledger.release_at(site.name, made.key)
+            else:
+                state.importing.pop(site.name, None)
+                self.ledger.key_made(state, site.name, made.nbytes, block.spec.id)
+        self.ledger.finish_if_done(block)
+        self.ledger.settle([made.key for made in message.keys])
+
+    def _keys_failed(self, site: SiteState, message: KeysFailed) -> None:
+        block = self._attempt(site, message)
+        if block is None:
+            return
+        for key in message.keys:
+            block.open_outputs.discard(key)
+            state = self.ledger.keys.get(key)
+            if state is None:
+                self.ledger.release_at(site.name, key)
+            else:
+                state.failed_at[site.name] = None
+                self.ledger.key_failed(state)
+        self.ledger.finish_if_done(block)
+
+    def _block_lost(self, site: SiteState, message: BlockLost) -> None:
+        if (block := self._attempt(site, message)) is not None:
+            self._again(block, message.reason)
+
+    def _again(self, block: BlockState, reason: str) -> None:
+        if block.failures >= MAX_FAILURES:
+            why = f"{block.spec.label or block.spec.id}: given up after {block.failures} attempts: {reason}"
+            self.ledger.fail_block(block, "TransferError", why)
+        else:
+            self.ledger.take_back(block)
+
+    # -- keys at sites -----------------------------------------------------------------------------------------------
+
+    def _key_imported(self, site: SiteState, message: KeyImported) -> None:
+        if message.source:
+            link = (message.source, site.name, message.nbytes, message.seconds, message.relayed)
+            self.dispatcher.links.learn(*link)
+        site.copying.discard(message.key)
+        state = self.ledger.keys.get(message.key)
+        if state is None or site.name not in state.importing:
+            return
+        state.importing.pop(site.name, None)
+        if state.phase is KeyPhase.HELD:
+            state.holders[site.name] = (DATA,)
+            self._hand_off(state)
+
+    def _hand_off(self, state: KeyState) -> None:
+        """A draining site need not hold what another site has."""
+        leaving = [name for name in state.holders if (s := self.sites.get(name)) is not None and s.draining]
+        for name in leaving[: len(state.holders) - 1]:
+            del state.holders[name]
+            self.ledger.release_at(name, state.key)
+
+    def _import_failed(self, site: SiteState, message: ImportFailed) -> None:
+        site.copying.discard(message.key)
+        state = self.ledger.keys.get(message.key)
+        if state is None or site.name not in state.importing:
+            return
+        state.importing.pop(site.name, None)
+        self.ledger.release_at(site.name, message.key)
+        for name in [name for name in site.blocks if name in state.consumers]:
+            self._again(self.ledger.blocks[name], f"{message.key!r} could not be brought in: {message.reason}")
+
+    def _keys_lost(self, site: SiteState, message: KeysLost) -> None:
+        for key in message.keys:
+            if (state := self.ledger.keys.get(key)) is not None:
+                self.ledger.lose_key_at(state, site.name)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def explain(self, key: Key) -> dict[str, Any]:
+        """Return why a key waits, or where and why it ran: its phase, sites, block, and what stands in its way."""
+        return inspection.explain(self.ledger, self.dispatcher, key)
+

@@ -1,0 +1,334 @@
+"""Which ready block goes to which site, and when; which is asked back. Pure.
+
+Blocks that may run at the same sites wait in one queue, in order. A block is sent only while its best site has room:
+as much work as keeps it busy over a round trip, and a little more (late binding). Where a site runs dry while others
+still have blocks that they did not start, one is recalled for it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from daskfed.hub.estimates import FunctionBook, LinkBook
+from daskfed.hub.events import TellSite
+from daskfed.hub.ledger import BlockState, Ledger
+from daskfed.hub.placement import Candidate, Policy, finish_s
+from daskfed.hub.states import BlockPhase, KeyPhase
+from daskfed.messages import (
+    Attempt,
+    BlockKind,
+    BlockSpec,
+    CloseSite,
+    Constraint,
+    CopyKeys,
+    Import,
+    Key,
+    RecallBlock,
+    RunBlock,
+    SiteHello,
+    SiteStatus,
+)
+
+HORIZON_S = 0.5  # work that a site is given ahead, in seconds of all its threads, beside two round trips
+MIN_BLOCKS = 2  # that a site may always have, however long they are
+TASKS_AHEAD = 4  # tasks per thread that a site may always have
+LOOKAHEAD = 16  # blocks of a queue that are looked at while the first ones wait for a better site
+RECALL_GAIN = 0.8  # a recall must promise to finish in this share of the time or less
+
+
+@dataclass(slots=True)
+class SiteState:
+    """One site of the federation."""
+
+    hello: SiteHello
+    status: SiteStatus | None = None  # None until its first report
+    blocks: dict[str, None] = field(default_factory=dict)  # placed here and unfinished, in order of placement
+    backlog_s: float = 0.0  # seconds of one thread that they are expected to take
+    ntasks: int = 0  # of those blocks
+    recalled_for: str | None = None  # block that is being recalled for the sake of this site
+    copying: set[Key] = field(default_factory=set)  # keys that it hands over before it leaves
+    leaving: bool = False  # it was told to close
+
+    @property
+    def name(self) -> str:
+        """The name of the site."""
+        return self.hello.site
+
+    @property
+    def threads(self) -> int:
+        """Threads of its workers; 0 while it has none."""
+        return self.status.threads if self.status else 0
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more blocks."""
+        return self.leaving or self.status is None or self.status.draining
+
+    def has_room(self) -> bool:
+        """Say whether it should be given more work now."""
+        if self.draining or self.status is None:
+            return False
+        threads = max(1, self.threads)
+        horizon = (HORIZON_S + 2 * self.status.round_trip_s) * threads
+        few = len(self.blocks) < MIN_BLOCKS or self.ntasks < TASKS_AHEAD * threads
+        return few or self.backlog_s < horizon
+
+
+def meets(hello: SiteHello, constraint: Constraint) -> bool:
+    """Say whether a site satisfies a constraint's sites (names or labels), environment and resources."""
+    if constraint.sites and not any(matches(hello, selector) for selector in constraint.sites):
+        return False
+    if constraint.environment is not None and constraint.environment not in hello.environments:
+        return False
+    offered = dict(hello.resources)
+    return all(offered.get(name, 0) >= amount for name, amount in constraint.resources)
+
+
+def matches(hello: SiteHello, selector: str) -> bool:
+    """Say whether ``selector`` is the site's name or one of its labels, written ``name=value``."""
+    return selector == hello.site or tuple(selector.split("=", 1)) in hello.labels
+
+
+class Dispatcher:
+    """The queues of ready blocks and the sites that they may go to."""
+
+    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self.functions = FunctionBook()
+        self.links = LinkBook()
+        self.sites: dict[str, SiteState] = {}
+        self.queues: dict[Constraint, list[tuple[tuple[int, int], str]]] = {}
+        self._eligible: dict[Constraint, list[SiteState]] = {}
+
+    # -- membership --------------------------------------------------------------------------------------------------
+
+    def add_site(self, hello: SiteHello) -> None:
+        """Take in a site."""
+        self.sites[hello.site] = SiteState(hello)
+        self._eligible.clear()
+
+    def remove_site(self, name: str) -> None:
+        """Forget a site and what was being recalled for it."""
+        del self.sites[name]
+        self._eligible.clear()
+
+    def eligible(self, constraint: Constraint) -> list[SiteState]:
+        """Return the sites that meet a constraint."""
+        where = placement_part(constraint)
+        if where not in self._eligible:
+            self._eligible[where] = [site for site in self.sites.values() if meets(site.hello, where)]
+        return self._eligible[where]
+
+    # -- bookkeeping -------------------------------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Take in what the ledger says became ready or left its site."""
+        for name, block in self.ledger.unplaced:
+            self._take_off(name, block)
+        for block in self.ledger.ready:
+            queue = self.queues.setdefault(placement_part(block.spec.constraint), [])
+            heapq.heappush(queue, (block.order, block.spec.id))
+        self.ledger.unplaced, self.ledger.ready = [], []
+
+    def _take_off(self, name: str, block: BlockState) -> None:
+        site = self.sites.get(name)
+        if site is not None and block.spec.id in site.blocks:
+            del site.blocks[block.spec.id]
+            site.ntasks -= block.spec.ntasks
+            site.backlog_s = max(0.0, site.backlog_s - block.expected_s) if site.blocks else 0.0
+        self.recall_ended(block)
+
+    def recall_ended(self, block: BlockState) -> None:
+        """A block that was recalled is back, or stays where it is."""
+        for site in self.sites.values():
+            if site.recalled_for == block.spec.id:
+                site.recalled_for = None
+
+    def relearn(self) -> None:
+        """Estimate every placed block anew, after durations were learnt."""
+        for site in self.sites.values():
+            site.backlog_s = 0.0
+            for name in site.blocks:
+                block = self.ledger.blocks[name]
+                block.expected_s = self.functions.block_s(block.spec)
+                site.backlog_s += block.expected_s
+
+    # -- placing -----------------------------------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Send ready blocks to sites as long as the best site of one has room."""
+        self.update()
+        for constraint in sorted(self.queues, key=lambda where: self.queues[where][0] if self.queues[where] else ()):
+            self._place_from(constraint)
+        for constraint in [where for where, queue in self.queues.items() if not queue]:
+            del self.queues[constraint]
+
+    def _place_from(self, constraint: Constraint) -> None:
+        queue = self.queues[constraint]
+        deferred: list[tuple[tuple[int, int], str]] = []
+        sites = [site for site in self.eligible(constraint) if not site.draining]
+        while queue and sites and len(deferred) < LOOKAHEAD:
+            block = self.ledger.blocks.get(queue[0][1])
+            if block is None or block.phase is not BlockPhase.READY:
+                heapq.heappop(queue)
+                continue
+            whole = block.spec.kind is BlockKind.WHOLE  # its inputs are unknown: it must not be overtaken by releases
+            if not whole and not any(site.has_room() for site in sites):
+                break
+            entry = heapq.heappop(queue)
+            site = self._best(block, sites)
+            if whole or site.has_room():
+                self._send(block, site)
+            else:
+                deferred.append(entry)
+        for entry in deferred:
+            heapq.heappush(queue, entry)
+
+    def _best(self, block: BlockState, sites: list[SiteState]) -> SiteState:
+        block.expected_s = self.functions.block_s(block.spec)
+        if len(sites) == 1:
+            return sites[0]
+        return sites[self.policy.choose(block.spec, [self.candidate(block, site) for site in sites])]
+
+    def candidate(self, block: BlockState, site: SiteState) -> Candidate:
+        """Return everything that the estimate of ``block`` at ``site`` needs."""
+        nbytes, seconds = self.bring(block.spec, site.name)
+        status = site.status
+        environment = block.spec.constraint.environment or "default"
+        return Candidate(
+            site=site.name,
+            threads=site.threads,
+            backlog_s=site.backlog_s,
+            bring_nbytes=nbytes,
+            bring_s=seconds,
+            run_s=block.expected_s,
+            round_trip_s=status.round_trip_s if status else 0.0,
+            cold_start_s=dict(status.cold_start_s).get(environment, 0.0) if status else 0.0,
+            queue_wait_s=status.queue_wait_s if status else 0.0,
+            walltime_left_s=status.walltime_left_s if status else float("inf"),
+        )
+
+    def bring(self, spec: BlockSpec, target: str) -> tuple[int, float]:
+        """Return bytes and seconds to bring the inputs of a block that ``target`` lacks."""
+        per_source: dict[str, int] = {}
+        for key in spec.inputs:
+            state = self.ledger.keys[key]
+            if state.holders and not state.present_at(target):
+                source = self.source_of(key, target)
+                per_source[source] = per_source.get(source, 0) + state.nbytes
+        seconds = sum(self.links.transfer_s(source, target, nbytes) for source, nbytes in per_source.items())
+        return sum(per_source.values()), seconds
+
+    def source_of(self, key: Key, target: str) -> str:
+        """Return the site from which ``target`` gets a held key soonest."""
+        state = self.ledger.keys[key]
+        if len(state.holders) == 1:
+            return next(iter(state.holders))
+        return min(state.holders, key=lambda source: (self.links.transfer_s(source, target, state.nbytes), source))
+
+    def _send(self, block: BlockState, site: SiteState) -> None:
+        ledger = self.ledger
+        ledger.move_block(block, "place")
+        block.site = site.name
+        block.attempt = Attempt(ledger.epoch, block.attempt.n + 1)
+        block.started = False
+        site.blocks[block.spec.id] = None
+        site.ntasks += block.spec.ntasks
+        site.backlog_s += block.expected_s
+        imports = tuple(self._import(key, site.name) for key in block.spec.inputs if self._lacks(site.name, key))
+        ledger.command(TellSite(site.name, RunBlock(block.spec, block.attempt, imports, block.expected_s)))
+
+    def _lacks(self, site: str, key: Key) -> bool:
+        return not self.ledger.keys[key].present_at(site)
+
+    def _import(self, key: Key, target: str) -> Import:
+        state = self.ledger.keys[key]
+        if state.phase is KeyPhase.FAILED:
+            state.failed_at[target] = None
+            return Import(key, "", 0, failed=True)
+        state.importing[target] = None
+        return Import(key, self.source_of(key, target), state.nbytes)
+
+    # -- recalling ---------------------------------------------------------------------------------------------------
+
+    def balance(self) -> None:
+        """Ask blocks back from busy sites for those that run dry, and from those that want to leave."""
+        for site in self.sites.values():
+            if site.draining:
+                self._recall_all(site)
+            elif site.recalled_for is None and site.has_room() and len(site.blocks) < MIN_BLOCKS:
+                self._recall_for(site)
+
+    def _recall_all(self, site: SiteState) -> None:
+        for name in site.blocks:
+            self._recall(self.ledger.blocks[name])
+
+    def _recall_for(self, taker: SiteState) -> None:
+        donors = [site for site in self.sites.values() if site is not taker and len(site.blocks) >= MIN_BLOCKS]
+        for donor in sorted(donors, key=lambda site: -site.backlog_s / max(1, site.threads)):
+            for name in reversed(donor.blocks):
+                block = self.ledger.blocks[name]
+                if self._worth_recalling(block, donor, taker):
+                    taker.recalled_for = name
+                    self._recall(block)
+                    return
+
+    def _worth_recalling(self, block: BlockState, donor: SiteState, taker: SiteState) -> bool:
+        if block.started or block.phase is not BlockPhase.PLACED or taker not in self.eligible(block.spec.constraint):
+            return False
+        there = replace(self.candidate(block, donor), bring_s=0.0, run_s=0.0)  # the backlog holds the block already
+        here = self.candidate(block, taker)
+        return finish_s(block.spec, here) < RECALL_GAIN * finish_s(block.spec, there)
+
+    def _recall(self, block: BlockState) -> None:
+        if block.phase is BlockPhase.PLACED and not block.started and block.spec.kind is not BlockKind.WHOLE:
+            self.ledger.move_block(block, "recall")
+            self.ledger.command(TellSite(str(block.site), RecallBlock(block.spec.id, block.attempt)))
+
+    # -- leaving -----------------------------------------------------------------------------------------------------
+
+    def hand_over(self) -> None:
+        """Have other sites copy what only a draining site holds; let it go when it has nothing left."""
+        for site in list(self.sites.values()):
+            if site.status is not None and site.status.draining and not site.leaving and not site.blocks:
+                self._hand_over(site)
+
+    def _hand_over(self, site: SiteState) -> None:
+        only_here = [state for state in self.ledger.keys.values() if list(state.holders) == [site.name]]
+        takers = [other for other in self.sites.values() if not other.draining]
+        if not only_here:
+            site.leaving = True
+            self.ledger.command(TellSite(site.name, CloseSite("drained")))
+        for state in only_here:
+            if takers and not state.importing:
+                taker = min(takers, key=lambda other: (len(other.copying), other.backlog_s))
+                self._copy(state.key, taker)
+
+    def _copy(self, key: Key, taker: SiteState) -> None:
+        taker.copying.add(key)
+        self.ledger.command(TellSite(taker.name, CopyKeys((self._import(key, taker.name),))))
+
+
+def placement_part(constraint: Constraint) -> Constraint:
+    """Return what of a constraint decides which sites are eligible."""
+    return Constraint(sites=constraint.sites, environment=constraint.environment, resources=constraint.resources)
+
+
+def unmet(constraint: Constraint, sites: Iterable[SiteHello]) -> str | None:
+    """Return what of a constraint no site has, in words; None where every part is met by some site."""
+    hellos = list(sites)
+    unknown = [s for s in constraint.sites if not any(matches(hello, s) for hello in hellos)]
+    if constraint.sites and len(unknown) == len(constraint.sites):
+        return f"no site matches {', '.join(map(repr, unknown))}; sites are {_names(h.site for h in hellos)}"
+    environment = constraint.environment
+    known = {name for hello in hellos for name in hello.environments}
+    if environment is not None and environment not in known:
+        return f"no site offers the environment {environment!r}; environments are {_names(known)}"
+    return None
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names))) or "none so far"

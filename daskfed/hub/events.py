@@ -1,0 +1,184 @@
+"""What happens to the hub (events) and what the hub wants done (commands): frozen, without I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from daskfed.messages import Attempt, BlockSpec, Key, Message, SiteHello
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClientJoined:
+    """A client connected; ``owner`` is the user it acts for."""
+
+    client: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLeft:
+    """A client is gone for good: whatever only it wanted is released."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksSubmitted:
+    """A client submits the blocks of a graph and wants ``wanted`` of their outputs.
+
+    ``wait`` asks to wait where no site meets a constraint; else the outputs fail at once.
+    """
+
+    client: str
+    blocks: tuple[BlockSpec, ...]
+    wanted: tuple[Key, ...]
+    wait: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeysDesired:
+    """A client wants keys that exist, or that it expects to exist."""
+
+    client: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeysReleased:
+    """A client no longer wants these keys."""
+
+    client: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeysCancelled:
+    """A client cancels keys: they end for every client, with all that depends on them.
+
+    ``force`` cancels also what other clients want.
+    """
+
+    client: str
+    keys: tuple[Key, ...]
+    force: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeysScattered:
+    """A client's data, or keys made inside a task, are in memory at a site: they cannot be recomputed."""
+
+    client: str
+    site: str
+    keys: tuple[tuple[Key, int], ...]  # (key, bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteJoined:
+    """A site connected."""
+
+    hello: SiteHello
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLeft:
+    """A site is gone, with all it held."""
+
+    site: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromSite:
+    """A message of a site."""
+
+    site: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time went by; sent a few times a second."""
+
+
+Event: TypeAlias = (
+    ClientJoined
+    | ClientLeft
+    | BlocksSubmitted
+    | KeysDesired
+    | KeysReleased
+    | KeysCancelled
+    | KeysScattered
+    | SiteJoined
+    | SiteLeft
+    | FromSite
+    | Tick
+)
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+class Outcome(Enum):
+    """What a client is told of a key."""
+
+    IN_MEMORY = "memory"
+    FAILED = "erred"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class TellClient:
+    """Tell a client how keys stand; exceptions and types are added by the shell."""
+
+    client: str
+    outcome: Outcome
+    keys: tuple[Key, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TellSite:
+    """Send a message to a site; payloads are added by the shell."""
+
+    site: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetKeys:
+    """These keys ended: drop what is stored for them (exceptions, types)."""
+
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetBlock:
+    """This block ended: drop its payload."""
+
+    block: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailKeys:
+    """The hub itself fails keys: store an error with ``reason`` for them. ``kind`` names a class of daskfed.errors."""
+
+    keys: tuple[Key, ...]
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropReport:
+    """A report of an old attempt was dropped (for logs and tests)."""
+
+    site: str
+    block: str
+    attempt: Attempt
+
+
+Command: TypeAlias = TellClient | TellSite | ForgetKeys | ForgetBlock | FailKeys | DropReport

@@ -1,0 +1,390 @@
+"""What the hub knows of keys and blocks, and who is interested in what. Pure.
+
+A key lives while a client wants it or an unfinished block needs it. A block lives while one of the keys that it is the
+producer of lives. Everything else follows: when the last interest in a key ends, the key is released wherever it is,
+its producer is cancelled or forgotten if nothing else of it lives, and so on up the graph.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from daskfed.errors import IllegalTransition
+from daskfed.hub.events import Command, FailKeys, ForgetBlock, ForgetKeys, Outcome, TellClient, TellSite
+from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
+from daskfed.messages import Attempt, BlockSpec, CancelBlock, Key, ReleaseKeys
+
+STORY_LENGTH = 2000  # moves kept for explanations and errors
+
+
+@dataclass(slots=True)
+class KeyState:
+    """One key. Dicts to None are sets that keep their order, so that the same events always give the same commands."""
+
+    key: Key
+    owner: str
+    producer: str | None = None  # id of the block that makes it; None for scattered data and for promises
+    phase: KeyPhase = KeyPhase.PENDING
+    nbytes: int = 0
+    holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # site that holds it, first maker first -> why
+    importing: dict[str, None] = field(default_factory=dict)  # sites that were told to bring it in, and have not yet
+    failed_at: dict[str, None] = field(default_factory=dict)  # sites that were told of its failure
+    wanted_by: dict[str, None] = field(default_factory=dict)  # clients
+    consumers: dict[str, None] = field(default_factory=dict)  # unfinished blocks that need it
+
+    def present_at(self, site: str) -> bool:
+        """Say whether a block at ``site`` can use the key without a further import."""
+        return site in self.holders or site in self.importing or site in self.failed_at
+
+
+@dataclass(slots=True)
+class BlockState:
+    """One block."""
+
+    spec: BlockSpec
+    order: tuple[int, int]  # blocks are placed in this order: (-priority, arrival)
+    phase: BlockPhase = BlockPhase.WAITING
+    attempt: Attempt = Attempt(0, 0)
+    site: str | None = None  # where it is or was placed
+    missing: int = 0  # inputs that are still pending
+    open_outputs: set[Key] = field(default_factory=set)  # not yet reported in this attempt
+    live: int = 0  # outputs that it is the producer of and that still live
+    failures: int = 0  # attempts that ended through no fault of its tasks
+    expected_s: float = 0.0  # estimated seconds of one thread
+    started: bool = False  # its tasks are with the site's scheduler
+    wait: bool = False  # wait where no site meets its constraint
+
+
+class Ledger:
+    """Keys, blocks, interest, and the commands that follow from their changes.
+
+    ``out`` collects commands in order; :meth:`flush` returns and clears them, with messages to one receiver merged.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.keys: dict[Key, KeyState] = {}
+        self.blocks: dict[str, BlockState] = {}
+        self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
+        self.ready: list[BlockState] = []  # became ready since the dispatcher last looked
+        self.unplaced: list[tuple[str, BlockState]] = []  # (site, block) that left its site since then
+        self.stories: deque[tuple[object, str]] = deque(maxlen=STORY_LENGTH)
+        self._out: list[Command] = []
+        self._tells: dict[tuple[str, Outcome, str], list[Key]] = {}
+        self._releases: dict[str, list[Key]] = {}
+        self._forgotten: list[Key] = []
+
+    # -- moves -------------------------------------------------------------------------------------------------------
+
+    def move_block(self, block: BlockState, move: str) -> None:
+        """Make a legal move of a block; raises IllegalTransition with the block's story otherwise."""
+        try:
+            block.phase = next_block_phase(block.phase, move, block.spec.id)
+        except IllegalTransition as exc:
+            raise IllegalTransition(f"{exc}; its story: {self.story(block.spec.id)}") from None
+        self.stories.append((block.spec.id, move))
+
+    def move_key(self, key: KeyState, move: str) -> None:
+        """Make a legal move of a key; raises IllegalTransition with the key's story otherwise."""
+        try:
+            key.phase = next_key_phase(key.phase, move, key.key)
+        except IllegalTransition as exc:
+            raise IllegalTransition(f"{exc}; its story: {self.story(key.key)}") from None
+        self.stories.append((key.key, move))
+
+    def story(self, name: object) -> list[str]:
+        """Return the recent moves of a key or block, oldest first."""
+        return [move for subject, move in self.stories if subject == name]
+
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def tell(self, clients: Iterable[str], outcome: Outcome, key: Key, reason: str = "") -> None:
+        """Tell clients how a key stands."""
+        for client in clients:
+            self._tells.setdefault((client, outcome, reason), []).append(key)
+
+    def command(self, command: Command) -> None:
+        """Append a command after what was told and released so far."""
+        self._merge()
+        self._out.append(command)
+
+    def release_at(self, site: str, key: Key) -> None:
+        """Have a site release a key."""
+        self._releases.setdefault(site, []).append(key)
+
+    def flush(self) -> list[Command]:
+        """Return the commands since the last flush, in order."""
+        self._merge()
+        out, self._out = self._out, []
+        return out
+
+    def _merge(self) -> None:
+        for site, keys in self._releases.items():
+            self._out.append(TellSite(site, ReleaseKeys(tuple(keys))))
+        for (client, outcome, reason), keys in self._tells.items():
+            self._out.append(TellClient(client, outcome, tuple(keys), reason))
+        if self._forgotten:
+            self._out.append(ForgetKeys(tuple(self._forgotten)))
+        self._releases, self._tells, self._forgotten = {}, {}, []
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    def add_block(self, spec: BlockSpec, order: tuple[int, int], wait: bool) -> BlockState:
+        """Register a block and become the producer of those of its outputs that nobody makes yet."""
+        block = BlockState(spec, order, open_outputs=set(spec.outputs), wait=wait)
+        self.blocks[spec.id] = block
+        for key in spec.outputs:
+            state = self.keys.get(key)
+            if state is None:
+                state = self.keys[key] = KeyState(key, spec.owner)
+            if state.producer is None and state.phase is KeyPhase.PENDING:
+                state.producer = spec.id
+                block.live += 1
+        return block
+
+    def link_inputs(self, block: BlockState) -> None:
+        """Count the block as a consumer of its inputs and see whether it is ready."""
+        block.missing = 0
+        for key in block.spec.inputs:
+            state = self.keys[key]
+            state.consumers[block.spec.id] = None
+            block.missing += state.phase is KeyPhase.PENDING
+        self._ready_if_complete(block)
+
+    def _ready_if_complete(self, block: BlockState) -> None:
+        if block.missing == 0 and block.phase is BlockPhase.WAITING:
+            self.move_block(block, "inputs exist")
+            self.ready.append(block)
+
+    def key_made(self, state: KeyState, site: str, nbytes: int, claim: str) -> None:
+        """A site holds this key now: tell who wants it and ready who needs it.
+
+        ``claim`` says why it holds it: the id of the block that made it there, or ``"data"``.
+        """
+        was_pending = state.phase is KeyPhase.PENDING
+        if state.phase is not KeyPhase.HELD:
+            self.move_key(state, "made")
+            self.tell(state.wanted_by, Outcome.IN_MEMORY, state.key)
+        state.holders[site] = (*state.holders.get(site, ()), claim)
+        state.nbytes = nbytes
+        if was_pending:
+            self._input_exists(state)
+
+    def key_failed(self, state: KeyState) -> None:
+        """The task of this key raised: tell who wants it; its consumers will fail from it in turn."""
+        if state.phase is not KeyPhase.PENDING:
+            return
+        self.move_key(state, "failed")
+        self.tell(state.wanted_by, Outcome.FAILED, state.key)
+        self._input_exists(state)
+
+    def _input_exists(self, state: KeyState) -> None:
+        for name in state.consumers:
+            block = self.blocks[name]
+            block.missing -= 1
+            self._ready_if_complete(block)
+
+    def finish_if_done(self, block: BlockState) -> None:
+        """End a block whose outputs are all settled."""
+        if block.open_outputs:
+            return
+        self.move_block(block, "finished")
+        self._leave_site(block)
+        self._unlink(block)
+        if block.live == 0:
+            self._forget(block)
+
+    def fail_block(self, block: BlockState, kind: str, reason: str) -> None:
+        """Fail the open outputs of a block that cannot run, with an error of the hub's own."""
+        states = [self.keys[key] for key in block.spec.outputs if key in self.keys]
+        pending = [state for state in states if state.phase is KeyPhase.PENDING]
+        self.command(FailKeys(tuple(state.key for state in pending), kind, reason))
+        for state in pending:
+            self.key_failed(state)
+        self.cancel(block)
+
+    # -- losing ------------------------------------------------------------------------------------------------------
+
+    def return_block(self, block: BlockState, move: str) -> None:
+        """A placed block is back at the hub, to be placed again."""
+        self.move_block(block, move)
+        self._leave_site(block)
+        block.open_outputs = set(block.spec.outputs)
+        self.link_inputs(block)
+
+    def take_back(self, block: BlockState) -> None:
+        """Stop the present attempt of a placed block, through no fault of its tasks, and place it again."""
+        self.command(TellSite(str(block.site), CancelBlock(block.spec.id, block.attempt)))
+        block.failures += 1
+        self.return_block(block, "site lost")
+        self._disclaim(block)
+
+    def _disclaim(self, block: BlockState) -> None:
+        """The site of a cancelled attempt released what it made for this block, unless another block claims it too."""
+        site = str(block.site)
+        for key in block.spec.outputs:
+            state = self.keys.get(key)
+            if state is None or block.spec.id not in state.holders.get(site, ()):
+                continue
+            others = tuple(claim for claim in state.holders[site] if claim != block.spec.id)
+            if others:
+                state.holders[site] = others
+            else:
+                self.lose_key_at(state, site)
+
+    def _leave_site(self, block: BlockState) -> None:
+        if block.site is not None:
+            self.unplaced.append((block.site, block))
+        block.started = False
+
+    def lose_key_at(self, state: KeyState, site: str) -> None:
+        """A site no longer has this key, nor will."""
+        state.importing.pop(site, None)
+        state.failed_at.pop(site, None)
+        if site not in state.holders:
+            return
+        del state.holders[site]
+        if state.holders or state.phase is not KeyPhase.HELD:
+            return
+        self._remake(state)
+
+    def _remake(self, state: KeyState) -> None:
+        self.move_key(state, "lost")
+        for name in state.consumers:
+            self._input_lost(self.blocks[name])
+        block = self.blocks.get(state.producer or "")
+        if block is None or any(key not in self.keys for key in block.spec.inputs):
+            self.command(FailKeys((state.key,), "SiteLostError", "its site is gone and it cannot be computed again"))
+            self.key_failed(state)
+        elif block.phase is BlockPhase.DONE:
+            self.move_block(block, "output lost")
+            block.open_outputs = set(block.spec.outputs)
+            self.link_inputs(block)
+        elif block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING):
+            self.take_back(block)
+
+    def _input_lost(self, block: BlockState) -> None:
+        block.missing += 1
+        if block.phase is BlockPhase.READY:
+            self.move_block(block, "input lost")
+
+    # -- interest ----------------------------------------------------------------------------------------------------
+
+    def want(self, client: str, key: Key) -> None:
+        """Count a client as wanting a key and tell it how the key stands, if that is known already."""
+        state = self.keys[key]
+        state.wanted_by[client] = None
+        self.wants[client][key] = None
+        if state.phase is KeyPhase.HELD:
+            self.tell((client,), Outcome.IN_MEMORY, key)
+        elif state.phase is KeyPhase.FAILED:
+            self.tell((client,), Outcome.FAILED, key)
+
+    def unwant(self, client: str, keys: Iterable[Key]) -> None:
+        """A client no longer wants these keys."""
+        wanted = self.wants[client]
+        for key in keys:
+            wanted.pop(key, None)
+            if (state := self.keys.get(key)) is not None:
+                state.wanted_by.pop(client, None)
+        if not wanted:
+            del self.wants[client]
+
+    def settle(self, keys: Iterable[Key]) -> None:
+        """Free those of ``keys`` that nobody needs any more, and whatever was needed only for them."""
+        stack = list(keys)
+        while stack:
+            state = self.keys.get(stack.pop())
+            if state is None:
+                continue
+            if state.consumers:
+                continue
+            if state.wanted_by:
+                self._drop_replicas(state)
+                continue
+            stack.extend(self._free(state))
+
+    def _drop_replicas(self, state: KeyState) -> None:
+        """Keep one copy of a key that is only wanted, not about to be used."""
+        spare = list(state.holders)[1:]
+        for site in spare:
+            del state.holders[site]
+        for site in (*spare, *state.importing):
+            self.release_at(site, state.key)
+        state.importing.clear()
+
+    def _free(self, state: KeyState) -> Iterable[Key]:
+        self.move_key(state, "release")
+        for site in dict.fromkeys((*state.holders, *state.importing, *state.failed_at)):
+            self.release_at(site, state.key)
+        del self.keys[state.key]
+        self._forgotten.append(state.key)
+        block = self.blocks.get(state.producer or "")
+        if block is None:
+            return ()
+        block.live -= 1
+        return self._end_if_dead(block)
+
+    def _end_if_dead(self, block: BlockState) -> Iterable[Key]:
+        if block.live > 0:
+            return ()
+        if block.phase is BlockPhase.DONE:
+            self._forget(block)
+            return ()
+        return self._cancel(block)
+
+    def cancel(self, block: BlockState) -> None:
+        """Stop a block and release what was needed only for it."""
+        self.settle(self._cancel(block))
+
+    def _cancel(self, block: BlockState) -> Iterable[Key]:
+        placed = block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING)
+        if placed:
+            self.command(TellSite(str(block.site), CancelBlock(block.spec.id, block.attempt)))
+            self._leave_site(block)
+        self.move_block(block, "cancel")
+        self._drop(block)
+        freed = list(self._unlinked(block))
+        if placed:
+            self._disclaim(block)
+        return freed
+
+    def _unlinked(self, block: BlockState) -> Iterable[Key]:
+        for key in block.spec.inputs:
+            if (state := self.keys.get(key)) is not None:
+                state.consumers.pop(block.spec.id, None)
+                yield key
+
+    def _unlink(self, block: BlockState) -> None:
+        self.settle(list(self._unlinked(block)))
+
+    def _forget(self, block: BlockState) -> None:
+        self.move_block(block, "forget")
+        self._drop(block)
+
+    def _drop(self, block: BlockState) -> None:
+        if self.blocks.pop(block.spec.id, None) is not None:
+            self.command(ForgetBlock(block.spec.id))
+
+    def cancel_keys(self, keys: Iterable[Key], reason: str) -> None:
+        """End keys and all that depends on them, for every client."""
+        doomed = self._downstream(keys)
+        for state in doomed:
+            self.tell(state.wanted_by, Outcome.CANCELLED, state.key, reason)
+            for client in list(state.wanted_by):
+                self.unwant(client, (state.key,))
+        self.settle([state.key for state in doomed])
+
+    def _downstream(self, keys: Iterable[Key]) -> list[KeyState]:
+        found: dict[Key, KeyState] = {}
+        stack = list(keys)
+        while stack:
+            key = stack.pop()
+            if key in found or key not in self.keys:
+                continue
+            state = found[key] = self.keys[key]
+            for name in state.consumers:
+                stack.extend(self.blocks[name].spec.outputs)
+        return list(found.values())

@@ -1,0 +1,106 @@
+"""How the hub reaches a site: over links that the site dialled, or in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Collection
+from contextlib import suppress
+from typing import Any, Protocol
+
+from distributed.comm.core import Comm, CommClosedError
+
+from daskfed.comm.control import ControlStream
+from daskfed.comm.opaque import call_opaque
+from daskfed.messages import Key, Message, SiteHello
+
+CHANNEL_TIMEOUT_S = 30.0  # how long a call waits for a site to park a channel
+
+
+class SitePort(Protocol):
+    """One site, as the hub's shell sees it."""
+
+    @property
+    def hello(self) -> SiteHello:
+        """What the site said of itself when it joined."""
+        ...
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Queue a message on the control stream."""
+        ...
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler of the site's agent and return its reply, unopened."""
+        ...
+
+    def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages with these keys, up to the one that ends them."""
+        ...
+
+    async def close(self) -> None:
+        """End the connection."""
+        ...
+
+
+class RemoteSite:
+    """A site whose agent dialled the hub: one control stream, and channels that it parked for the hub's calls."""
+
+    def __init__(self, hello: SiteHello, stream: ControlStream) -> None:
+        self.hello = hello
+        self.stream = stream
+        self._idle: deque[Comm] = deque()
+        self._parked = asyncio.Condition()
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Queue a message on the control stream."""
+        self.stream.send(message, payload)
+
+    async def park(self, comm: Comm) -> None:
+        """Take in a channel that the site dialled."""
+        async with self._parked:
+            self._idle.append(comm)
+            self._parked.notify()
+
+    async def take(self) -> Comm:
+        """Return an idle channel, waiting for the site to park one; raises CommClosedError if none comes."""
+        async with self._parked:
+            while True:
+                while self._idle:
+                    comm = self._idle.popleft()
+                    if not comm.closed():
+                        return comm
+                try:
+                    await asyncio.wait_for(self._parked.wait(), CHANNEL_TIMEOUT_S)
+                except TimeoutError:
+                    raise CommClosedError(f"site {self.hello.site!r} parked no channel for the hub's call") from None
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler of the site's agent and return its reply, unopened; raises OpaqueError as it raised."""
+        comm = await self.take()
+        try:
+            return await call_opaque(comm, op, **kwargs)
+        finally:
+            if not comm.closed():
+                await self.park(comm)
+
+    async def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages with these keys, up to the one that ends them; each is read when the last was taken."""
+        channel = await self.take()
+        try:
+            await channel.write({"op": "get_keys", "keys": keys, "token": token, "reply": False})
+            ended = False
+            while not ended:
+                message = await channel.read()
+                ended = bool(message.get("end"))
+                yield message
+        except BaseException:
+            channel.abort()  # a half-read stream is of no use to the next call
+            raise
+        await self.park(channel)
+
+    async def close(self) -> None:
+        """End the control stream and all channels."""
+        with suppress(OSError):
+            await self.stream.comm.close()
+        for comm in self._idle:
+            comm.abort()

@@ -1,0 +1,232 @@
+"""The hub's shell: listens, gives events to the core, and does what the core commands.
+
+Clients speak the Dask client protocol (a stream and RPCs); sites dial a control stream and park channels. Everything a
+user pickled passes through unopened. The parts: :mod:`.clients` serves clients' streams, :mod:`.gateway` answers what
+needs the sites (gather, scatter, who_has ...), :mod:`.stores` keeps payloads, :mod:`.ports` reaches sites.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import time
+from contextlib import suppress
+from typing import Any
+
+from distributed.comm.core import Comm, CommClosedError
+from distributed.core import Status
+from tornado.ioloop import PeriodicCallback
+
+from daskfed.comm.control import ControlStream
+from daskfed.comm.opaque import OpaqueServer
+from daskfed.hub import events as ev
+from daskfed.hub.clients import ClientSessions
+from daskfed.hub.core import HubCore
+from daskfed.hub.gateway import Gateway
+from daskfed.hub.placement import Policy
+from daskfed.hub.ports import RemoteSite, SitePort
+from daskfed.hub.stores import Stores
+from daskfed.messages import (
+    PROTOCOL_VERSION,
+    KeysFailed,
+    KeysMade,
+    Message,
+    RunBlock,
+    SiteHello,
+    SiteStatus,
+    decode,
+)
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.2  # how often the core is told the time
+
+
+class Hub(OpaqueServer):
+    """A federation's hub, on the current event loop.
+
+    ``policy`` chooses sites; ``security`` is a ``distributed.Security`` or None; ``fixed`` declares that no site will
+    join after the first ones. Start it with ``await hub.start_at(address)``, end it with ``await hub.close()``.
+    """
+
+    default_port = 8700
+    default_ip = "127.0.0.1"
+
+    def __init__(self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False) -> None:
+        self.status: Status
+        self.security = security
+        self.fixed = fixed
+        self.started_at = time.time()
+        self.core = HubCore(epoch=int(self.started_at * 1000), policy=policy)
+        self.stores = Stores()
+        self.ports: dict[str, SitePort] = {}
+        self.secret = secrets.token_urlsafe(32)  # lets the agents of this federation fetch keys from each other
+        self.sessions = ClientSessions(self)
+        self.gateway = Gateway(self)
+        self.watchers: set[Comm] = set()  # told about workers that come and go
+        connection_args = security.get_connection_args("scheduler") if security else {}
+        super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
+        self.handlers.update(self._own_handlers() | self.gateway.handlers())
+        self.stream_handlers.update(self.sessions.stream_handlers())
+        self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
+
+    def _own_handlers(self) -> dict[str, Any]:
+        return {
+            "register-client": self.sessions.register,
+            "register-site": self.register_site,
+            "park-channel": self.park_channel,
+            "relay-fetch": self.gateway.relay_fetch,
+            "terminate": self.terminate,
+        }
+
+    async def start_at(self, address: str) -> Hub:
+        """Listen on ``address`` (``tcp://host:port``, ``tls://…``, ``inproc://``; port 0: any free one) and start."""
+        self._start_address = address
+        await self.start()
+        return self
+
+    async def start_unsafe(self) -> Hub:
+        """Start listening; called by ``start``."""
+        listen_args = self.security.get_listen_args("scheduler") if self.security else {}
+        await self.listen(self._start_address, **listen_args)
+        await super().start_unsafe()
+        self.start_periodic_callbacks()
+        return self
+
+    async def terminate(self) -> None:
+        """End the hub at a client's request, after the reply was written."""
+        asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(self.close()))
+
+    async def close(self, timeout: float | None = None, reason: str = "") -> None:
+        """Tell clients and sites that the federation ends, and stop listening."""
+        if self.status in (Status.closing, Status.closed):
+            await self.finished()
+            return
+        self.status = Status.closing
+        await self.sessions.close()
+        for port in list(self.ports.values()):
+            await port.close()
+        for comm in list(self.watchers):
+            comm.abort()
+        await super().close(timeout=timeout, reason=reason)
+        self.status = Status.closed
+
+    # -- the core ----------------------------------------------------------------------------------------------------
+
+    def take(self, event: ev.Event) -> None:
+        """Give one event to the core and carry out its commands."""
+        for command in self.core.handle(event, time.monotonic()):
+            self._perform(command)
+
+    def _perform(self, command: ev.Command) -> None:
+        match command:
+            case ev.TellSite(site, message):
+                self._tell_site(site, message)
+            case ev.TellClient():
+                self.sessions.tell(command)
+            case ev.ForgetKeys(keys):
+                self.stores.forget_keys(keys)
+            case ev.ForgetBlock(block):
+                self.stores.forget_block(block)
+            case ev.FailKeys(keys, kind, reason):
+                self.stores.make_error(keys, kind, reason)
+            case ev.DropReport():
+                logger.debug("dropped a report of an old attempt: %s", command)
+
+    def _tell_site(self, site: str, message: Message) -> None:
+        port = self.ports.get(site)
+        if port is None:
+            return
+        port.send(message, self.stores.beside(message) if isinstance(message, RunBlock) else None)
+
+    # -- sites -------------------------------------------------------------------------------------------------------
+
+    async def register_site(self, comm: Comm, hello: dict[str, Any], token: str | None = None) -> Status:
+        """Serve the control stream that a site dialled, until it ends."""
+        try:
+            decoded = self._accepted(hello)
+        except ValueError as exc:
+            await comm.write({"status": "error", "reason": str(exc)})
+            return Status.dont_reply
+        await comm.write({"status": "OK", "epoch": self.core.ledger.epoch, "federation": self.secret})
+        await self._serve_site(comm, decoded)
+        return Status.dont_reply
+
+    def _accepted(self, hello: dict[str, Any]) -> SiteHello:
+        decoded = decode(dict(hello))
+        if not isinstance(decoded, SiteHello):
+            raise ValueError(f"a site's first message is a hello, not {decoded.op!r}")
+        if problem := self._refusal(decoded):
+            raise ValueError(problem)
+        return decoded
+
+    def _refusal(self, hello: SiteHello) -> str | None:
+        if hello.protocol != PROTOCOL_VERSION:
+            return f"the hub speaks protocol {PROTOCOL_VERSION}, this site {hello.protocol}: install the same daskfed"
+        if hello.site in self.ports:
+            return f"a site named {hello.site!r} is connected already: give this one another name"
+        return None
+
+    async def _serve_site(self, comm: Comm, hello: SiteHello) -> None:
+        comm.name = f"Hub->Site {hello.site}"
+        session = f"{hello.site}/{hello.incarnation}/{self.core.ledger.epoch}"
+        stream = ControlStream(comm, session, lambda message, payload: self.from_site(hello.site, message, payload))
+        self.add_site(RemoteSite(hello, stream))
+        try:
+            with suppress(CommClosedError):
+                await stream.serve()
+        finally:
+            self.remove_site(hello)
+            comm.abort()
+
+    def add_site(self, port: SitePort) -> None:
+        """Take in a site that is reached through ``port``."""
+        self.ports[port.hello.site] = port
+        logger.info("site %s joined", port.hello.site)
+        self.take(ev.SiteJoined(port.hello))
+
+    def remove_site(self, hello: SiteHello) -> None:
+        """A site is gone."""
+        port = self.ports.get(hello.site)
+        if port is None or port.hello.incarnation != hello.incarnation:
+            return
+        del self.ports[hello.site]
+        logger.info("site %s left", hello.site)
+        self.take(ev.SiteLeft(hello.site, hello.incarnation))
+        self.sites_changed()
+
+    def from_site(self, site: str, message: Message, payload: Any = None) -> None:
+        """Take in a message of a site, with what travelled beside it."""
+        known = self.core.ledger.keys
+        if isinstance(message, KeysFailed):
+            self.stores.keep_error([key for key in message.keys if key in known], payload)
+        elif isinstance(message, KeysMade) and payload:
+            types = payload.get("types") or {}
+            self.stores.types.update({key: kind for key, kind in types.items() if key in known})
+        before = self.core.sites[site].status if site in self.core.sites else None
+        self.take(ev.FromSite(site, message))
+        if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
+            self.sites_changed()
+
+    def sites_changed(self) -> None:
+        """Tell daskfed's clients what sites there are, and whoever watches workers."""
+        self.sessions.announce_sites()
+        for comm in list(self.watchers):
+            self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
+
+    async def _tell_watcher(self, comm: Comm) -> None:
+        identity = await self.gateway.identity(n_workers=-1)
+        with suppress(OSError):
+            await comm.write([("add", identity)])
+
+    async def park_channel(self, comm: Comm, site: str, incarnation: str, token: str) -> Status:
+        """Keep a channel that a site dialled, for calls to it."""
+        port = self.ports.get(site)
+        trusted = hmac.compare_digest(token, self.secret)
+        if trusted and isinstance(port, RemoteSite) and port.hello.incarnation == incarnation:
+            await port.park(comm)
+            while not comm.closed():  # the site's calls are made over this comm by others; stay until it ends
+                await asyncio.sleep(1)
+        return Status.dont_reply

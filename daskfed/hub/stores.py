@@ -1,0 +1,56 @@
+"""What the hub keeps beside names and sizes: payloads, errors and types, all unopened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from distributed.core import error_message
+
+from daskfed import errors
+from daskfed.messages import BlockSpec, Import, Key, RunBlock
+
+
+class Stores:
+    """Opaque things by block id or key; the core says when each may be forgotten."""
+
+    def __init__(self) -> None:
+        self.payloads: dict[str, Any] = {}
+        self.errors: dict[Key, dict[str, Any]] = {}
+        self.types: dict[Key, Any] = {}
+
+    def keep_payloads(self, blocks: Iterable[BlockSpec], payloads: Iterable[Any]) -> None:
+        """Keep the payload of each block."""
+        for block, payload in zip(blocks, payloads, strict=True):
+            self.payloads.setdefault(block.id, payload)
+
+    def keep_error(self, keys: Iterable[Key], error: dict[str, Any]) -> None:
+        """Keep one error, as ``exception`` and ``traceback``, for several keys."""
+        kept = {"exception": error.get("exception"), "traceback": error.get("traceback")}
+        for key in keys:
+            self.errors[key] = kept
+
+    def make_error(self, keys: Iterable[Key], kind: str, reason: str) -> None:
+        """Keep an error of the hub's own; ``kind`` names a class of :mod:`daskfed.errors`."""
+        self.keep_error(keys, dict(error_message(getattr(errors, kind)(reason))))
+
+    def beside(self, message: RunBlock) -> dict[str, Any]:
+        """Return what travels beside an order to run a block."""
+        return {
+            "block": self.payloads[message.block.id],
+            "errors": {each.key: self.errors[each.key] for each in _failed(message.imports)},
+        }
+
+    def forget_keys(self, keys: Iterable[Key]) -> None:
+        """Drop what is kept for keys."""
+        for key in keys:
+            self.errors.pop(key, None)
+            self.types.pop(key, None)
+
+    def forget_block(self, block: str) -> None:
+        """Drop the payload of a block."""
+        self.payloads.pop(block, None)
+
+
+def _failed(imports: Iterable[Import]) -> Iterable[Import]:
+    return (each for each in imports if each.failed)

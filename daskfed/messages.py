@@ -1,0 +1,343 @@
+"""Every message between hub and sites, and the nouns that they carry.
+
+Each message is a frozen dataclass whose fields are names, sizes, times and flags: nothing here holds user data.
+Payloads (pickled graphs, results, exceptions) are opaque frames that travel *beside* a message; the shells keep them
+by block id or key and the pure cores never see them.
+
+:func:`encode` turns a message into a plain dict for msgpack, :func:`decode` turns it back.
+The protocol version goes up with every change that an older peer would not understand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum, StrEnum
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+PROTOCOL_VERSION = 1
+
+Key: TypeAlias = str | bytes | int | float | tuple[Any, ...]
+"""What Dask calls a key: the name of one result."""
+
+
+class Attempt(NamedTuple):
+    """Which placement of a block a message is about; a late answer from an older attempt is dropped."""
+
+    epoch: int  # of the hub: goes up each time the hub starts
+    n: int  # of the block: goes up each time it is placed
+
+
+class BlockKind(StrEnum):
+    """What the payload of a block holds."""
+
+    GRAPH = "graph"  # a Dask expression with the tasks of one block, as the client cut it
+    CALLS = "calls"  # a Dask expression with at most 512 independent calls of one function (submit, map)
+    WHOLE = "whole"  # a whole, unmaterialised Dask expression: its inner keys are unknown to everybody but the site
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Where and how the tasks of one block may run; the empty constraint allows everything."""
+
+    sites: tuple[str, ...] = ()  # any of these: a site's name, or a label "name=value"; empty: every site
+    environment: str | None = None  # name of an environment that the site must report
+    workers: tuple[str, ...] = ()  # worker addresses or host names, as in Dask
+    allow_other_workers: bool = False  # ``workers`` is a preference
+    resources: tuple[tuple[str, float], ...] = ()  # sorted (name, amount) that one task takes on a worker
+    priority: int = 0  # the user's priority: higher runs earlier
+    retries: int = 0  # how often a failing task runs again
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """A piece of a graph that is placed as one."""
+
+    id: str  # unique in the federation
+    client: str  # id of the client that submitted it
+    owner: str  # user whom it belongs to
+    kind: BlockKind
+    inputs: tuple[Key, ...]  # keys that it needs from elsewhere
+    outputs: tuple[Key, ...]  # keys that others may ask for
+    ntasks: int  # number of tasks in the payload
+    prefixes: tuple[tuple[str, int], ...]  # (Dask key prefix, number of its tasks in the block)
+    constraint: Constraint = Constraint()
+    rank: int = 0  # place in the order in which the client would like its blocks to run
+    label: str = ""  # what a person calls it: the prefixes of its outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """A key that a site must bring in before a block can run there."""
+
+    key: Key
+    source: str  # site that holds it; empty where the key failed and only its error is brought
+    nbytes: int  # 0 where unknown
+    failed: bool = False  # the task that makes this key failed: its dependents are to fail with the same error
+
+
+@dataclass(frozen=True, slots=True)
+class MadeKey:
+    """A key that a site has in memory and holds for the federation."""
+
+    key: Key
+    nbytes: int
+
+
+class Message:
+    """Base of everything on the link between hub and site."""
+
+    __slots__ = ()
+    op: ClassVar[str]
+
+
+# -- hub to site -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunBlock(Message):
+    """Run this block and hold its outputs. Its payload travels beside it."""
+
+    op: ClassVar[str] = "run-block"
+    block: BlockSpec
+    attempt: Attempt
+    imports: tuple[Import, ...]  # inputs that the site has neither made nor imported yet
+    expected_s: float  # estimated seconds of one thread for the whole block
+
+
+@dataclass(frozen=True, slots=True)
+class RecallBlock(Message):
+    """Give this block back if its tasks were not handed to the site's scheduler yet."""
+
+    op: ClassVar[str] = "recall-block"
+    block: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class CancelBlock(Message):
+    """Nobody wants this block any more: stop it and forget its outputs."""
+
+    op: ClassVar[str] = "cancel-block"
+    block: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKeys(Message):
+    """The federation no longer needs these keys at this site."""
+
+    op: ClassVar[str] = "release-keys"
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyKeys(Message):
+    """Bring these keys in and hold them (a draining site hands over, or a user asked for replicas)."""
+
+    op: ClassVar[str] = "copy-keys"
+    imports: tuple[Import, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSite(Message):
+    """The federation ends, or this site was refused: release everything and stop."""
+
+    op: ClassVar[str] = "close-site"
+    reason: str
+
+
+# -- site to hub -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SiteHello(Message):
+    """The first message of a site."""
+
+    op: ClassVar[str] = "site-hello"
+    site: str  # its name, unique in the federation
+    incarnation: str  # unique to this run of the site's agent
+    protocol: int  # PROTOCOL_VERSION of the agent
+    labels: tuple[tuple[str, str], ...]  # sorted (name, value)
+    environments: tuple[str, ...]  # names of the environments that its workers offer
+    resources: tuple[tuple[str, float], ...]  # sorted (name, largest amount that one worker offers)
+    data_address: str  # where other agents may fetch keys; empty if nobody can connect
+    dashboard: str  # URL of the site's Dask dashboard; empty if none
+    versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, daskfed
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatus(Message):
+    """What a site has and does now; sent about once a second and when its workers change."""
+
+    op: ClassVar[str] = "site-status"
+    workers: int
+    threads: int
+    memory_limit: int  # bytes, of all workers
+    memory_used: int  # bytes
+    running: int  # tasks that run now
+    queued: int  # tasks that wait at the site's scheduler
+    draining: bool = False  # the site wants to leave: it takes no more blocks and hands its keys over
+    round_trip_s: float = 0.0  # measured between agent and hub
+    queue_wait_s: float = 0.0  # how long a new worker would wait for a batch job to start
+    cold_start_s: tuple[tuple[str, float], ...] = ()  # (environment, seconds to start a worker in it)
+    walltime_left_s: float = float("inf")  # until the last allocation of the site ends
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStarted(Message):
+    """The tasks of this block are with the site's scheduler now and cannot be recalled."""
+
+    op: ClassVar[str] = "block-started"
+    block: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecalled(Message):
+    """The site gave a block back, or (``given`` is false) it is too late for that."""
+
+    op: ClassVar[str] = "block-recalled"
+    block: str
+    attempt: Attempt
+    given: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeysMade(Message):
+    """Outputs of a block are in memory at the site, which holds them until told otherwise.
+
+    The pickled types of the results may travel beside it.
+    """
+
+    op: ClassVar[str] = "keys-made"
+    block: str
+    attempt: Attempt
+    keys: tuple[MadeKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeysFailed(Message):
+    """Outputs of a block failed with one error, whose exception and traceback travel beside it."""
+
+    op: ClassVar[str] = "keys-failed"
+    block: str
+    attempt: Attempt
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLost(Message):
+    """The site cannot finish this attempt through no fault of the tasks; it must be placed again."""
+
+    op: ClassVar[str] = "block-lost"
+    block: str
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyImported(Message):
+    """A key from elsewhere is now held here as well."""
+
+    op: ClassVar[str] = "key-imported"
+    key: Key
+    source: str  # site that it came from
+    nbytes: int  # bytes on the wire
+    seconds: float  # from asking for it until it had arrived
+    relayed: bool  # it went through the hub
+
+
+@dataclass(frozen=True, slots=True)
+class ImportFailed(Message):
+    """A key could not be fetched from ``source``; the hub names another or makes it again."""
+
+    op: ClassVar[str] = "import-failed"
+    key: Key
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeysLost(Message):
+    """Keys that the site held are gone and it cannot make them again by itself."""
+
+    op: ClassVar[str] = "keys-lost"
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned(Message):
+    """What the site measured since the last time, per Dask key prefix."""
+
+    op: ClassVar[str] = "learned"
+    durations: tuple[tuple[str, int, float], ...]  # (prefix, tasks, seconds of one thread in all)
+    sizes: tuple[tuple[str, int, int], ...]  # (prefix, results, bytes in all)
+
+
+MESSAGES: dict[str, type[Message]] = {cls.op: cls for cls in Message.__subclasses__()}
+
+_NESTED: dict[str, type[Any]] = {
+    "block": BlockSpec,
+    "attempt": Attempt,
+    "constraint": Constraint,
+}
+_NESTED_EACH: dict[str, type[Any]] = {"imports": Import}
+
+
+def encode(message: Message | BlockSpec | Constraint) -> dict[str, Any]:
+    """Return ``message`` as a dict of plain values, with its ``op``, ready for msgpack."""
+    plain = {field.name: _plain(getattr(message, field.name)) for field in fields(message)}  # type: ignore[arg-type]
+    if isinstance(message, Message):
+        plain["op"] = message.op
+    return plain
+
+
+def decode(plain: dict[str, Any]) -> Message:
+    """Return the message that :func:`encode` wrote.
+
+    Raises ValueError where the ``op`` is unknown or a field is missing or too many: the peer speaks another version.
+    """
+    values = dict(plain)
+    op = values.pop("op", None)
+    cls = MESSAGES.get(op)
+    if cls is None:
+        raise ValueError(f"unknown message {op!r}: the peer speaks another version than {PROTOCOL_VERSION}")
+    try:
+        return _rebuild(cls, values)  # type: ignore[no-any-return]
+    except TypeError as exc:
+        raise ValueError(f"malformed message {op!r} ({exc}): the peer speaks another protocol version") from exc
+
+
+def decode_block(plain: dict[str, Any]) -> BlockSpec:
+    """Return the block that :func:`encode` wrote; raises ValueError where it is malformed."""
+    try:
+        return _rebuild(BlockSpec, dict(plain))  # type: ignore[no-any-return]
+    except TypeError as exc:
+        raise ValueError(f"malformed block ({exc}): the peer speaks another protocol version") from exc
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (BlockSpec, Constraint, Import, MadeKey)):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple) and value and isinstance(value[0], (Import, MadeKey)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, Attempt):
+        return tuple(value)
+    return value
+
+
+def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
+    for name, value in values.items():
+        if isinstance(value, dict) and name in _NESTED:
+            values[name] = _rebuild(_NESTED[name], dict(value))
+        elif name == "attempt":
+            values[name] = Attempt(*value)
+        elif name in _NESTED_EACH:
+            values[name] = tuple(_rebuild(_NESTED_EACH[name], dict(item)) for item in value)
+        elif cls is KeysMade and name == "keys":
+            values[name] = tuple(_rebuild(MadeKey, dict(item)) for item in value)
+        elif name == "kind":
+            values[name] = BlockKind(value)
+    return cls(**values)

@@ -1,0 +1,379 @@
+"""A small stand-in for the scheduler of a site and its workers, in virtual time.
+
+It keeps the rules of Dask's scheduler (``distributed.scheduler``, 2026.8.0) that an agent must live with:
+
+- only keys that were asked for (*wanted*) are kept, all others go when their last dependent has run;
+- a graph that depends on a key that is neither in it nor known is cancelled as a whole ("lost dependencies");
+- a released key with known dependents is not forgotten: it keeps its old task, and a later graph with the same key runs
+  *that* again, from its old inputs;
+- a key that erred stays so as long as it is known;
+- a running task cannot be stopped: its thread is free only when it ends.
+
+The agent's plugin in that scheduler adds two rules: a fetch task that has reached memory becomes pure data (it is never
+run again, and is forgotten as soon as it is released), and one that comes for a known key which is not there takes the
+place of that key's old task.
+
+A task's value is a checksum of its key and its inputs' values, so that any mix-up shows in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from heapq import heappop, heappush
+from typing import TypeAlias
+from zlib import crc32
+
+from daskfed.messages import Key
+from daskfed.testing.clock import VirtualClock
+
+
+@dataclass(frozen=True, slots=True)
+class FakeTask:
+    """One task of a graph."""
+
+    key: Key
+    deps: tuple[Key, ...] = ()
+    seconds: float = 0.01  # of one thread
+    nbytes: int = 8
+    fails: bool = False
+    fetch: Callable[[], int | Failure] | None = None  # brings the value instead of computing it: an import
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The value of a key whose task, or an ancestor of it, raised."""
+
+    origin: Key  # the task that raised
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """A wanted key is in memory."""
+
+    key: Key
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Erred:
+    """A wanted key failed."""
+
+    key: Key
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Wanted keys will not come."""
+
+    keys: tuple[Key, ...]
+    reason: str
+
+
+SchedulerEvent: TypeAlias = InMemory | Erred | Cancelled
+
+
+class State(Enum):
+    """Where a task stands; the names are Dask's."""
+
+    RELEASED = auto()
+    WAITING = auto()
+    PROCESSING = auto()
+    MEMORY = auto()
+    ERRED = auto()
+    FORGOTTEN = auto()
+
+
+UNDER_WAY = (State.WAITING, State.PROCESSING)
+
+
+@dataclass(slots=True, eq=False)
+class FakeTaskState:
+    """What the scheduler knows of one task."""
+
+    key: Key
+    spec: FakeTask | None  # None: pure data, which cannot be made again
+    priority: tuple[int, int]
+    state: State = State.RELEASED
+    deps: dict[Key, FakeTaskState] = field(default_factory=dict)
+    dependents: dict[Key, FakeTaskState] = field(default_factory=dict)
+    waiters: dict[Key, FakeTaskState] = field(default_factory=dict)  # dependents that wait for it
+    waiting_on: dict[Key, FakeTaskState] = field(default_factory=dict)
+    wanted: bool = False
+    value: int | Failure | None = None
+    nbytes: int = 0
+    lost_deps: bool = False
+    run: int = 0  # which run of the task is the valid one
+
+
+def value_of(key: Key, inputs: Iterable[int]) -> int:
+    """Return the value of a task that does not fail: a checksum of its key and its inputs' values."""
+    return crc32(repr((key, *inputs)).encode())
+
+
+class FakeScheduler:
+    """Runs graphs on ``threads`` virtual threads and tells ``tell`` what becomes of the wanted keys."""
+
+    def __init__(self, clock: VirtualClock, threads: int, tell: Callable[[SchedulerEvent], None]) -> None:
+        self.tasks: dict[Key, FakeTaskState] = {}
+        self.slowness = 1.0  # factor on the duration of tasks
+        self.tasks_run = 0
+        self.closed = False
+        self._clock = clock
+        self._tell = tell
+        self._idle_threads = threads
+        self._ready: list[tuple[tuple[int, int], int, FakeTaskState]] = []
+        self._todo: dict[Key, tuple[FakeTaskState, State]] = {}  # recommended transitions, as in Dask
+        self._orders = 0
+
+    # -- what the agent asks for --------------------------------------------------------------------------------
+
+    def update_graph(self, graph: Mapping[Key, FakeTask], wanted: Iterable[Key], priority: int = 0) -> None:
+        """Run what of ``graph`` is needed for the keys ``wanted``; a lower ``priority`` runs first."""
+        wanted = tuple(wanted)
+        if self._lacks_something(graph, wanted):
+            self._tell(Cancelled(wanted, "lost dependencies"))
+            self.release(wanted)
+            return
+        touched = self._take_in(graph, wanted, priority)
+        for key in wanted:
+            self.tasks[key].wanted = True
+            if self.tasks[key].state is State.RELEASED:
+                self._recommend(self.tasks[key], State.WAITING)
+        for task in touched:
+            self._inherit_failure(task)
+        self._transitions()
+        for task in touched:
+            if task.wanted:
+                self._report(task)
+        self._start()
+
+    def release(self, keys: Iterable[Key]) -> None:
+        """Stop wanting keys."""
+        for key in keys:
+            task = self.tasks.get(key)
+            if task is None or not task.wanted:
+                continue
+            task.wanted = False
+            if not task.dependents:
+                self._recommend(task, State.FORGOTTEN)
+            elif task.state is not State.ERRED and not task.waiters:
+                self._recommend(task, State.RELEASED)
+        self._transitions()
+        self._start()
+
+    def gather(self, key: Key) -> int | Failure:
+        """Return the value of a key; raises KeyError where it is not in memory."""
+        task = self.tasks[key]
+        if task.state is not State.MEMORY or task.value is None:
+            raise KeyError(key)
+        return task.value
+
+    def state_of(self, key: Key) -> State:
+        """Return where a key stands."""
+        return self.tasks[key].state if key in self.tasks else State.FORGOTTEN
+
+    # -- taking a graph in --------------------------------------------------------------------------------------
+
+    def _lacks_something(self, graph: Mapping[Key, FakeTask], wanted: Iterable[Key]) -> bool:
+        stack, seen = list(wanted), set()
+        while stack:
+            key = stack.pop()
+            if key in seen:
+                continue
+            seen.add(key)
+            if key in graph:
+                stack.extend(graph[key].deps)
+            elif key not in self.tasks:
+                return True
+        return False
+
+    def _take_in(self, graph: Mapping[Key, FakeTask], wanted: Iterable[Key], priority: int) -> list[FakeTaskState]:
+        stack, touched, collisions = list(wanted), dict[Key, FakeTaskState](), set()
+        while stack:
+            key = stack.pop()
+            if key in touched:
+                continue
+            task, spec = self.tasks.get(key), graph.get(key)
+            if task is None:
+                assert spec is not None
+                self._orders += 1
+                task = self.tasks[key] = FakeTaskState(key, spec, (priority, self._orders))
+            elif spec is not None and spec.fetch is not None and task.state in (State.RELEASED, State.ERRED):
+                self._exchange(task, spec)
+            elif task.spec is None:
+                task.spec = spec
+            elif spec is not None and tuple(task.deps) != spec.deps:
+                collisions.add(key)  # Dask warns and keeps the task that it knows
+            touched[key] = task
+            stack.extend(spec.deps if spec is not None else ())
+        for key, spec in graph.items():
+            if key in touched and key not in collisions:
+                self._add_deps(touched[key], spec)
+        return list(touched.values())
+
+    def _exchange(self, task: FakeTaskState, spec: FakeTask) -> None:
+        """What the agent's scheduler plugin does with a key that is known, is not there, and is now to be fetched."""
+        for dep in task.deps.values():
+            del dep.dependents[task.key]
+            if not dep.dependents and not dep.wanted:
+                self._recommend(dep, State.FORGOTTEN)
+        task.deps, task.spec, task.lost_deps = {}, spec, False
+        task.state, task.value = State.RELEASED, None
+
+    def _add_deps(self, task: FakeTaskState, spec: FakeTask) -> None:
+        for dep in spec.deps:
+            task.deps[dep] = self.tasks[dep]
+            self.tasks[dep].dependents[task.key] = task
+
+    def _inherit_failure(self, task: FakeTaskState) -> None:
+        for dep in task.deps.values():
+            if dep.state is State.ERRED:
+                task.value = dep.value
+                self._recommend(task, State.ERRED)
+                return
+
+    # -- transitions --------------------------------------------------------------------------------------------
+
+    def _recommend(self, task: FakeTaskState, state: State) -> None:
+        self._todo[task.key] = (task, state)
+
+    def _transitions(self) -> None:
+        while self._todo:
+            task, target = self._todo.pop(next(iter(self._todo)))
+            if task.state is not target and task.state is not State.FORGOTTEN:
+                self._MOVES[target](self, task)
+
+    def _to_waiting(self, task: FakeTaskState) -> None:
+        if task.lost_deps:
+            self._recommend(task, State.FORGOTTEN)
+            return
+        if task.state is not State.RELEASED:
+            return
+        task.state = State.WAITING
+        task.waiting_on = {k: dep for k, dep in task.deps.items() if dep.state is not State.MEMORY}
+        for dep in task.deps.values():
+            if dep.state is State.RELEASED:
+                self._recommend(dep, State.WAITING)
+            dep.waiters[task.key] = task
+        task.waiters = {k: d for k, d in task.dependents.items() if d.state is State.WAITING}
+        if not task.waiting_on:
+            self._recommend(task, State.PROCESSING)
+
+    def _to_processing(self, task: FakeTaskState) -> None:
+        task.state = State.PROCESSING
+        task.run += 1
+        heappush(self._ready, (task.priority, task.run, task))
+
+    def _to_memory(self, task: FakeTaskState) -> None:
+        task.state = State.MEMORY
+        for waiter in task.waiters.values():
+            waiter.waiting_on.pop(task.key, None)
+            if waiter.state is State.WAITING and not waiter.waiting_on:
+                self._recommend(waiter, State.PROCESSING)
+        self._leave_deps(task)
+        if task.wanted:
+            self._report(task)
+        elif not task.waiters:
+            self._recommend(task, State.RELEASED)
+
+    def _to_erred(self, task: FakeTaskState) -> None:
+        task.state = State.ERRED
+        task.run += 1
+        task.waiting_on = {}
+        for waiter in task.waiters.values():
+            waiter.value = task.value
+            self._recommend(waiter, State.ERRED)
+        task.waiters = {}
+        self._leave_deps(task)
+        if task.wanted:
+            self._report(task)
+        elif not task.dependents:
+            self._recommend(task, State.FORGOTTEN)
+
+    def _to_released(self, task: FakeTaskState) -> None:
+        was_memory = task.state is State.MEMORY
+        task.state, task.value = State.RELEASED, None
+        task.run += 1
+        task.waiting_on = {}
+        if not was_memory:
+            self._leave_deps(task)
+        if task.lost_deps or task.spec is None:
+            self._recommend(task, State.FORGOTTEN)
+        elif task.wanted or task.waiters:
+            self._recommend(task, State.WAITING)
+
+    def _to_forgotten(self, task: FakeTaskState) -> None:
+        task.state, task.value = State.FORGOTTEN, None
+        task.run += 1
+        for dependent in task.dependents.values():
+            dependent.lost_deps = True
+            dependent.deps.pop(task.key, None)
+            dependent.waiting_on.pop(task.key, None)
+            if dependent.state not in (State.MEMORY, State.ERRED):
+                self._recommend(dependent, State.FORGOTTEN)
+        for dep in task.deps.values():
+            dep.dependents.pop(task.key, None)
+            dep.waiters.pop(task.key, None)
+            if not dep.dependents and not dep.wanted:
+                self._recommend(dep, State.FORGOTTEN)
+        del self.tasks[task.key]
+        if task.wanted:
+            self._tell(Cancelled((task.key,), "already forgotten"))
+
+    def _leave_deps(self, task: FakeTaskState) -> None:
+        for dep in task.deps.values():
+            dep.waiters.pop(task.key, None)
+            if not dep.waiters and not dep.wanted and dep.state is not State.ERRED:
+                self._recommend(dep, State.RELEASED)
+
+    _MOVES: dict[State, Callable[[FakeScheduler, FakeTaskState], None]] = {
+        State.WAITING: _to_waiting,
+        State.PROCESSING: _to_processing,
+        State.MEMORY: _to_memory,
+        State.ERRED: _to_erred,
+        State.RELEASED: _to_released,
+        State.FORGOTTEN: _to_forgotten,
+    }
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        while self._idle_threads and self._ready:
+            _, run, task = heappop(self._ready)
+            if task.run == run and task.state is State.PROCESSING and task.spec is not None:
+                self._idle_threads -= 1
+                inputs = [dep.value for dep in task.deps.values()]
+                seconds = task.spec.seconds * self.slowness
+                self._clock.call_later(seconds, self._finish, task, task.spec, run, inputs)
+
+    def _finish(self, task: FakeTaskState, spec: FakeTask, run: int, inputs: list[int | Failure | None]) -> None:
+        self._idle_threads += 1
+        self.tasks_run += 1
+        if self.closed:
+            return
+        if task.run == run and task.state is State.PROCESSING:
+            task.value, task.nbytes = _result(spec, inputs), spec.nbytes
+            if spec.fetch is not None and not isinstance(task.value, Failure):
+                task.spec = None
+            self._recommend(task, State.ERRED if isinstance(task.value, Failure) else State.MEMORY)
+            self._transitions()
+        self._start()
+
+    def _report(self, task: FakeTaskState) -> None:
+        if task.state is State.MEMORY:
+            self._tell(InMemory(task.key, task.nbytes))
+        elif task.state is State.ERRED:
+            assert isinstance(task.value, Failure)
+            self._tell(Erred(task.key, task.value))
+
+
+def _result(spec: FakeTask, inputs: list[int | Failure | None]) -> int | Failure:
+    if spec.fetch is not None:
+        return spec.fetch()
+    if spec.fails:
+        return Failure(spec.key)
+    assert all(isinstance(value, int) for value in inputs), f"{spec.key!r} ran without an input"
+    return value_of(spec.key, [value for value in inputs if isinstance(value, int)])

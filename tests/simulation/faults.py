@@ -1,0 +1,56 @@
+"""What goes wrong in a history: the weather of the wires, partitions, slow sites, late and leaving ones, bad transfers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from daskfed.testing.transport import Weather
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The faults of one history; times in seconds of virtual time."""
+
+    weather: tuple[Weather, ...]  # of the link of each site
+    joins_at: tuple[float, ...]  # per site
+    drains_at: tuple[float | None, ...]  # per site; None: it stays
+    slowness: tuple[float, ...]  # per site: factor on the duration of its tasks
+    partitions: tuple[tuple[int, float, float], ...]  # (site, from, until)
+    fetch_failure: float  # probability that a transfer fails
+    bandwidth_bps: float  # of transfers between sites, bytes per second
+
+    @property
+    def calm_at(self) -> float:
+        """When the last partition heals and the last site has joined or begun to leave."""
+        drains = [at for at in self.drains_at if at is not None]
+        return max([*self.joins_at, *drains, *(until for _, _, until in self.partitions), 0.0])
+
+
+def random_plan(rng: Random) -> Plan:
+    """Return the faults of a history: some histories are calm, most have a few kinds of trouble at once."""
+    nsites = rng.choice([3, 3, 3, 4, 5])
+    return Plan(
+        weather=tuple(random_weather(rng) for _ in range(nsites)),
+        joins_at=tuple(0.0 if n == 0 or rng.random() < 0.7 else rng.uniform(0.0, 8.0) for n in range(nsites)),
+        drains_at=tuple(rng.uniform(1.0, 8.0) if n > 1 and rng.random() < 0.3 else None for n in range(nsites)),
+        slowness=tuple(rng.choice([0.3, 1.0, 1.0, 4.0]) for _ in range(nsites)),
+        partitions=tuple(random_partition(rng, nsites) for _ in range(rng.choice([0, 1, 2]))),
+        fetch_failure=rng.choice([0.0, 0.0, 0.1]),
+        bandwidth_bps=rng.choice([1e6, 1e7, 1e9]),
+    )
+
+
+def random_weather(rng: Random) -> Weather:
+    """Return a stream or a datagram wire, near or far, good or bad."""
+    longest = rng.choice([0.002, 0.02, 0.2])
+    delay_s = (longest / rng.choice([1, 4]), longest)
+    if rng.random() < 0.5:
+        return Weather(delay_s)
+    return Weather(delay_s, loss=rng.choice([0.0, 0.1, 0.3]), duplicate=rng.choice([0.0, 0.1]), ordered=False)
+
+
+def random_partition(rng: Random, nsites: int) -> tuple[int, float, float]:
+    """Return when which site is cut off, and until when."""
+    start = rng.uniform(0.0, 8.0)
+    return rng.randrange(nsites), start, start + rng.choice([0.1, 1.0, 3.0])

@@ -1,0 +1,196 @@
+"""One history: a hub, sites and clients over bad wires, from one seed, and what must hold at its end.
+
+Everything random comes from ``random.Random(seed)``; the same seed gives the same history, event by event. Both cores
+are verified after each event. A history has four acts:
+
+1. clients submit, release and cancel while faults happen;
+2. all is calm: every key that a client holds must settle, rightly, within bounded time;
+3. the clients release everything: hub, sites, schedulers and links must be empty, within bounded time;
+4. the books are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from daskfed.hub import events as ev
+from daskfed.hub.core import HubCore
+from daskfed.messages import BlockSpec, Key, KeysMade
+from daskfed.site.core import SiteCore
+from daskfed.testing.clock import VirtualClock
+from daskfed.testing.scheduler import FakeTask
+from daskfed.testing.transport import connect
+from tests.simulation.clients import ClientNode
+from tests.simulation.faults import random_plan
+from tests.simulation.hub import HubNode
+from tests.simulation.site import SiteNode
+from tests.simulation.workload import Cutter, random_universe
+
+NTASKS = 200  # in the universe of a history
+SETTLE_S = 600.0  # virtual time after which a key that has not settled never will
+EMPTY_S = 60.0  # virtual time after which what is left was forgotten
+
+
+class Broken(AssertionError):
+    """A history broke a rule; the message has the seed and how to replay it."""
+
+
+@dataclass(slots=True)
+class Cores:
+    """How the cores of a history are made; the tests of seeded bugs put worse ones in their place."""
+
+    hub: Callable[[], HubCore] = HubCore
+    site: Callable[..., SiteCore] = SiteCore
+    link: Callable[..., Any] | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """What a history that broke nothing went through."""
+
+    seed: int
+    sites: int
+    tasks: int
+    events: int
+    seconds: float  # of virtual time
+    rows: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Simulation:
+    """The federation of one history."""
+
+    def __init__(self, seed: int, cores: Cores | None = None, story: list[str] | None = None) -> None:
+        self.seed = seed
+        self.cores = cores or Cores()
+        self.story = story
+        self.clock = VirtualClock()
+        self.rng = Random(seed)
+        self.over = False
+        self.events = 0
+        self.payloads: dict[str, dict[Key, FakeTask]] = {}  # every block that was ever submitted
+        self.specs: list[BlockSpec] = []
+        self.cancelled: dict[Key, None] = {}
+        self.universe = random_universe(self.rng, NTASKS)
+        self.plan = random_plan(self.rng)
+        self.hub = HubNode(self, self.cores.hub())
+        self.sites = {f"s{n}": SiteNode(self, n, Random(self.rng.random())) for n in range(len(self.plan.joins_at))}
+        self.clients = {f"c{n}": self._client(f"c{n}") for n in range(self.rng.choice([1, 2, 3]))}
+        self._plan_faults()
+
+    def _client(self, name: str) -> ClientNode:
+        staying = [site for site in self.sites.values() if site.stays]
+        places = [site.name for site in staying] + [site.label for site in staying]
+        rng = Random(self.rng.random())
+        return ClientNode(self, name, rng, Cutter(rng, self.universe, tuple(places)), rng.choice([2, 4, 6]))
+
+    def _plan_faults(self) -> None:
+        sites = list(self.sites.values())
+        for site, joins_at, drains_at in zip(sites, self.plan.joins_at, self.plan.drains_at, strict=True):
+            self.clock.call_at(joins_at, site.join)
+            if drains_at is not None:
+                self.clock.call_at(max(drains_at, joins_at + 0.5), site.drain)
+        for n, start, end in self.plan.partitions:
+            self.clock.call_at(start, sites[n].cut)
+            self.clock.call_at(end, sites[n].mend)
+
+    # -- rules --------------------------------------------------------------------------------------------------
+
+    def log(self, who: str, what: Any, out: bool = False) -> None:
+        """Count an event and, where a story is wanted, tell it."""
+        self.events += not out
+        if self.story is not None:
+            self.story.append(f"{self.clock.now:10.4f} {who:>4} {'=>' if out else '<-'} {what}")
+
+    def require(self, truth: bool, rule: str, *about: Any) -> None:
+        """Raise Broken where a rule does not hold."""
+        if not truth:
+            raise Broken(f"{rule}: {', '.join(map(str, about))}" if about else rule)
+
+    def fail(self, rule: str) -> None:
+        """Raise Broken."""
+        raise Broken(rule)
+
+    def check_made(self, site: str, message: KeysMade) -> None:
+        """A site must hold what it says it made."""
+        for made in message.keys:
+            value = self.sites[site].value(made.key)
+            self.require(value is not None, "a site says that it made a key that it does not hold", site, made.key)
+
+    def all_joined(self) -> bool:
+        """Whether every site is there: then a constraint that no site meets is an error at once."""
+        return all(site.joined for site in self.sites.values())
+
+    def doomed(self) -> set[Key]:
+        """Return the keys that a cancellation may end: what was cancelled, and all outputs of blocks that need it."""
+        doomed: set[Key] = set(self.cancelled)
+        before = -1
+        while before != len(doomed):
+            before = len(doomed)
+            for spec in self.specs:
+                if not doomed.isdisjoint(spec.inputs):
+                    doomed.update(spec.outputs)
+        return doomed
+
+    # -- acts ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Play the history; raises Broken, naming the seed, where it breaks a rule."""
+        try:
+            for client in self.clients.values():
+                client.start()
+            self.clock.run_until(self.plan.calm_at)
+            self._wait(SETTLE_S, self._unsettled)
+            self._gather_all()
+            for client in self.clients.values():
+                client.release_all()
+            self._wait(EMPTY_S, self._leftovers)
+        except Exception as exc:
+            raise Broken(
+                f"seed {self.seed}, at {self.clock.now:.4f} s: {type(exc).__name__}: {exc}\n"
+                f"replay it: python -m tests.simulation.replay {self.seed}"
+            ) from exc
+        self.over = True
+        return self._result()
+
+    def _wait(self, limit_s: float, unfinished: Callable[[], str]) -> None:
+        end = self.clock.now + limit_s
+        while problem := unfinished():
+            self.require(self.clock.now < end, f"after {limit_s:.0f} s", problem)
+            self.clock.run_until(self.clock.now + 0.5)
+
+    def _unsettled(self) -> str:
+        for client in self.clients.values():
+            if client.acting:
+                return f"{client.name} still acts"
+            for key, told in client.held.items():
+                if told is None:
+                    return f"{client.name} waits for {key!r}: {self.hub.core.explain(key)}"
+        return ""
+
+    def _gather_all(self) -> None:
+        for client in self.clients.values():
+            for key, told in client.held.items():
+                if told is ev.Outcome.IN_MEMORY:
+                    self.require(client.gather(key), "a key is in memory and cannot be gathered", client.name, key)
+
+    def _leftovers(self) -> str:
+        left = self.hub.leftovers()
+        for site in self.sites.values():
+            left += site.leftovers()
+        return "; ".join(left)
+
+    def _result(self) -> Result:
+        rows = {"hub block": self.hub.blocks.rows, "hub key": self.hub.keys.rows}
+        counts = {"dropped reports": self.hub.dropped_reports}
+        tasks = 0
+        for site in self.sites.values():
+            tasks += site.scheduler.tasks_run
+            site.count(rows, counts)
+        return Result(self.seed, len(self.sites), tasks, self.events, self.clock.now, rows, counts)
+
+
+__all__ = ["Broken", "Cores", "Result", "Simulation", "connect"]

@@ -1,0 +1,155 @@
+"""The simulated hub: the real core and the real stores, with links and clients around them as the real shell has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from daskfed.hub import events as ev
+from daskfed.hub.core import HubCore
+from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
+from daskfed.hub.stores import Stores
+from daskfed.messages import Key, KeysFailed, KeysMade, Message, RunBlock, SiteHello
+from daskfed.testing.scheduler import Failure
+from daskfed.testing.transport import Connection
+from tests.simulation.coverage import Follower
+from tests.simulation.workload import Submission
+
+if TYPE_CHECKING:
+    from tests.simulation.federation import Simulation
+
+TICK_S = 1.0
+
+
+class HubNode:
+    """One hub."""
+
+    def __init__(self, sim: Simulation, core: HubCore) -> None:
+        self.sim = sim
+        self.core = core
+        self.stores = Stores()
+        self.links: dict[str, Connection] = {}  # site -> its connection, of which the hub has end 0
+        self.blocks = Follower("hub block", BLOCK_MOVES, BlockPhase.WAITING)
+        self.keys = Follower("hub key", KEY_MOVES, KeyPhase.PENDING)
+        self.dropped_reports = 0
+        self._tells_due: dict[tuple[str, Key], int] = {}  # how often a client may yet be told that a key is there
+        sim.clock.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        if not self.sim.over:
+            self.handle(ev.Tick())
+            self.sim.clock.call_later(TICK_S, self._tick)
+
+    # -- sites --------------------------------------------------------------------------------------------------
+
+    def from_site(self, site: str, message: Message, beside: Any) -> None:
+        """Take in a message of a site and what travelled beside it."""
+        ledger = self.core.ledger
+        if isinstance(message, SiteHello):
+            self.handle(ev.SiteJoined(message))
+            return
+        if isinstance(message, KeysFailed):
+            self.stores.keep_error([key for key in message.keys if key in ledger.keys], beside)
+        if isinstance(message, KeysMade):
+            self.sim.check_made(site, message)
+        self.handle(ev.FromSite(site, message))
+        if isinstance(message, KeysFailed):
+            self.stores.forget_keys([key for key in message.keys if key not in ledger.keys])
+
+    def site_left(self, site: str, incarnation: str) -> None:
+        """A site's connection ended for good."""
+        self.links.pop(site).close()
+        self.handle(ev.SiteLeft(site, incarnation))
+
+    # -- the core -----------------------------------------------------------------------------------------------
+
+    def handle(self, event: ev.Event) -> None:
+        """Give one event to the core, verify it, and do what it commands."""
+        self.sim.log("hub", event)
+        commands = self.core.handle(event, self.sim.clock.now)
+        self.core.check()
+        self._follow_stories()
+        touched: dict[str, None] = {}
+        for command in commands:
+            self.sim.log("hub", command, out=True)
+            self._do(command)
+            if isinstance(command, ev.TellSite):
+                touched[command.site] = None
+        for site in touched:
+            if site in self.links:
+                self.links[site].ends[0].pump()
+
+    def _do(self, command: ev.Command) -> None:
+        if isinstance(command, ev.TellSite):
+            self._tell_site(command.site, command.message)
+        elif isinstance(command, ev.TellClient):
+            self._tell_client(command)
+        elif isinstance(command, ev.ForgetBlock):
+            self.stores.forget_block(command.block)
+        elif isinstance(command, ev.ForgetKeys):
+            self.stores.forget_keys(command.keys)
+        elif isinstance(command, ev.FailKeys):
+            self.sim.fail(f"the hub failed {command.keys}: {command.kind}: {command.reason}")
+        else:
+            self.dropped_reports += 1
+
+    def _tell_site(self, site: str, message: Message) -> None:
+        if site not in self.links:
+            return
+        beside = None
+        if isinstance(message, RunBlock):
+            self.sim.require(message.block.id in self.stores.payloads, "a block is sent whose payload is gone", message)
+            beside = self.stores.beside(message)["errors"]  # the payload itself is taken from the simulation's book
+        self.links[site].ends[0].send(message, beside)
+
+    def _follow_stories(self) -> None:
+        stories = self.core.ledger.stories
+        while stories:
+            subject, move = stories.popleft()
+            follower = self.blocks if subject in self.sim.payloads else self.keys
+            follower.follow(subject, move)
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    def submit(self, client: str, graph: Submission) -> None:
+        """Take in a graph with its payloads."""
+        known = self.core.ledger.blocks
+        self.stores.payloads |= {block.id: block.id for block in graph.blocks if block.id not in known}
+        self._expect_tells(client, graph.wanted)
+        self.handle(ev.BlocksSubmitted(client, graph.blocks, graph.wanted, wait=not self.sim.all_joined()))
+        for block in graph.blocks:
+            if block.id not in known:
+                self.stores.forget_block(block.id)
+
+    def desire(self, client: str, keys: tuple[Key, ...]) -> None:
+        """A client wants keys that another client submitted."""
+        known = tuple(key for key in keys if key in self.core.ledger.keys)
+        self.sim.clients[client].gone(tuple(key for key in keys if key not in known))
+        self.promise(client, known)
+
+    def promise(self, client: str, keys: tuple[Key, ...]) -> None:
+        """A client wants keys whose graph is perhaps still on the way."""
+        self._expect_tells(client, keys)
+        self.handle(ev.KeysDesired(client, keys))
+
+    def _expect_tells(self, client: str, keys: tuple[Key, ...]) -> None:
+        for key in keys:
+            self._tells_due[client, key] = self._tells_due.get((client, key), 0) + 1
+
+    def _tell_client(self, command: ev.TellClient) -> None:
+        failures: dict[Key, Failure] = {}
+        for key in command.keys:
+            if command.outcome is ev.Outcome.IN_MEMORY:
+                due = self._tells_due.get((command.client, key), 0)
+                self.sim.require(due > 0, "a client is told once more that a key is in memory", command.client, key)
+                self._tells_due[command.client, key] = due - 1
+            elif command.outcome is ev.Outcome.FAILED:
+                self.sim.require(key in self.stores.errors, "no error is stored for a key that failed", key)
+                failures[key] = Failure(self.stores.errors[key]["exception"])
+        self.sim.clients[command.client].tell(command, failures)
+
+    def gather(self, key: Key) -> int | Failure | None:
+        """Return the value of a key as a client that asks now would get it; None where no site has it."""
+        state = self.core.ledger.keys.get(key)
+        for name in state.holders if state is not None else ():
+            return self.sim.sites[name].value(key)
+        return None

@@ -1,0 +1,182 @@
+"""What simulated clients submit: parts of one random graph, cut into random blocks, with random constraints.
+
+All clients of a history draw from one *universe* of tasks, as Dask's deterministic tokens make real clients do: their
+graphs overlap, and a key means the same wherever it turns up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
+from daskfed.testing.scheduler import Failure, FakeTask, value_of
+
+PREFIXES = ("load", "inc", "sum", "merge", "x")
+
+
+@dataclass(slots=True)
+class Universe:
+    """All tasks that a history may ever run, and what each must yield."""
+
+    tasks: dict[Key, FakeTask]
+    outcome: dict[Key, int | frozenset[Key]] = field(init=False)  # the value, or the tasks whose failure it may show
+
+    def __post_init__(self) -> None:
+        self.outcome = {}
+        for key, task in self.tasks.items():  # in topological order
+            self.outcome[key] = self._evaluate(task)
+
+    def _evaluate(self, task: FakeTask) -> int | frozenset[Key]:
+        inputs = [self.outcome[dep] for dep in task.deps]
+        failed = [each for each in inputs if isinstance(each, frozenset)]
+        if failed:
+            return frozenset().union(*failed)
+        if task.fails:
+            return frozenset({task.key})
+        return value_of(task.key, [each for each in inputs if isinstance(each, int)])
+
+    def agrees(self, key: Key, value: int | Failure) -> bool:
+        """Say whether ``value`` is what the reference evaluation gives for ``key``."""
+        expected = self.outcome[key]
+        if isinstance(value, Failure):
+            return isinstance(expected, frozenset) and value.origin in expected
+        return value == expected
+
+    def closure(self, keys: Iterable[Key], given: frozenset[Key] = frozenset()) -> list[Key]:
+        """Return ``keys`` and their ancestors in topological order, not looking behind the keys ``given``."""
+        stack, found = list(keys), set[Key]()
+        while stack:
+            key = stack.pop()
+            if key not in found and key not in given:
+                found.add(key)
+                stack.extend(self.tasks[key].deps)
+        return [key for key in self.tasks if key in found]
+
+    def downstream(self, keys: Iterable[Key]) -> set[Key]:
+        """Return ``keys`` and all that depends on them."""
+        found = set(keys)
+        for key, task in self.tasks.items():
+            if any(dep in found for dep in task.deps):
+                found.add(key)
+        return found
+
+
+def random_universe(rng: Random, ntasks: int) -> Universe:
+    """Return a random graph: mostly local edges, some far ones, a few tasks that fail, a few large results."""
+    tasks: dict[Key, FakeTask] = {}
+    keys: list[Key] = []
+    failing = rng.choice([0.0, 0.01, 0.04])
+    width = rng.choice([10, 30, 80])
+    for n in range(ntasks):
+        prefix = PREFIXES[n % len(PREFIXES)]
+        key: Key = ("x", n) if prefix == "x" else f"{prefix}-{n}"
+        deps = () if n < 6 or rng.random() < 0.2 else _some_earlier(rng, keys, width)
+        seconds = rng.choice([0.002, 0.02, 0.1, 0.4])
+        nbytes = rng.choice([8, 1000, 10**6])
+        tasks[key] = FakeTask(key, deps, seconds, nbytes, fails=rng.random() < failing)
+        keys.append(key)
+    return Universe(tasks)
+
+
+def _some_earlier(rng: Random, keys: list[Key], width: int) -> tuple[Key, ...]:
+    near = keys[-width:]
+    return tuple(dict.fromkeys(rng.choice(keys if rng.random() < 0.1 else near) for _ in range(rng.choice([1, 1, 2, 3]))))
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One graph as a client sends it."""
+
+    blocks: tuple[BlockSpec, ...]
+    payloads: dict[str, dict[Key, FakeTask]]  # block -> its tasks
+    wanted: tuple[Key, ...]
+
+
+class Cutter:
+    """Cuts parts of a universe into blocks."""
+
+    def __init__(self, rng: Random, universe: Universe, places: tuple[str, ...]) -> None:
+        self._rng = rng
+        self._universe = universe
+        self._places = places  # selectors that a block may be pinned to
+        self._cuts = 0
+
+    def cut(self, client: str, wanted: tuple[Key, ...], given: frozenset[Key]) -> Submission:
+        """Cut what is needed for ``wanted``; keys in ``given`` are held by the client and are only referred to.
+
+        Each task gets a colour; a block holds the tasks of one colour and one stage, and the stage rises where an edge
+        joins two colours: so edges between blocks go to higher stages only. Some sources are copied to their users.
+        """
+        order = self._universe.closure(wanted, given)
+        copied = {key for key in order if not self._universe.tasks[key].deps and self._rng.random() < 0.1}
+        home = self._colour(order)
+        members: defaultdict[tuple[int, int], list[Key]] = defaultdict(list)
+        for key in order:
+            members[home[key]].append(key)
+        needed = self._needed_elsewhere(order, home, copied) | set(wanted)
+        self._cuts += 1
+        blocks, payloads = [], {}
+        for rank, place in enumerate(sorted(members)):
+            outputs = tuple(key for key in members[place] if key in needed)
+            if outputs:
+                payload = self._payload(outputs, set(members[place]) | copied)
+                spec = self._spec(f"{client}/{self._cuts}/{rank}", client, payload, outputs, rank)
+                blocks.append(spec)
+                payloads[spec.id] = payload
+        return Submission(tuple(blocks), payloads, wanted)
+
+    def _colour(self, order: list[Key]) -> dict[Key, tuple[int, int]]:
+        colours = self._rng.choice([1, 3, 6, 12])
+        home: dict[Key, tuple[int, int]] = {}
+        for key in order:
+            colour = self._rng.randrange(colours)
+            deps = [home[dep] for dep in self._universe.tasks[key].deps if dep in home]
+            if deps and self._rng.random() < 0.6:
+                colour = deps[0][1]
+            stage = max((stage + (other != colour) for stage, other in deps), default=0)
+            home[key] = (stage, colour)
+        return home
+
+    def _needed_elsewhere(self, order: list[Key], home: dict[Key, tuple[int, int]], copied: set[Key]) -> set[Key]:
+        return {
+            dep
+            for key in order
+            for dep in self._universe.tasks[key].deps
+            if dep in home and home[dep] != home[key] and dep not in copied
+        }
+
+    def _payload(self, outputs: tuple[Key, ...], inside: set[Key]) -> dict[Key, FakeTask]:
+        stack, found = list(outputs), dict[Key, FakeTask]()
+        while stack:
+            key = stack.pop()
+            if key in inside and key not in found:
+                found[key] = self._universe.tasks[key]
+                stack.extend(found[key].deps)
+        return {key: found[key] for key in self._universe.tasks if key in found}
+
+    def _spec(
+        self, name: str, client: str, payload: dict[Key, FakeTask], outputs: tuple[Key, ...], rank: int
+    ) -> BlockSpec:
+        inputs = dict.fromkeys(dep for task in payload.values() for dep in task.deps if dep not in payload)
+        prefixes: defaultdict[str, int] = defaultdict(int)
+        for key in payload:
+            prefixes[str(key[0]) if isinstance(key, tuple) else str(key).split("-")[0]] += 1
+        return BlockSpec(
+            id=name,
+            client=client,
+            owner="user",
+            kind=BlockKind.GRAPH if inputs or len(payload) > 1 else BlockKind.CALLS,
+            inputs=tuple(inputs),
+            outputs=outputs,
+            ntasks=len(payload),
+            prefixes=tuple(sorted(prefixes.items())),
+            constraint=self._constraint(),
+            rank=rank,
+        )
+
+    def _constraint(self) -> Constraint:
+        sites = (self._rng.choice(self._places),) if self._rng.random() < 0.2 else ()
+        return Constraint(sites=sites, priority=self._rng.choice([0, 0, 0, 5]))
