@@ -50,9 +50,6 @@ EXTRAS = {
 ENTRY_POINTS = {
     "console_scripts": ["daskfed=daskfed.cli:main"],
     "dask_cli": ["fed=daskfed.cli:cli"],
-    "daskfed.policies": [
-        "default=daskfed.hub.placement:CheapestSite",
-    ],
 }
 
 setup(

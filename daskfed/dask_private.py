@@ -8,8 +8,11 @@ from __future__ import annotations
 
 __all__ = [  # names that are exported under another name than their own
     "AnnotationsTombstone",
+    "ExprSequence",
     "HLGExprGroup",
+    "HLGExprSequence",
     "INPROC_EOF",
+    "MapExpr",
     "TaskList",
     "current_annotations",
     "decompress_frames",
@@ -29,12 +32,15 @@ from dask._expr import HLGFinalizeCompute as HLGFinalizeCompute  # what compute(
 # -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
 from dask._expr import LLGExpr as LLGExpr  # a low-level graph: submit, get(dict)
 from dask._expr import _AnnotationsTombstone as AnnotationsTombstone  # "this key has no such annotation"
+from dask._expr import _ExprSequence as ExprSequence  # several collections computed together
 from dask._expr import _HLGExprGroup as HLGExprGroup  # several graphs that share one optimiser
+from dask._expr import _HLGExprSequence as HLGExprSequence
 
 # -- client/cutting.py: reading the nodes of a graph -----------------------------------------------------------------
 from dask._task_spec import Alias as Alias  # a key that only stands for another
 from dask._task_spec import DataNode as DataNode  # a value that lies in the graph itself
 from dask._task_spec import GraphNode as GraphNode  # base of everything in a graph: key, dependencies
+from dask._task_spec import Task as Task  # a call: func, args, kwargs
 from dask._task_spec import List as TaskList  # a list with tasks in it
 from dask._task_spec import NestedContainer as NestedContainer  # a list, tuple, set or dict with tasks in it
 from dask._task_spec import Task as Task
@@ -95,34 +101,3 @@ from distributed.variable import VariableExtension as VariableExtension
 # -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
 from dask.core import validate_key as validate_key
 from distributed.client import _MapExpr as MapExpr  # what Client.map sends
-
-
-def without_annotations(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function outside every ``dask.annotate``: a layer that Dask makes anew takes on what is current."""
-    context = contextvars.copy_context()
-    context.run(current_annotations.set, None)
-    return context.run(function, *args, **kwargs)
-
-
-# Dask's collections are heavy and optional: their private names are imported only when one of them is there.
-
-
-def array_optimisation() -> Any:
-    """Return the module with ``optimize`` and ``_optimize_slices``."""
-    from dask.array import optimization
-
-    return optimization
-
-
-def bag_optimise() -> Any:
-    """Return the optimiser of bags."""
-    from dask.bag.core import optimize
-
-    return optimize
-
-
-def delayed_optimise() -> Any:
-    """Return the optimiser of delayed objects."""
-    from dask.delayed import optimize
-
-    return optimize

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Draw the transition tables of the cores into docs/architecture.md, as Mermaid state diagrams.
+"""Draw what the code knows into docs/architecture.md: transition tables as Mermaid diagrams, messages as a table.
 
-    python draw_tables.py            write the diagrams between their markers
+    python draw_tables.py            write them between their markers
     python draw_tables.py --check    write nothing; exit 1 where the page shows something else than the code
 
-A table maps (state, move) to the next state. Between ``<!-- NAME -->`` and ``<!-- /NAME -->`` stands its diagram.
+A transition table maps (state, move) to the next state. What is drawn stands between ``<!-- NAME -->`` and
+``<!-- /NAME -->``.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Mapping
 from enum import Enum
@@ -16,11 +19,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from daskfed import messages
+
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 TABLES: tuple[tuple[str, str, str], ...] = (
-    ("block-table", "daskfed.hub.states", "BLOCK_MOVES"),
-    ("key-table", "daskfed.hub.states", "KEY_MOVES"),
+    ("hub-block-table", "daskfed.hub.states", "BLOCK_MOVES"),
+    ("hub-key-table", "daskfed.hub.states", "KEY_MOVES"),
+    ("site-block-table", "daskfed.site.states", "BLOCK_MOVES"),
+    ("site-key-table", "daskfed.site.states", "KEY_MOVES"),
 )
 """Marker on the page, module, name of the table in it."""
 
@@ -42,6 +49,18 @@ def diagram(table: Mapping[tuple[Any, str], Any]) -> str:
     return "\n".join(["```mermaid", "stateDiagram-v2", f"    [*] --> {first}", *lines, *ends, "```"])
 
 
+def message_rows() -> str:
+    """Return a Markdown table of the messages: who says it, its name, its docstring's first sentence."""
+    rows, speaker = ["| who | message | meaning |", "|---|---|---|"], ""
+    for line in inspect.getsource(messages).splitlines():
+        if (section := re.match(r"# -- (hub to site|site to hub) -", line)) is not None:
+            speaker = section[1]
+        elif (found := re.match(r"class (\w+)\(Message\)", line)) is not None:
+            meaning = " ".join((inspect.getdoc(getattr(messages, found[1])) or "").split("\n\n")[0].split())
+            rows.append(f"| {speaker} | `{found[1]}` | {meaning} |")
+    return "\n".join(rows)
+
+
 def place(page: str, marker: str, drawing: str) -> str:
     """Return ``page`` with ``drawing`` between the two markers; raises ValueError where the page lacks them."""
     opening, closing = f"<!-- {marker} -->", f"<!-- /{marker} -->"
@@ -57,6 +76,7 @@ def main() -> int:
     old = new = PAGE.read_text(encoding="utf-8")
     for marker, module, name in TABLES:
         new = place(new, marker, diagram(getattr(import_module(module), name)))
+    new = place(new, "message-table", message_rows())
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(new, encoding="utf-8")
         return 0

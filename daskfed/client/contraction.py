@@ -12,6 +12,7 @@ a key from outside is known to be. Both are numbers here, 0 stands for "no const
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import Any
 import cloudpickle
 from dask.sizeof import sizeof
 
-from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask
+from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask, Task
 from daskfed.errors import ConfigurationError
 from daskfed.messages import Constraint, Key
 
@@ -82,6 +83,7 @@ class Nodes:
     size: list[int]  # number of its tasks; where copies of sources are many, they count as well
     inputs: list[list[int]]  # nodes whose results it needs, ascending
     users: list[list[int]]  # nodes that need its results
+    is_part: list[bool]  # its result is a part of its only input
     placement: list[int]  # number of its placement
     area: list[int]  # number of the area that it is bound to, or where its inputs from outside are
     placements: Placements
@@ -106,8 +108,9 @@ def contract(
     size = [len(keys) for keys in members]
     if len(shared) > copies(cap):
         size = [sum(1 + len(shared & graph[key].dependencies) for key in keys) for keys in members]
-    everywhere = [ANYWHERE] * len(members)
-    nodes = Nodes(members, size, inputs, _users(inputs), [FREE] * len(members), everywhere, Placements(), shared)
+    count = len(members)
+    free, anywhere, whole = [FREE] * count, [ANYWHERE] * count, [False] * count
+    nodes = Nodes(members, size, inputs, users_of(inputs), whole, free, anywhere, Placements(), shared)
     if constraints:
         _bind(nodes, graph, constraints)
     return nodes
@@ -140,7 +143,7 @@ def _inputs(graph: Mapping[Key, GraphNode], members: list[list[Key]], index: Map
     return [sorted(found - {number}) for number, found in enumerate(needs)]
 
 
-def _users(inputs: list[list[int]]) -> list[list[int]]:
+def users_of(inputs: list[list[int]]) -> list[list[int]]:
     users: list[list[int]] = [[] for _ in inputs]
     for number, needs in enumerate(inputs):
         for need in needs:
@@ -251,7 +254,9 @@ def _without_cycles(members: list[list[Key]], inputs: list[list[int]]) -> tuple[
 
     Everything on a cycle or between two cycles becomes one node: coarser than need be, in a case hardly ever met.
     """
-    on_cycle = _never_ready(inputs) & _never_ready(_users(inputs))
+    users = users_of(inputs)
+    on_cycle = set(range(len(inputs))).difference(ready_order(inputs, users))
+    on_cycle.difference_update(ready_order(users, inputs))
     groups = {key: min(on_cycle) for number in on_cycle for key in members[number]}
     keys = [key for one in members for key in one]
     leaders = {key: members[first][0] for key, first in groups.items()}
@@ -259,8 +264,8 @@ def _without_cycles(members: list[list[Key]], inputs: list[list[int]]) -> tuple[
     return _number(keys, leaders)
 
 
-def _never_ready(inputs: list[list[int]]) -> set[int]:
-    users = _users(inputs)
+def ready_order(inputs: list[list[int]], users: list[list[int]]) -> list[int]:
+    """Return the nodes in an order in which inputs come first; what is on a cycle or needs it is left out."""
     missing = [len(needs) for needs in inputs]
     ready = [number for number, count in enumerate(missing) if not count]
     for number in ready:
@@ -268,23 +273,28 @@ def _never_ready(inputs: list[list[int]]) -> set[int]:
             missing[user] -= 1
             if not missing[user]:
                 ready.append(user)
-    return set(range(len(inputs))).difference(ready)
+    return ready
 
 
 # -- constraints -----------------------------------------------------------------------------------------------------
 
 
 def _bind(nodes: Nodes, graph: Mapping[Key, GraphNode], constraints: Mapping[Key, Constraint]) -> None:
-    """Set the placements and areas of all nodes."""
+    """Set what only matters where there are constraints: placements, areas, and which nodes are parts."""
     placements = nodes.placements
     for number, keys in enumerate(nodes.members):
         if len(keys) == 1:
             own = constraints.get(keys[0])
             placement = FREE if own is None else placements.number(own)
+            nodes.is_part[number] = len(nodes.inputs[number]) == 1 and _takes_part(graph[keys[0]])
         else:
             placement = _common_placement(placements, keys, constraints)
         nodes.placement[number] = placement
         nodes.area[number] = placements.areas[placement] or _area_outside(placements, keys, graph, constraints)
+
+
+def _takes_part(node: GraphNode) -> bool:
+    return isinstance(node, Task) and node.func is operator.getitem
 
 
 def _common_placement(placements: Placements, keys: list[Key], constraints: Mapping[Key, Constraint]) -> int:

@@ -28,16 +28,8 @@ from daskfed.client.notes import (
     noted_tasks,
     put_notes,
 )
-from daskfed.dask_private import (
-    GraphNode,
-    Task,
-    array_optimisation,
-    bag_optimise,
-    delayed_optimise,
-    execute_subgraph,
-    fuse_linear_task_spec,
-    without_annotations,
-)
+from daskfed.client.stock import array_optimisation, bag_optimise, delayed_optimise, without_annotations
+from daskfed.dask_private import GraphNode, Task, execute_subgraph, fuse_linear_task_spec
 from daskfed.messages import Key
 
 
@@ -63,6 +55,11 @@ def optimise_delayed(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     if not has_notes(dsk):
         return delayed_optimise()(dsk, keys, **kwargs)
     return without_annotations(_optimise_delayed, dsk, flat_keys(keys))
+
+
+def dont_optimise(dsk: Any, keys: Any, **kwargs: Any) -> Any:
+    """Leave a graph as it is, but keep the annotations of its layers."""
+    return bake(dsk)
 
 
 class Guarded:
@@ -91,7 +88,7 @@ def barriers(tasks: Mapping[Key, GraphNode], notes: Mapping[Key, Note]) -> list[
     users = reverse_dict(needs)
     chain: dict[Key, Note | None] = {}
     found = []
-    for key in toposort(needs):
+    for key in toposort(needs, dependencies=needs):
         note = notes.get(key)
         linear = needs[key] if len(needs[key]) == 1 and len(users[needs[key][0]]) == 1 else []
         for dep in linear:
@@ -114,7 +111,7 @@ def _optimise_array(dsk: Any, keys: list[Key]) -> Any:
 
 def _optimise_delayed(dsk: Any, keys: list[Key]) -> HighLevelGraph:
     if not dask.config.get("optimization.fuse.delayed"):
-        return bake(delayed_optimise()(dsk, keys))  # type: ignore[no-any-return]
+        return bake(delayed_optimise()(dsk, keys))
     tasks, notes = noted_tasks(dsk)
     tasks = fuse_linear_task_spec(tasks, [*keys, *barriers(tasks, notes)])
     return HighLevelGraph({"delayed": MaterializedLayer(_with_notes(tasks, notes))}, {"delayed": set()})
@@ -167,7 +164,7 @@ def _own_tags(graph: HighLevelGraph) -> dict[str, int | None]:
 def _shared_tags(graph: HighLevelGraph, tags: dict[str, int | None]) -> dict[str, int | None]:
     """Give untagged chunkwise layers the tag of their neighbours, where these agree, so that Dask may fuse them."""
     tags = dict(tags)
-    order = [name for name in toposort(graph.dependencies) if name in graph.layers]
+    order = [name for name in toposort(graph.layers, dependencies=graph.dependencies) if name in graph.layers]
     users = reverse_dict(graph.dependencies)
     for name in order:
         if tags[name] is None and isinstance(graph.layers[name], Blockwise):

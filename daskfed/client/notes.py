@@ -149,13 +149,13 @@ def flat_keys(keys: Any) -> list[Key]:
     return list(flatten(keys if isinstance(keys, (list, set, frozenset)) else [keys]))
 
 
-def without_futures(node: T) -> T:
+def without_futures(node: Any) -> Any:
     """Return a task whose references to futures are references to their keys: a future must not be pickled along."""
     if isinstance(node, TaskRef):
         return node if type(node) is TaskRef else TaskRef(node.key)
     if type(node) is not Task and not isinstance(node, NestedContainer):
         return node
-    return _mapped(node, without_futures)  # type: ignore[no-any-return]
+    return _mapped(node, without_futures)
 
 
 def _baked(layer: Layer, keys: Iterable[Key]) -> Layer:
@@ -214,7 +214,8 @@ def _mapped(node: Task, function: Callable[[Any], Any]) -> Task:
         if any(inner[key] is not value for key, value in node.args[0].items()):
             args[0] = inner
     kwargs = {name: function(value) for name, value in node.kwargs.items()}
-    if all(a is b for a, b in zip(args, node.args, strict=True)) and all(kwargs[k] is v for k, v in node.kwargs.items()):
+    pairs = [*zip(args, node.args, strict=True), *zip(kwargs.values(), node.kwargs.values(), strict=True)]
+    if all(new is old for new, old in pairs):
         return node
     if isinstance(node, NestedContainer):
         return type(node)(args) if node.klass is dict else type(node)(*args)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
+from daskfed.client.areas import areas
 from daskfed.client.contraction import ANYWHERE, Nodes
 
 DRAWN = 2.0  # a lower piece draws a node away from its unit where it has this many times the weight
@@ -66,14 +67,14 @@ class Stages:
         self.nodes = nodes
         self.limits = limits
         self.stage = [-1] * count  # of a node; -1: has none yet
-        self.area = list(nodes.area)  # of a node: where most of its data is
+        self.area = areas(nodes)  # of a node: where most of its data is
         self._now = 0  # the stage that grows
         self._share = 1  # of the openers of this stage that a piece should have
         self._missing = [len(needs) for needs in nodes.inputs]  # inputs that have no stage yet
         self._weight = [1.0 / len(users) if users else 1.0 for users in nodes.users]
         self._wide = wide_nodes(nodes, limits)
         self._prelude = prelude(nodes, self._wide)
-        self._many_areas = any(nodes.area)
+        self._many_areas = any(self.area)
         # Union-find over nodes. What follows is per unit, at the node that leads it.
         self._parent = list(range(count))
         self.size = list(nodes.size)
@@ -108,8 +109,7 @@ class Stages:
         for node in openers:
             self.openers[node] = 1
             if needs := self.nodes.inputs[node]:
-                self.anchor[node] = self._strongest(needs)[0]
-                self._settle_area(node)
+                self.anchor[node] = self._strongest(node, needs)[0]
             self._settle(node)
             self._follow()
 
@@ -149,10 +149,8 @@ class Stages:
             return None
         needs, stage, now = self.nodes.inputs[node], self.stage, self._now
         here = [need for need in needs if stage[need] == now]
-        if len(here) < len(needs) and self._is_drawn_down(needs):
+        if len(here) < len(needs) and self._is_drawn_down(node):
             return None
-        if self._many_areas:
-            self._settle_area(node)
         units = sorted(set(map(self._find, here)))
         if not all(self._admits(unit, node) for unit in units):
             return None
@@ -162,29 +160,20 @@ class Stages:
             return None
         return self._united(units, node)
 
-    def _is_drawn_down(self, needs: list[int]) -> bool:
-        here = sum(self._weight[need] for need in needs if self.stage[need] == self._now)
-        below = [need for need in needs if self.stage[need] != self._now]
-        return self._strongest(below)[1] > DRAWN * here
+    def _is_drawn_down(self, node: int) -> bool:
+        needs, stage, now = self.nodes.inputs[node], self.stage, self._now
+        here = sum(self._weight[need] for need in needs if stage[need] == now)
+        return self._strongest(node, [need for need in needs if stage[need] != now])[1] > DRAWN * here
 
-    def _strongest(self, needs: Iterable[int]) -> tuple[int, float]:
-        """Return the unit or piece with most of these inputs, by weight, and that weight."""
+    def _strongest(self, node: int, needs: list[int]) -> tuple[int, float]:
+        """Return the unit or piece with most of these inputs, by weight, and that weight; in the node's area if any."""
+        if self._many_areas:
+            needs = [need for need in needs if self.area[need] == self.area[node]] or needs
         pull: dict[int, float] = {}
         for need in needs:
             unit = self._find(need)
             pull[unit] = pull.get(unit, 0.0) + self._weight[need]
         return max(pull.items(), key=lambda item: (item[1], -item[0]))
-
-    def _settle_area(self, node: int) -> None:
-        """Set the area of a node to that of most of its inputs, unless it is bound by itself."""
-        if self.nodes.area[node]:
-            return
-        pull: dict[int, float] = {}
-        for need in self.nodes.inputs[node]:
-            area = self.area[need]
-            if area != ANYWHERE:
-                pull[area] = pull.get(area, 0.0) + self._weight[need]
-        self.area[node] = min(pull, key=lambda area: (-pull[area], area), default=ANYWHERE)
 
     def _admits(self, unit: int, node: int) -> bool:
         if self.area[unit] != self.area[node]:

@@ -87,6 +87,7 @@ class ClientSessions:
     def _ended(self, session: ClientSession) -> None:
         if self.sessions.get(session.client) is session:
             del self.sessions[session.client]
+            self.hub.coordination.client_gone(session.client)
             self.hub.take(ev.ClientLeft(session.client))
         if not session.stream.closed():
             session.send({"op": "stream-closed"})

@@ -16,6 +16,7 @@ from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
+    BlockKind,
     BlockLost,
     BlockRecalled,
     BlockStarted,
@@ -109,16 +110,14 @@ class HubCore:
                 self.ledger.command(ev.ForgetBlock(spec.id))
                 continue
             self._arrivals += 1
-            order = (-spec.constraint.priority, self._arrivals)
+            order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, self._arrivals)
             added.append(self.ledger.add_block(spec, order, event.wait))
         for key in event.wanted:
             if key in self.ledger.keys:
                 self.ledger.want(event.client, key)
             else:
                 self.ledger.tell((event.client,), ev.Outcome.LOST, key, "lost dependencies")
-        for block in added:
-            if block.spec.id in self.ledger.blocks:
-                self._link(block)
+        self._link(added)
         self.ledger.settle([key for block in added for key in block.spec.outputs])
 
     def _exists(self, keys: tuple[Key, ...]) -> bool:
@@ -126,19 +125,33 @@ class HubCore:
         states = [self.ledger.keys.get(key) for key in keys]
         return all(s is not None and (s.phase is not KeyPhase.PENDING or s.producer is not None) for s in states)
 
-    def _link(self, block: BlockState) -> None:
-        unknown = [key for key in block.spec.inputs if key not in self.ledger.keys]
-        if unknown:
-            self.ledger.cancel_keys(block.spec.outputs, f"lost dependencies: {unknown[:3]}")
+    def _link(self, added: list[BlockState]) -> None:
+        """Link new blocks to their inputs, and then refuse those that cannot run.
+
+        In this order, as an input that a refused block shares with others would else seem to be needed by nobody.
+        """
+        refused = []
+        for block in added:
+            lost = [key for key in block.spec.inputs if key not in self.ledger.keys]
+            problem = self._unmet(block)
+            if lost or problem:
+                refused.append((block, lost, problem))
+            else:
+                self.ledger.link_inputs(block)
+        for block, lost, problem in refused:
             if block.spec.id in self.ledger.blocks:
-                self.ledger.cancel(block)
-            return
+                self._refuse(block, lost, problem)
+
+    def _unmet(self, block: BlockState) -> str | None:
         hellos = [site.hello for site in self.sites.values()]
-        problem = unmet(block.spec.constraint, hellos) if hellos and not block.wait else None
-        if problem:
-            self.ledger.fail_block(block, "UnknownSiteError", f"{block.spec.label or block.spec.id}: {problem}")
+        return unmet(block.spec.constraint, hellos) if hellos and not block.wait else None
+
+    def _refuse(self, block: BlockState, lost: list[Key], problem: str | None) -> None:
+        if lost:
+            own = [state.key for state in self.ledger.produced_by(block)]
+            self.ledger.cancel_keys(own, f"lost dependencies: {lost[:3]}")
         else:
-            self.ledger.link_inputs(block)
+            self.ledger.fail_block(block, "UnknownSiteError", f"{block.spec.label or block.spec.id}: {problem}")
 
     def _keys_desired(self, event: ev.KeysDesired) -> None:
         for key in event.keys:
@@ -170,7 +183,10 @@ class HubCore:
             if state is None:
                 state = self.ledger.keys[key] = KeyState(key, self.clients.get(event.client, ""))
             self.ledger.key_made(state, event.site, nbytes, DATA)
-            self.ledger.want(event.client, key)
+            if event.client not in state.wanted_by:
+                self.ledger.want(event.client, key)
+            if event.site not in self.sites:  # it left while the data was under way
+                self.ledger.lose_key_at(state, event.site)
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
@@ -258,7 +274,7 @@ class HubCore:
         for key in message.keys:
             block.open_outputs.discard(key)
             state = self.ledger.keys.get(key)
-            if state is None:
+            if state is None or (state.phase is KeyPhase.HELD and site.name not in state.holders):
                 self.ledger.release_at(site.name, key)
             else:
                 state.failed_at[site.name] = None
@@ -270,11 +286,10 @@ class HubCore:
             self._again(block, message.reason)
 
     def _again(self, block: BlockState, reason: str) -> None:
+        self.ledger.take_back(block)
         if block.failures >= MAX_FAILURES:
             why = f"{block.spec.label or block.spec.id}: given up after {block.failures} attempts: {reason}"
             self.ledger.fail_block(block, "TransferError", why)
-        else:
-            self.ledger.take_back(block)
 
     # -- keys at sites -----------------------------------------------------------------------------------------------
 
@@ -287,9 +302,8 @@ class HubCore:
         if state is None or site.name not in state.importing:
             return
         state.importing.pop(site.name, None)
-        if state.phase is KeyPhase.HELD:
-            state.holders[site.name] = (DATA,)
-            self._hand_off(state)
+        self.ledger.key_made(state, site.name, state.nbytes or message.nbytes, DATA)
+        self._hand_off(state)
 
     def _hand_off(self, state: KeyState) -> None:
         """A draining site need not hold what another site has."""

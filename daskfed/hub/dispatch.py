@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from daskfed.hub.estimates import FunctionBook, LinkBook
 from daskfed.hub.events import TellSite
-from daskfed.hub.ledger import BlockState, Ledger
+from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
 from daskfed.hub.placement import Candidate, Policy, finish_s
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
@@ -100,7 +100,7 @@ class Dispatcher:
         self.functions = FunctionBook()
         self.links = LinkBook()
         self.sites: dict[str, SiteState] = {}
-        self.queues: dict[Constraint, list[tuple[tuple[int, int], str]]] = {}
+        self.queues: dict[Constraint, list[tuple[Order, str]]] = {}
         self._eligible: dict[Constraint, list[SiteState]] = {}
 
     # -- membership --------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Dispatcher:
 
     def _place_from(self, constraint: Constraint) -> None:
         queue = self.queues[constraint]
-        deferred: list[tuple[tuple[int, int], str]] = []
+        deferred: list[tuple[Order, str]] = []
         sites = [site for site in self.eligible(constraint) if not site.draining]
         while queue and sites and len(deferred) < LOOKAHEAD:
             block = self.ledger.blocks.get(queue[0][1])
@@ -277,14 +277,14 @@ class Dispatcher:
                     return
 
     def _worth_recalling(self, block: BlockState, donor: SiteState, taker: SiteState) -> bool:
-        if block.started or block.phase is not BlockPhase.PLACED or taker not in self.eligible(block.spec.constraint):
+        if not _recallable(block) or taker not in self.eligible(block.spec.constraint):
             return False
         there = replace(self.candidate(block, donor), bring_s=0.0, run_s=0.0)  # the backlog holds the block already
         here = self.candidate(block, taker)
         return finish_s(block.spec, here) < RECALL_GAIN * finish_s(block.spec, there)
 
     def _recall(self, block: BlockState) -> None:
-        if block.phase is BlockPhase.PLACED and not block.started and block.spec.kind is not BlockKind.WHOLE:
+        if _recallable(block):
             self.ledger.move_block(block, "recall")
             self.ledger.command(TellSite(str(block.site), RecallBlock(block.spec.id, block.attempt)))
 
@@ -293,23 +293,46 @@ class Dispatcher:
     def hand_over(self) -> None:
         """Have other sites copy what only a draining site holds; let it go when it has nothing left."""
         for site in list(self.sites.values()):
+            site.copying = {key for key in site.copying if self._is_coming(key, site.name)}
             if site.status is not None and site.status.draining and not site.leaving and not site.blocks:
                 self._hand_over(site)
 
     def _hand_over(self, site: SiteState) -> None:
-        only_here = [state for state in self.ledger.keys.values() if list(state.holders) == [site.name]]
-        takers = [other for other in self.sites.values() if not other.draining]
-        if not only_here:
-            site.leaving = True
-            self.ledger.command(TellSite(site.name, CloseSite("drained")))
-        for state in only_here:
+        held = [state for state in self.ledger.keys.values() if site.name in state.holders]
+        unsafe = [state for state in held if all(self.sites[holder].draining for holder in state.holders)]
+        if unsafe:
+            self._spread(unsafe)
+            return
+        site.leaving = True
+        for state in held:
+            self.ledger.lose_key_at(state, site.name)
+        self.ledger.command(TellSite(site.name, CloseSite("drained")))
+
+    def _spread(self, states: Iterable[KeyState]) -> None:
+        takers = [site for site in self.sites.values() if not site.draining]
+        for taker in takers:
+            taker.copying.intersection_update(key for key in taker.copying if self._coming(key, taker.name))
+        for state in states:
             if takers and not state.importing:
                 taker = min(takers, key=lambda other: (len(other.copying), other.backlog_s))
                 self._copy(state.key, taker)
 
+    def _coming(self, key: Key, site: str) -> bool:
+        state = self.ledger.keys.get(key)
+        return state is not None and site in state.importing
+
+    def _is_coming(self, key: Key, site: str) -> bool:
+        state = self.ledger.keys.get(key)
+        return state is not None and site in state.importing
+
     def _copy(self, key: Key, taker: SiteState) -> None:
         taker.copying.add(key)
         self.ledger.command(TellSite(taker.name, CopyKeys((self._import(key, taker.name),))))
+
+
+def _recallable(block: BlockState) -> bool:
+    """Say whether a block may be asked back; a whole graph may not, as its inputs are unknown."""
+    return block.phase is BlockPhase.PLACED and not block.started and block.spec.kind is not BlockKind.WHOLE
 
 
 def placement_part(constraint: Constraint) -> Constraint:

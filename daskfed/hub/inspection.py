@@ -18,6 +18,8 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
     """Verify every invariant of the hub; raises AssertionError naming the first that is broken."""
     for state in ledger.keys.values():
         _check_key(ledger, state)
+        places = {*state.holders, *state.importing, *state.failed_at}
+        assert places <= dispatcher.sites.keys(), f"key {state.key!r} is at {places}, of which some are gone"
     for block in ledger.blocks.values():
         _check_block(ledger, dispatcher, block)
     for client, keys in ledger.wants.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from daskfed.errors import IllegalTransition
 from daskfed.hub.events import Command, FailKeys, ForgetBlock, ForgetKeys, Outcome, TellClient, TellSite
@@ -17,6 +18,9 @@ from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_
 from daskfed.messages import Attempt, BlockSpec, CancelBlock, Key, ReleaseKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
+
+Order: TypeAlias = tuple[bool, int, int]
+"""Blocks are placed in this order: (no whole graph, -priority, arrival)."""
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class BlockState:
     """One block."""
 
     spec: BlockSpec
-    order: tuple[int, int]  # blocks are placed in this order: (-priority, arrival)
+    order: Order
     phase: BlockPhase = BlockPhase.WAITING
     attempt: Attempt = Attempt(0, 0)
     site: str | None = None  # where it is or was placed
@@ -131,7 +135,7 @@ class Ledger:
 
     # -- making ------------------------------------------------------------------------------------------------------
 
-    def add_block(self, spec: BlockSpec, order: tuple[int, int], wait: bool) -> BlockState:
+    def add_block(self, spec: BlockSpec, order: Order, wait: bool) -> BlockState:
         """Register a block and become the producer of those of its outputs that nobody makes yet."""
         block = BlockState(spec, order, open_outputs=set(spec.outputs), wait=wait)
         self.blocks[spec.id] = block
@@ -167,10 +171,30 @@ class Ledger:
         if state.phase is not KeyPhase.HELD:
             self.move_key(state, "made")
             self.tell(state.wanted_by, Outcome.IN_MEMORY, state.key)
+            self._drop_failures(state, site)
+            self._take_over(state, claim)
         state.holders[site] = (*state.holders.get(site, ()), claim)
         state.nbytes = nbytes
         if was_pending:
             self._input_exists(state)
+
+    def _take_over(self, state: KeyState, claim: str) -> None:
+        """The block that did make a key is its producer, so that it is not cancelled while its key is needed."""
+        maker, former = self.blocks.get(claim), self.blocks.get(state.producer or "")
+        if maker is None or maker is former:
+            return
+        state.producer = claim
+        maker.live += 1
+        if former is not None:
+            former.live -= 1
+            self.settle(self._end_if_dead(former))
+
+    def _drop_failures(self, state: KeyState, maker: str) -> None:
+        """A key that failed exists after all: sites that know of the failure are to forget it."""
+        for site in state.failed_at:
+            if site != maker:
+                self.release_at(site, state.key)
+        state.failed_at.clear()
 
     def key_failed(self, state: KeyState) -> None:
         """The task of this key raised: tell who wants it; its consumers will fail from it in turn."""
@@ -198,12 +222,16 @@ class Ledger:
 
     def fail_block(self, block: BlockState, kind: str, reason: str) -> None:
         """Fail the open outputs of a block that cannot run, with an error of the hub's own."""
-        states = [self.keys[key] for key in block.spec.outputs if key in self.keys]
-        pending = [state for state in states if state.phase is KeyPhase.PENDING]
+        pending = [state for state in self.produced_by(block) if state.phase is KeyPhase.PENDING]
         self.command(FailKeys(tuple(state.key for state in pending), kind, reason))
         for state in pending:
             self.key_failed(state)
         self.cancel(block)
+
+    def produced_by(self, block: BlockState) -> list[KeyState]:
+        """Return the outputs of a block that live and that no other block is the producer of."""
+        states = [self.keys[key] for key in block.spec.outputs if key in self.keys]
+        return [state for state in states if state.producer == block.spec.id]
 
     # -- losing ------------------------------------------------------------------------------------------------------
 
@@ -262,7 +290,7 @@ class Ledger:
             self.move_block(block, "output lost")
             block.open_outputs = set(block.spec.outputs)
             self.link_inputs(block)
-        elif block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING):
+        elif block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING) and state.key not in block.open_outputs:
             self.take_back(block)
 
     def _input_lost(self, block: BlockState) -> None:

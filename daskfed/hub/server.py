@@ -12,6 +12,7 @@ import hmac
 import logging
 import secrets
 import time
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,16 +21,19 @@ from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
 from daskfed.comm.control import ControlStream
-from daskfed.comm.opaque import OpaqueServer
+from daskfed.comm.opaque import OpaqueServer, relays_errors
 from daskfed.hub import events as ev
 from daskfed.hub.clients import ClientSessions
+from daskfed.hub.coordination import attach
 from daskfed.hub.core import HubCore
 from daskfed.hub.gateway import Gateway
+from daskfed.hub.hosting import Hosting
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
 from daskfed.hub.stores import Stores
 from daskfed.messages import (
     PROTOCOL_VERSION,
+    Key,
     KeysFailed,
     KeysMade,
     Message,
@@ -44,7 +48,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.2  # how often the core is told the time
 
 
-class Hub(OpaqueServer):
+class Hub(Hosting, OpaqueServer):
     """A federation's hub, on the current event loop.
 
     ``policy`` chooses sites; ``security`` is a ``distributed.Security`` or None; ``fixed`` declares that no site will
@@ -70,6 +74,7 @@ class Hub(OpaqueServer):
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
         self.handlers.update(self._own_handlers() | self.gateway.handlers())
         self.stream_handlers.update(self.sessions.stream_handlers())
+        self.coordination = attach(self)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
 
     def _own_handlers(self) -> dict[str, Any]:
@@ -78,6 +83,8 @@ class Hub(OpaqueServer):
             "register-site": self.register_site,
             "park-channel": self.park_channel,
             "relay-fetch": self.gateway.relay_fetch,
+            "forward": relays_errors(self.forward),
+            "announce-keys": self.announce_keys,
             "terminate": self.terminate,
         }
 
@@ -105,6 +112,7 @@ class Hub(OpaqueServer):
             await self.finished()
             return
         self.status = Status.closing
+        self.coordination.close()
         await self.sessions.close()
         for port in list(self.ports.values()):
             await port.close()
@@ -194,6 +202,7 @@ class Hub(OpaqueServer):
             return
         del self.ports[hello.site]
         logger.info("site %s left", hello.site)
+        self.coordination.site_gone(hello.site)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
         self.sites_changed()
 
@@ -230,3 +239,27 @@ class Hub(OpaqueServer):
             while not comm.closed():  # the site's calls are made over this comm by others; stay until it ends
                 await asyncio.sleep(1)
         return Status.dont_reply
+
+    # -- coordination ------------------------------------------------------------------------------------------------
+
+    async def announce_keys(self, site: str, keys: Collection[tuple[Key, int]], token: str) -> None:
+        """A site holds keys that its tasks made; they are kept until the op that follows has been done."""
+        self._check_token(token)
+        self.take(ev.KeysScattered(_announcer(site), site, tuple((key, nbytes) for key, nbytes in keys)))
+
+    async def forward(self, site: str, hub_op: str, kwargs: Mapping[str, Any], token: str) -> Any:
+        """Do what a task at a site asked of its scheduler; raises PermissionError for a stranger."""
+        self._check_token(token)
+        try:
+            return await self.coordination.serve_site(site, hub_op, dict(kwargs))
+        finally:
+            announced = tuple(self.core.ledger.wants.get(_announcer(site), ()))
+            self.take(ev.KeysReleased(_announcer(site), announced))
+
+    def _check_token(self, token: str) -> None:
+        if not hmac.compare_digest(token, self.secret):
+            raise PermissionError("the token is not this federation's")
+
+
+def _announcer(site: str) -> str:
+    return f"announced-{site}"

@@ -52,7 +52,6 @@ BLOCK_MOVES: dict[tuple[BlockPhase, str], BlockPhase] = {
 KEY_MOVES: dict[tuple[KeyPhase, str], KeyPhase] = {
     (KeyPhase.PENDING, "made"): KeyPhase.HELD,
     (KeyPhase.PENDING, "failed"): KeyPhase.FAILED,
-    (KeyPhase.HELD, "made"): KeyPhase.HELD,
     (KeyPhase.HELD, "lost"): KeyPhase.PENDING,
     (KeyPhase.FAILED, "made"): KeyPhase.HELD,
     (KeyPhase.PENDING, "release"): KeyPhase.GONE,

@@ -1,13 +1,13 @@
 """A site's decisions: one event and the time in, a list of commands out. No sockets, no clock, no randomness.
 
-A key is here because the hub asked for it or knows of it (``hub``), because a block that was given to the scheduler
-makes it (``makers``), or because an unfinished block needs it (``users``); when the last of these reasons goes, the key
-is released. A block waits until all its inputs are with the scheduler, queues by priority, and is submitted as soon as
-the scheduler runs low; until then it can be recalled.
+A key is here because the hub asked for it (``hub``), because a block that was given to the scheduler makes it
+(``makers``) or made it (``made_by``), or because an unfinished block needs it (``users``); when the last of these
+reasons goes, the key is released. A block waits until all its inputs are with the scheduler, queues by priority, and is
+submitted as soon as the scheduler runs low; until then it can be recalled.
 
-What the hub may rely on: each import is answered by one KeyImported or ImportFailed unless it is released first; each
-output of an attempt is reported once; a block that is cancelled or lost takes everything with it that it made, and
-those of its outputs that the hub had been told of are reported as lost.
+What the hub may rely on: each import is answered by one KeyImported or ImportFailed, unless it is released first or its
+value cannot be opened here, which fails whatever uses it; each output of an attempt is reported once; a block that is
+cancelled or lost takes everything with it that it made, unless there is another reason to have it here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from daskfed.errors import IllegalTransition
@@ -23,7 +23,6 @@ from daskfed.messages import (
     Attempt,
     BlockLost,
     BlockRecalled,
-    BlockSpec,
     BlockStarted,
     CancelBlock,
     CloseSite,
@@ -41,7 +40,9 @@ from daskfed.messages import (
     RunBlock,
 )
 from daskfed.site import events as ev
+from daskfed.site import inspection
 from daskfed.site.budget import ImportQueue, Runway
+from daskfed.site.records import BlockState, KeyState
 from daskfed.site.states import (
     AT_SCHEDULER,
     COMING,
@@ -55,36 +56,6 @@ from daskfed.site.states import (
 
 IMPORT_BUDGET = 256 * 2**20  # bytes of imports that may be on their way or in the agent's memory at once
 STORY_LENGTH = 2000  # moves kept for errors
-
-
-@dataclass(slots=True)
-class KeyState:
-    """One key at this site."""
-
-    key: Key
-    phase: KeyPhase = KeyPhase.ABSENT
-    nbytes: int = 0  # as the hub or the scheduler said; 0 if unknown
-    source: str = ""  # site to import it from
-    hub: bool = False  # the hub asked for it, or was told that it is here
-    announce: bool = False  # the hub waits for a KeyImported
-    arrival: ev.Fetched | None = None  # how it was fetched
-    makers: set[str] = field(default_factory=set)  # submitted blocks that are to report it
-    made_by: set[str] = field(default_factory=set)  # blocks that have reported it
-    users: set[str] = field(default_factory=set)  # unfinished blocks that need it
-
-
-@dataclass(slots=True)
-class BlockState:
-    """One block at this site."""
-
-    spec: BlockSpec
-    attempt: Attempt
-    expected_s: float
-    order: tuple[int, int]  # blocks are submitted in this order: (-priority, arrival)
-    phase: BlockPhase = BlockPhase.WAITING
-    missing: set[Key] = field(default_factory=set)  # inputs that are still to be fetched
-    open: set[Key] = field(default_factory=set)  # outputs that were not reported yet
-    kept: set[Key] = field(default_factory=set)  # outputs that were reported and are still here
 
 
 class SiteCore:
@@ -159,7 +130,8 @@ class SiteCore:
         self.stories.append((block.spec.id, move))
 
     def _command(self, command: ev.Command) -> None:
-        self._flush_releases()
+        if isinstance(command, ev.SubmitBlock | ev.SubmitImport):  # the scheduler must see what came before it first
+            self._flush_releases()
         self._out.append(command)
 
     def _flush_releases(self) -> None:
@@ -174,7 +146,7 @@ class SiteCore:
 
     def _run_block(self, message: RunBlock) -> None:
         spec = message.block
-        kept: set[Key] = set()
+        kept: dict[Key, None] = {}
         if (old := self.blocks.get(spec.id)) is not None:
             if old.attempt >= message.attempt:
                 return
@@ -184,7 +156,8 @@ class SiteCore:
                 self._end_block(old, "cancel")
         self._arrivals += 1
         order = (-spec.constraint.priority, self._arrivals)
-        block = BlockState(spec, message.attempt, message.expected_s, order, open=set(spec.outputs), kept=kept)
+        outputs = dict.fromkeys(spec.outputs)
+        block = BlockState(spec, message.attempt, message.expected_s, order, open=outputs, kept=kept)
         self.blocks[spec.id] = block
         for each in message.imports:
             self._bring(each)
@@ -213,9 +186,7 @@ class SiteCore:
             return
         given = block.phase in RECALLABLE
         if given:
-            self._move_block(block, "recall")
-            self._command(ev.ForgetPayload(block.spec.id, block.attempt))
-            self._forget_block(block)
+            self._end_block(block, "recall")
         self._tell(BlockRecalled(message.block, message.attempt, given))
 
     def _cancel_block(self, message: CancelBlock) -> None:
@@ -235,31 +206,34 @@ class SiteCore:
             self._end_block(block, "lose")
 
     def _end_block(self, block: BlockState, move: str) -> None:
-        """End a block and release whatever it made or was to make."""
+        """End a block and release whatever it was to make; unless it was only recalled, also what it made."""
         if block.phase in RECALLABLE:
             self._command(ev.ForgetPayload(block.spec.id, block.attempt))
         self._move_block(block, move)
-        lost = [key for key in block.spec.outputs if key in block.kept]
-        self._forget_block(block)
-        for key in lost:
-            state = self.keys[key]
-            state.hub = state.announce = False
-            self._settle(state)
-        if lost:
-            self._tell(KeysLost(tuple(lost)))
-
-    def _forget_block(self, block: BlockState) -> None:
-        """Take a block out of all books but its reported outputs, which stay for the hub."""
-        name = block.spec.id
+        name, kept = block.spec.id, block.kept
         del self.blocks[name]
         self.runway.end(name)
-        for key in block.kept:
-            self.keys[key].made_by.discard(name)
+        if kept and move == "recall":  # an earlier attempt made these, and the hub still counts on them
+            self.blocks[name] = replace(block, phase=BlockPhase.DONE, missing=set(), open={})
+        else:
+            self._release_made(block)
         for key in block.open:
-            if (state := self.keys.get(key)) is not None and name in state.makers:
+            if (state := self.keys.get(key)) is not None:
                 state.makers.discard(name)
                 self._settle(state)
         self._unlink_inputs(block)
+
+    def _release_made(self, block: BlockState) -> None:
+        """Release what a cancelled or lost block made here; the hub forgets by itself what was not a failure."""
+        failures = []
+        for key in list(block.kept):
+            state = self.keys[key]
+            state.made_by.discard(block.spec.id)
+            if state.phase is KeyPhase.FAILED and not self._needed(state):
+                failures.append(key)
+            self._settle(state)
+        if failures:
+            self._tell(KeysLost(tuple(failures)))
 
     def _unlink_inputs(self, block: BlockState) -> None:
         for key in block.spec.inputs:
@@ -273,7 +247,15 @@ class SiteCore:
         for key in message.keys:
             if (state := self.keys.get(key)) is not None:
                 state.hub = state.announce = False
+                self._disown(state)
                 self._settle(state)
+
+    def _disown(self, state: KeyState) -> None:
+        """Note that none of the blocks which made a key holds it any more."""
+        for name in sorted(state.made_by):
+            self.blocks[name].kept.pop(state.key, None)
+            self._forget_if_released(self.blocks[name])
+        state.made_by.clear()
 
     def _copy_keys(self, message: CopyKeys) -> None:
         for each in message.imports:
@@ -293,6 +275,7 @@ class SiteCore:
         elif state.phase in (KeyPhase.ABSENT, KeyPhase.FAILED):
             if state.phase is KeyPhase.FAILED:
                 self._releases.append(state.key)
+                self._lose_users(state, "it failed here, and exists elsewhere now")
             self._move_key(state, "import")
             state.nbytes = wanted.nbytes
             self.imports.want(state.key, wanted.nbytes)
@@ -418,8 +401,7 @@ class SiteCore:
 
     def _key_ready(self, state: KeyState, nbytes: int) -> None:
         if state.phase is KeyPhase.LANDING:
-            self.imports.discharge(state.key)
-            self._command(ev.DropBytes(state.key))
+            self._landed(state)
         if state.phase is not KeyPhase.HELD:
             self._move_key(state, "ready")
         state.nbytes = nbytes or state.nbytes
@@ -427,38 +409,42 @@ class SiteCore:
             self._announce(state)
 
     def _keys_erred(self, event: ev.KeysErred) -> None:
-        reports: dict[str, list[Key]] = {}
-        touched = []
-        for key in event.keys:
-            state = self.keys.get(key)
-            if state is None or state.phase in COMING:
-                continue
-            if state.phase in (KeyPhase.LANDING, KeyPhase.HELD):
+        states = [state for key in event.keys if (state := self.keys.get(key)) and state.phase in AT_SCHEDULER]
+        lost = {KeyPhase.HELD} | ({KeyPhase.LANDING, KeyPhase.MAKING} if event.transfer else set())
+        for state in states:
+            if state.phase in lost:
                 self._lose_key(state, "lost", "it was lost and could not be brought in or made again")
-                continue
+        reports: dict[str, list[Key]] = {}
+        failed = [state for state in states if state.phase is not KeyPhase.ABSENT]
+        for state in failed:
             self._key_failed(state)
-            touched.append(state)
             for name in self._close_output(state):
-                reports.setdefault(name, []).append(key)
+                reports.setdefault(name, []).append(state.key)
         for name, keys in reports.items():
             self._tell(KeysFailed(name, self.blocks[name].attempt, tuple(keys)))
-        self._after_report(reports, touched)
+        self._after_report(reports, failed)
 
     def _key_failed(self, state: KeyState) -> None:
-        if state.phase is KeyPhase.MAKING:
+        landing = state.phase is KeyPhase.LANDING
+        if landing:
+            self._landed(state)
+        if state.phase is not KeyPhase.FAILED:
             self._move_key(state, "erred")
-        if state.announce:
-            state.announce = False
+        if state.announce and not landing:
             self._tell(ImportFailed(state.key, state.source, "a block at this site was to make it, and failed"))
+        state.announce = False
+
+    def _landed(self, state: KeyState) -> None:
+        self.imports.discharge(state.key)
+        self._command(ev.DropBytes(state.key))
 
     def _close_output(self, state: KeyState) -> list[str]:
         """Return the blocks that are to report this key, noting that they do."""
         names = sorted(state.makers)
         for name in names:
-            self.blocks[name].open.discard(state.key)
-            self.blocks[name].kept.add(state.key)
+            self.blocks[name].open.pop(state.key, None)
+            self.blocks[name].kept[state.key] = None
             state.made_by.add(name)
-            state.hub = True
         state.makers.clear()
         return names
 
@@ -500,76 +486,36 @@ class SiteCore:
         """A key is not here against the site's will: tell the hub, and give back the blocks that cannot go on."""
         if state.announce:
             self._tell(ImportFailed(state.key, state.source, reason))
-        elif state.hub:
+        elif state.hub or state.made_by:
             self._tell(KeysLost((state.key,)))
         self._remove_key(state, move)
+        self._lose_users(state, reason)
+
+    def _lose_users(self, state: KeyState, reason: str) -> None:
         for name in sorted(state.users | state.makers):
             if name in self.blocks:
                 self._lose_block(self.blocks[name], f"{state.key!r}: {reason}")
 
     def _settle(self, state: KeyState) -> None:
         """Release a key that there is no reason to have here any more."""
-        if not (state.hub or state.makers or state.users) and self.keys.get(state.key) is state:
+        if not self._needed(state) and self.keys.get(state.key) is state:
             self._remove_key(state, "release")
+
+    def _needed(self, state: KeyState) -> bool:
+        return bool(state.hub or state.makers or state.made_by or state.users)
 
     def _remove_key(self, state: KeyState, move: str) -> None:
         if state.phase is KeyPhase.WANTED:
             self.imports.unwant(state.key)
         if state.phase is KeyPhase.LANDING:
-            self.imports.discharge(state.key)
-            self._command(ev.DropBytes(state.key))
+            self._landed(state)
         if state.phase in AT_SCHEDULER:
             self._releases.append(state.key)
         self._move_key(state, move)
         del self.keys[state.key]
-        for name in state.made_by:
-            self.blocks[name].kept.discard(state.key)
-            self._forget_if_released(self.blocks[name])
-
-    # -- checking ----------------------------------------------------------------------------------------------------
+        self._disown(state)
 
     def check(self) -> None:
         """Verify every invariant; raises AssertionError naming the first that is broken."""
-        phases: dict[KeyPhase, set[Key]] = {phase: set() for phase in KeyPhase}
-        for key, state in self.keys.items():
-            phases[state.phase].add(key)
-            self._check_key(state)
-        for block in self.blocks.values():
-            self._check_block(block)
-        if not self.closed:
-            self.imports.check(phases[KeyPhase.WANTED], phases[KeyPhase.LANDING])
-            assert phases[KeyPhase.FETCHING] <= self.imports.inflight, "a key is fetching without a fetch"
-            queued = any(block.phase is BlockPhase.QUEUED for block in self.blocks.values())
-            assert not (queued and self.runway.has_room()), "blocks queue though the scheduler runs low"
         assert not (self._out or self._releases), "commands were left behind"
-
-    def _check_key(self, state: KeyState) -> None:
-        about = f"key {state.key!r} ({state.phase.value}; {self.story(state.key)})"
-        assert state.phase is not KeyPhase.ABSENT, f"{about} is absent and not forgotten"
-        assert state.hub or state.makers or state.users, f"{about} is here without a reason"
-        assert not state.announce or state.hub, f"{about} is to be announced to nobody"
-        assert not state.announce or state.phase not in (KeyPhase.HELD, KeyPhase.FAILED), f"{about} was not announced"
-        for name in state.makers:
-            assert state.key in self.blocks[name].open, f"{about}: its maker {name} does not have it open"
-        for name in state.made_by:
-            assert state.key in self.blocks[name].kept, f"{about}: {name} does not know that it made it"
-        for name in state.users:
-            block = self.blocks[name]
-            assert block.phase in UNFINISHED, f"{about}: its user {name} is {block.phase.value}"
-            assert state.key in block.spec.inputs, f"{about}: its user {name} does not need it"
-
-    def _check_block(self, block: BlockState) -> None:
-        about = f"block {block.spec.id} ({block.phase.value}; {self.story(block.spec.id)})"
-        name, phase = block.spec.id, block.phase
-        assert phase in UNFINISHED or phase is BlockPhase.DONE, f"{about} ended and was not forgotten"
-        assert (phase is BlockPhase.SUBMITTED) == (name in self.runway.pending), f"{about} is not counted rightly"
-        assert (phase is BlockPhase.WAITING) == bool(block.missing), f"{about} waits for {block.missing}"
-        assert all(name in self.keys[key].made_by for key in block.kept), f"{about} keeps what it did not make"
-        if phase is BlockPhase.DONE:
-            assert block.kept and not block.open, f"{about} is not done"
-        else:
-            coming = {key for key in block.spec.inputs if self.keys[key].phase in COMING}
-            assert coming == block.missing, f"{about} misses {block.missing}, but {coming} are coming"
-            assert all(name in self.keys[key].users for key in block.spec.inputs), f"{about}: an input has no user"
-        if phase is BlockPhase.SUBMITTED:
-            assert all(name in self.keys[key].makers for key in block.open), f"{about} does not make its outputs"
+        inspection.check(self)

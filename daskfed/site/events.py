@@ -36,6 +36,7 @@ class KeysErred:
     """These keys failed at the scheduler, all with one error, whose frames the shell keeps by key."""
 
     keys: tuple[Key, ...]
+    transfer: bool = False  # an import could not be brought to a worker: no fault of the tasks
 
 
 @dataclass(frozen=True, slots=True)

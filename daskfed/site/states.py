@@ -52,6 +52,7 @@ KEY_MOVES: dict[tuple[KeyPhase, str], KeyPhase] = {
     (KeyPhase.FETCHING, "import error"): KeyPhase.FAILED,
     (KeyPhase.FETCHING, "release"): KeyPhase.ABSENT,
     (KeyPhase.LANDING, "ready"): KeyPhase.HELD,
+    (KeyPhase.LANDING, "erred"): KeyPhase.FAILED,
     (KeyPhase.LANDING, "lost"): KeyPhase.ABSENT,
     (KeyPhase.LANDING, "release"): KeyPhase.ABSENT,
     (KeyPhase.MAKING, "ready"): KeyPhase.HELD,

@@ -131,17 +131,20 @@ class FakeScheduler:
     # -- what the agent asks for --------------------------------------------------------------------------------
 
     def update_graph(self, graph: Mapping[Key, FakeTask], wanted: Iterable[Key], priority: int = 0) -> None:
-        """Run what of ``graph`` is needed for the keys ``wanted``; a lower ``priority`` runs first."""
+        """Run what of ``graph`` is needed for the keys ``wanted``; a lower ``priority`` runs first.
+
+        The tasks of a graph must come in topological order, which is also the order of their priorities.
+        """
         wanted = tuple(wanted)
         if self._lacks_something(graph, wanted):
             self._tell(Cancelled(wanted, "lost dependencies"))
             self.release(wanted)
             return
         touched = self._take_in(graph, wanted, priority)
-        for key in wanted:
-            self.tasks[key].wanted = True
-            if self.tasks[key].state is State.RELEASED:
-                self._recommend(self.tasks[key], State.WAITING)
+        for task in sorted((self.tasks[key] for key in wanted), key=_priority, reverse=True):
+            task.wanted = True
+            if task.state is State.RELEASED:
+                self._recommend(task, State.WAITING)
         for task in touched:
             self._inherit_failure(task)
         self._transitions()
@@ -192,6 +195,8 @@ class FakeScheduler:
 
     def _take_in(self, graph: Mapping[Key, FakeTask], wanted: Iterable[Key], priority: int) -> list[FakeTaskState]:
         stack, touched, collisions = list(wanted), dict[Key, FakeTaskState](), set()
+        place = {key: self._orders + n for n, key in enumerate(graph, 1)}
+        self._orders += len(graph)
         while stack:
             key = stack.pop()
             if key in touched:
@@ -199,8 +204,7 @@ class FakeScheduler:
             task, spec = self.tasks.get(key), graph.get(key)
             if task is None:
                 assert spec is not None
-                self._orders += 1
-                task = self.tasks[key] = FakeTaskState(key, spec, (priority, self._orders))
+                task = self.tasks[key] = FakeTaskState(key, spec, (priority, place[key]))
             elif spec is not None and spec.fetch is not None and task.state in (State.RELEASED, State.ERRED):
                 self._exchange(task, spec)
             elif task.spec is None:
@@ -242,7 +246,7 @@ class FakeScheduler:
 
     def _transitions(self) -> None:
         while self._todo:
-            task, target = self._todo.pop(next(iter(self._todo)))
+            _, (task, target) = self._todo.popitem()  # the last first, as in Dask
             if task.state is not target and task.state is not State.FORGOTTEN:
                 self._MOVES[target](self, task)
 
@@ -280,18 +284,19 @@ class FakeScheduler:
             self._recommend(task, State.RELEASED)
 
     def _to_erred(self, task: FakeTaskState) -> None:
+        heirs = task.waiters
+        if task.state is not State.PROCESSING:
+            heirs = {key: each for key, each in task.dependents.items() if each.state is not State.MEMORY}
         task.state = State.ERRED
         task.run += 1
         task.waiting_on = {}
-        for waiter in task.waiters.values():
-            waiter.value = task.value
-            self._recommend(waiter, State.ERRED)
-        task.waiters = {}
         self._leave_deps(task)
+        for heir in heirs.values():
+            heir.value = task.value
+            self._recommend(heir, State.ERRED)
+        task.waiters = {}
         if task.wanted:
             self._report(task)
-        elif not task.dependents:
-            self._recommend(task, State.FORGOTTEN)
 
     def _to_released(self, task: FakeTaskState) -> None:
         was_memory = task.state is State.MEMORY
@@ -368,6 +373,10 @@ class FakeScheduler:
         elif task.state is State.ERRED:
             assert isinstance(task.value, Failure)
             self._tell(Erred(task.key, task.value))
+
+
+def _priority(task: FakeTaskState) -> tuple[int, int]:
+    return task.priority
 
 
 def _result(spec: FakeTask, inputs: list[int | Failure | None]) -> int | Failure:

@@ -13,15 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
-from daskfed.link import Envelope, Link
+from daskfed.link import ACK_DELAY_S, Envelope, Link
 from daskfed.messages import Message, decode, encode
 from daskfed.testing.clock import VirtualClock
 
-Handler = Callable[[Message, Any], None]
+AnyLink: TypeAlias = Link[tuple[Message, Any]]
+Handler: TypeAlias = Callable[[Message, Any], None]
 """Takes a message and what travelled beside it."""
 
 
@@ -83,7 +84,7 @@ class Wire:
 class Peer:
     """One end of a session: queues messages, keeps its link's time, and hands over what arrives."""
 
-    def __init__(self, clock: VirtualClock, link: Link[tuple[Message, Any]], wire: Wire, handle: Handler) -> None:
+    def __init__(self, clock: VirtualClock, link: AnyLink, wire: Wire, handle: Handler) -> None:
         self.link = link
         self.wire = wire
         self.closed = False
@@ -167,12 +168,17 @@ class Connection:
 
 
 def connect(
-    clock: VirtualClock, rng: Random, weather: Weather, session: str, handle: tuple[Handler, Handler]
+    clock: VirtualClock,
+    rng: Random,
+    weather: Weather,
+    session: str,
+    handle: tuple[Handler, Handler],
+    link: Callable[..., AnyLink] = Link,
 ) -> Connection:
-    """Return a session between two peers; ``handle[i]`` gets what arrives at ``ends[i]``."""
-    resend_after_s = inf if weather.ordered and not weather.loss else 4 * weather.delay_s[1] + 0.1
+    """Return a session between two peers; ``handle[i]`` gets what arrives at ``ends[i]``, ``link`` makes the links."""
+    resend_after_s = inf if weather.ordered and not weather.loss else 4 * weather.delay_s[1] + ACK_DELAY_S
     wires = (Wire(clock, rng, weather), Wire(clock, rng, weather))
-    links = [Link[tuple[Message, Any]](session, ack_delay_s=0.05, resend_after_s=resend_after_s) for _ in wires]
+    links = [link(session, ack_delay_s=ACK_DELAY_S, resend_after_s=resend_after_s) for _ in wires]
     ends = (Peer(clock, links[0], wires[0], handle[0]), Peer(clock, links[1], wires[1], handle[1]))
     wires[0].deliver, wires[1].deliver = ends[1].arrived, ends[0].arrived
     return Connection(ends, wires)

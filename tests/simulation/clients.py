@@ -30,16 +30,17 @@ class ClientNode:
         self._cutter = cutter
         self._submissions = submissions
         self._delay_s = rng.choice([0.001, 0.02, 0.1])
+        self._under_way = 0  # actions that it planned
 
     @property
-    def busy(self) -> bool:
-        """Whether it waits for any key that it holds."""
-        return any(told is None for told in self.held.values())
+    def acting(self) -> bool:
+        """Whether it will still submit, release or cancel of its own will."""
+        return self._under_way > 0
 
     def start(self) -> None:
         """Connect, and plan the first graph."""
         self._say(self.sim.hub.handle, ev.ClientJoined(self.name, "user"))
-        self.sim.clock.call_later(self._rng.random(), self._act)
+        self._plan(self._rng.random(), self._act)
 
     def leave(self) -> None:
         """Disconnect for good; what it held is released."""
@@ -49,15 +50,23 @@ class ClientNode:
     def _say(self, action: Callable[..., None], *args: Any) -> None:
         self.sim.clock.call_later(self._delay_s, action, *args)
 
+    def _plan(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._under_way += 1
+        self.sim.clock.call_later(delay_s, self._carry_out, action)
+
+    def _carry_out(self, action: Callable[[], None]) -> None:
+        self._under_way -= 1
+        action()
+
     # -- acting -------------------------------------------------------------------------------------------------
 
     def _act(self) -> None:
         self._submit()
         for _ in range(self._rng.randrange(4)):
-            self.sim.clock.call_later(self._rng.expovariate(1.0), self._change_its_mind)
+            self._plan(self._rng.expovariate(1.0), self._change_its_mind)
         self._submissions -= 1
         if self._submissions:
-            self.sim.clock.call_later(self._rng.expovariate(0.5), self._act)
+            self._plan(self._rng.expovariate(0.5), self._act)
 
     def _submit(self) -> None:
         keys = list(self.sim.universe.tasks)
@@ -96,7 +105,7 @@ class ClientNode:
         for key in keys:
             del self.held[key]
             self.values.pop(key, None)
-        self.sim.cancelled.update(keys)
+        self.sim.cancelled |= dict.fromkeys(keys)
         self._say(self.sim.hub.handle, ev.KeysCancelled(self.name, keys, force=self._rng.random() < 0.3))
 
     def _borrow_some(self, keys: tuple[Key, ...]) -> None:

@@ -21,16 +21,20 @@ class Follower:
     start: Enum
     rows: Counter[Row] = field(default_factory=Counter)
     phases: dict[object, Enum] = field(default_factory=dict)
+    _going_on: frozenset[Enum] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._going_on = frozenset(phase for phase, _ in self.table)
 
     def follow(self, subject: object, move: str) -> None:
         """Take in one move; raises KeyError where the table does not have it."""
         row = (self.phases.get(subject, self.start), move)
         self.rows[row] += 1
         phase = self.table[row]
-        if phase.name == "GONE":
-            self.phases.pop(subject, None)
-        else:
+        if phase in self._going_on:
             self.phases[subject] = phase
+        else:
+            self.phases.pop(subject, None)  # it ended; should it come again, it starts anew
 
 
 def uncovered(table: Table, rows: Counter[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What goes wrong in a history: the weather of the wires, partitions, slow sites, late and leaving ones, bad transfers."""
+"""What goes wrong in a history: the weather of the wires, partitions, slow, late and leaving sites, bad transfers."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ are verified after each event. A history has four acts:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -18,11 +19,12 @@ from typing import Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
-from daskfed.messages import BlockSpec, Key, KeysMade
+from daskfed.link import Link
+from daskfed.messages import BlockSpec, Key
 from daskfed.site.core import SiteCore
 from daskfed.testing.clock import VirtualClock
 from daskfed.testing.scheduler import FakeTask
-from daskfed.testing.transport import connect
+from daskfed.testing.transport import AnyLink
 from tests.simulation.clients import ClientNode
 from tests.simulation.faults import random_plan
 from tests.simulation.hub import HubNode
@@ -44,7 +46,7 @@ class Cores:
 
     hub: Callable[[], HubCore] = HubCore
     site: Callable[..., SiteCore] = SiteCore
-    link: Callable[..., Any] | None = None
+    link: Callable[..., AnyLink] = Link
 
 
 @dataclass(slots=True)
@@ -113,12 +115,6 @@ class Simulation:
     def fail(self, rule: str) -> None:
         """Raise Broken."""
         raise Broken(rule)
-
-    def check_made(self, site: str, message: KeysMade) -> None:
-        """A site must hold what it says it made."""
-        for made in message.keys:
-            value = self.sites[site].value(made.key)
-            self.require(value is not None, "a site says that it made a key that it does not hold", site, made.key)
 
     def all_joined(self) -> bool:
         """Whether every site is there: then a constraint that no site meets is an error at once."""
@@ -189,8 +185,6 @@ class Simulation:
         tasks = 0
         for site in self.sites.values():
             tasks += site.scheduler.tasks_run
-            site.count(rows, counts)
+            for follower in (site.blocks, site.keys):
+                rows[follower.name] = rows.get(follower.name, Counter()) + follower.rows
         return Result(self.seed, len(self.sites), tasks, self.events, self.clock.now, rows, counts)
-
-
-__all__ = ["Broken", "Cores", "Result", "Simulation", "connect"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
 from daskfed.hub.stores import Stores
-from daskfed.messages import Key, KeysFailed, KeysMade, Message, RunBlock, SiteHello
+from daskfed.messages import Key, KeysFailed, Message, RunBlock, SiteHello
 from daskfed.testing.scheduler import Failure
 from daskfed.testing.transport import Connection
 from tests.simulation.coverage import Follower
@@ -49,10 +50,8 @@ class HubNode:
             return
         if isinstance(message, KeysFailed):
             self.stores.keep_error([key for key in message.keys if key in ledger.keys], beside)
-        if isinstance(message, KeysMade):
-            self.sim.check_made(site, message)
         self.handle(ev.FromSite(site, message))
-        if isinstance(message, KeysFailed):
+        if isinstance(message, KeysFailed):  # some may have been released meanwhile
             self.stores.forget_keys([key for key in message.keys if key not in ledger.keys])
 
     def site_left(self, site: str, incarnation: str) -> None:
@@ -100,6 +99,23 @@ class HubNode:
             self.sim.require(message.block.id in self.stores.payloads, "a block is sent whose payload is gone", message)
             beside = self.stores.beside(message)["errors"]  # the payload itself is taken from the simulation's book
         self.links[site].ends[0].send(message, beside)
+
+    def leftovers(self) -> list[str]:
+        """Return what the hub still has, in words; nothing once everything was released."""
+        ledger, dispatcher = self.core.ledger, self.core.dispatcher
+        books: dict[str, Collection[Any]] = {
+            "keys": ledger.keys,
+            "blocks": ledger.blocks,
+            "wants": ledger.wants,
+            "payloads": self.stores.payloads,
+            "errors": self.stores.errors,
+            "queues": dispatcher.queues,
+        }
+        left = [f"the hub has {name} left: {list(book)[:3]}" for name, book in books.items() if book]
+        for site in dispatcher.sites.values():
+            if site.blocks or site.copying or site.recalled_for or site.ntasks:
+                left.append(f"the hub counts work at {site.name}: {site}")
+        return left
 
     def _follow_stories(self) -> None:
         stories = self.core.ledger.stories

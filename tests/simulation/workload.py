@@ -82,8 +82,8 @@ def random_universe(rng: Random, ntasks: int) -> Universe:
 
 
 def _some_earlier(rng: Random, keys: list[Key], width: int) -> tuple[Key, ...]:
-    near = keys[-width:]
-    return tuple(dict.fromkeys(rng.choice(keys if rng.random() < 0.1 else near) for _ in range(rng.choice([1, 1, 2, 3]))))
+    chosen = [rng.choice(keys if rng.random() < 0.1 else keys[-width:]) for _ in range(rng.choice([1, 1, 2, 3]))]
+    return tuple(dict.fromkeys(chosen))
 
 
 @dataclass(frozen=True, slots=True)

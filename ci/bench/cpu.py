@@ -1,0 +1,81 @@
+"""CPU seconds of client, hub, agents and schedulers for a 10,000-task array graph cut over two sites, against stock."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import dask.array as da
+import distributed
+import psutil
+from _common import cpu_s, hub_and_sites, median, roles_of_site, stock_cluster, verdict, wait_for
+
+import daskfed
+
+REPEATS = 3
+
+
+def graph() -> da.Array:
+    """Return an array computation of about 10,000 tasks after fusion."""
+    x = da.random.random((740, 740), chunks=10)
+    return (x - x.mean(axis=0)).mean()
+
+
+def spent(roles: dict[str, psutil.Process], client: Any) -> dict[str, float]:
+    """Return the CPU seconds that each role spends on the graph, after a warm-up on a small one."""
+    da.ones(100, chunks=10).sum().compute()
+    x = graph()
+    before = {role: cpu_s(process) for role, process in roles.items()}
+    x.compute()
+    return {role: cpu_s(process) - before[role] for role, process in roles.items()}
+
+
+def ours() -> dict[str, float]:
+    """Run the graph on a federation of two sites."""
+    with hub_and_sites(("north", "south")) as (address, processes), connected(daskfed.Client, address) as client:
+        wait_for(lambda: ready(client), "two sites with workers")
+        roles = {"client": psutil.Process(), "hub": psutil.Process(processes["hub"].pid)}
+        for site in ("north", "south"):
+            roles |= {f"{site} {role}": process for role, process in roles_of_site(processes[site]).items()}
+        return spent(roles, client)
+
+
+def stock() -> dict[str, float]:
+    """Run the graph on a stock scheduler with two workers."""
+    with stock_cluster(2) as (address, scheduler), connected(distributed.Client, address) as client:
+        client.wait_for_workers(2)
+        return spent({"client": psutil.Process(), "scheduler": psutil.Process(scheduler.pid)}, client)
+
+
+@contextlib.contextmanager
+def connected(make_client: Any, address: str) -> Any:
+    """Yield a client of ``address``."""
+    with make_client(address, timeout=60) as client:
+        yield client
+
+
+def ready(client: Any) -> bool:
+    """Say whether both sites have a worker."""
+    sites = client.sites()
+    return len(sites) == 2 and all(site["workers"] for site in sites.values())
+
+
+def table(name: str, runs: list[dict[str, float]]) -> dict[str, float]:
+    """Print and return the medians of each role."""
+    medians = {role: median([run[role] for run in runs]) for role in runs[0]}
+    print(f"{name}: " + ", ".join(f"{role} {seconds:.2f}" for role, seconds in medians.items()), "CPU s (medians)")
+    return medians
+
+
+def main() -> int:
+    """Measure and print; return 1 where a bar is missed."""
+    print("tasks:", len(dict(graph().__dask_graph__())), "before fusion")
+    pairs = [(stock(), ours()) for _ in range(REPEATS)]
+    theirs, mine = table("stock", [pair[0] for pair in pairs]), table("daskfed", [pair[1] for pair in pairs])
+    passed = verdict("hub / stock scheduler", mine["hub"] / theirs["scheduler"], 0.1)
+    return not (verdict("all of daskfed / all of stock", sum(mine.values()) / sum(theirs.values()), 1.3) and passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

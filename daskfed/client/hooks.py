@@ -1,0 +1,68 @@
+"""The one place where daskfed changes anything of Dask: four small hooks, all put in by :func:`install`.
+
+- The optimisers of ``dask.array``, ``dask.bag`` and ``dask.delayed`` are ours (:mod:`daskfed.client.fusion`), which are
+  Dask's own for every graph without annotations. Dask has an official setting for this (``array_optimize``), but a
+  function in Dask's configuration breaks ``SSHCluster`` and nannies, which send the configuration as JSON; and a
+  user's own setting has to win. So the default behind that setting is replaced.
+- A dataframe collection that is built inside ``dask.annotate`` or ``at`` gets a pinned expression
+  (:mod:`daskfed.client.frames`); stock Dask warns there that it ignores the annotations.
+- ``dd.from_dask_array`` flattens the layers of its array before anybody could read their annotations: what it
+  flattens with first puts the annotations into the tasks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from dask.base import get_annotations
+from dask.utils import ensure_dict
+
+from daskfed.client import fusion
+from daskfed.client.notes import bake
+from daskfed.client.stock import imported, without_annotations
+
+_frames_hooked = False
+
+
+def install() -> None:
+    """Put the hooks in. May be called again at any time; does nothing the second time."""
+    _hook_frames()
+    _hook_optimiser("dask.array.core", "Array", fusion.optimise_array)
+    _hook_optimiser("dask.bag.core", "Bag", fusion.optimise_bag)
+    _hook_optimiser("dask.bag.core", "Item", fusion.optimise_bag)
+    _hook_optimiser("dask.delayed", "Delayed", fusion.optimise_delayed)
+
+
+def _hook_optimiser(module: str, name: str, optimiser: Callable[..., Any]) -> None:
+    """Replace the default optimiser of a class of collections, if that was imported."""
+    found = imported(module)
+    if found is not None:
+        getattr(found, name).__dict__["__dask_optimize__"]._default = optimiser
+
+
+def _hook_frames() -> None:
+    global _frames_hooked
+    if _frames_hooked or not all(map(importlib.util.find_spec, ("pandas", "pyarrow"))):
+        return
+    import dask.dataframe.io.io as readers
+    from dask.dataframe.dask_expr._collection import FrameBase
+
+    from daskfed.client.frames import pinned_new
+
+    stock_init = FrameBase.__init__
+
+    def __init__(self: Any, expr: Any) -> None:
+        note = get_annotations()
+        if note:
+            expr = pinned_new(expr, note)
+        without_annotations(stock_init, self, expr)
+
+    FrameBase.__init__ = __init__
+    readers.ensure_dict = _flattened
+    _frames_hooked = True
+
+
+def _flattened(graph: Any, **kwargs: Any) -> Any:
+    return ensure_dict(bake(graph), **kwargs)

@@ -1,0 +1,104 @@
+"""What the workers of a site run to get a key that was made elsewhere.
+
+The agent gives its scheduler a task under the key's own name; the task runs one of these functions on a worker. They
+are sent by value and need only distributed and the standard library, so daskfed need not be installed on the workers.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+from distributed.protocol.serialize import merge_and_deserialize
+
+from daskfed.dask_private import decompress_frames
+
+
+def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) -> Any:
+    """Return the value in frames that came with the task; raises TransferError where the checksum does not fit."""
+    found = 0
+    for frame in frames:
+        found = zlib.crc32(frame, found)
+    if found != checksum:
+        raise _transfer_error(f"an imported value is damaged: its checksum is {found:#x} instead of {checksum:#x}")
+    if any(header.get("compression") or ()):
+        frames = decompress_frames(header, frames)
+    return merge_and_deserialize(header, frames)
+
+
+def fetch_import(address: str, key: Any, token: str) -> Any:
+    """Get the value of ``key`` from the agent at ``address`` and open it; runs in a worker's thread.
+
+    Raises TransferError where the agent cannot be reached, does not have the key, or sent something damaged.
+    """
+    from distributed import get_worker
+    from distributed.utils import sync
+
+    worker = get_worker()
+    try:
+        reply = sync(worker.loop, _ask_agent, worker, address, key, token)
+    except (OSError, TimeoutError) as exc:
+        raise _transfer_error(f"{key!r}: the agent of this site at {address} cannot be reached: {exc}") from exc
+    if reply["status"] != "OK":
+        raise _transfer_error(f"{key!r}: {reply['reason']}")
+    return open_import(dict(reply["data"].header), reply["data"].frames, reply["checksum"])
+
+
+async def _ask_agent(worker: Any, address: str, key: Any, token: str) -> Any:
+    from distributed.core import ConnectionPool, send_recv
+
+    if "daskfed_pool" not in worker.__dict__:
+        worker.daskfed_pool = ConnectionPool(limit=8, deserialize=False, connection_args=worker.connection_args)
+        await worker.daskfed_pool.start()
+    pool = worker.daskfed_pool
+    comm = await pool.connect(address)
+    try:
+        return await send_recv(comm, op="get-import", key=key, token=token)
+    finally:
+        pool.reuse(address, comm)
+
+
+def raise_import(exception: tuple[Any, Any], traceback: tuple[Any, Any] | None) -> Any:
+    """Raise the error that a key failed with elsewhere, with its traceback; both are (header, frames) of a pickle."""
+    error = _opened(*exception)
+    if not isinstance(error, BaseException):
+        error = RuntimeError(str(error))
+    raise error.with_traceback(_opened_traceback(traceback))
+
+
+def _opened(header: dict[str, Any], frames: Sequence[Any]) -> Any:
+    if any(header.get("compression") or ()):
+        frames = decompress_frames(header, frames)
+    value = merge_and_deserialize(dict(header), frames)
+    return pickle.loads(value) if isinstance(value, bytes | bytearray | memoryview) else value
+
+
+def _opened_traceback(traceback: tuple[Any, Any] | None) -> Any:
+    try:
+        opened = None if traceback is None else _opened(*traceback)
+    except Exception:  # a traceback that cannot be opened here must not hide the error
+        return None
+    return None if isinstance(opened, str) else opened
+
+
+def _transfer_error(reason: str) -> Exception:
+    try:
+        from daskfed.errors import TransferError
+    except ImportError:
+        return OSError(f"TransferError: {reason}")
+    return TransferError(reason)
+
+
+def by_value(function: Any) -> bytes:
+    """Return a function of this module, pickled so that it opens where daskfed is not installed."""
+    import sys
+
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(function))
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)

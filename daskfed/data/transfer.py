@@ -1,0 +1,219 @@
+"""Bringing keys from one site's agent to another's: directly where it can be reached, else through the hub.
+
+:class:`Source` is the side that has them: it gets values from the workers of its site and streams them.
+:class:`Fetcher` is the side that wants them. Values stay unopened (see :mod:`daskfed.data.parcels`); each message is
+read only when the one before it was taken, so a slow receiver slows the sender down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from daskfed.comm.opaque import OpaqueError, OpaquePool
+from daskfed.data.parcels import Parcel, Unpacker, pack
+from daskfed.errors import TransferError
+from daskfed.messages import Key
+
+GROUP_BYTES = 8 * 2**20  # values that one request brings together, if they are as small as that
+GROUP_KEYS = 256
+DIAL_TIMEOUT_S = 3.0  # how long a direct connection may take before the hub relays instead
+UNREACHABLE_S = 60.0  # how long a site that could not be reached is not dialled again
+STREAMS_PER_SOURCE = 4  # requests to one site at a time
+
+Gather = Callable[[list[Key]], Awaitable[Mapping[Key, Any]]]
+Deliver = Callable[["Arrival"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What became of one wanted key: its parcel, or why it could not be had."""
+
+    key: Key
+    source: str  # site
+    parcel: Parcel | None
+    reason: str  # empty if it arrived
+    seconds: float  # since it was asked for, or since the key before it in the same stream arrived
+    relayed: bool  # it came through the hub
+
+
+class Directory(Protocol):
+    """What a fetcher needs of the hub."""
+
+    async def address_of(self, site: str) -> str:
+        """Return where the agent of ``site`` can be dialled; empty if only the hub reaches it. Raises OSError."""
+        ...
+
+    def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream of keys of ``site`` that comes through the hub."""
+        ...
+
+
+# -- the side that has the keys --------------------------------------------------------------------------------------
+
+
+class Source:
+    """Streams keys of this site; ``gather`` gets unopened values from its workers, ``size_of`` tells expected bytes."""
+
+    def __init__(self, gather: Gather, size_of: Callable[[Key], int]) -> None:
+        self.gather = gather
+        self.size_of = size_of
+
+    async def stream(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages with ``keys``, then the one that ends them."""
+        for group in grouped([(key, self.size_of(key)) for key in keys]):
+            values = dict(await self.gather(group))
+            for key in group:
+                if key not in values:
+                    yield {"key": key, "missing": "it is not in memory at its site"}
+                    continue
+                for message in pack(key, Parcel.of(values.pop(key))):
+                    yield message
+        yield {"end": True}
+
+
+def grouped(sized: Sequence[tuple[Key, int]]) -> Iterator[list[Key]]:
+    """Yield groups of keys of at most GROUP_BYTES and GROUP_KEYS; a larger value is a group of its own."""
+    group: list[Key] = []
+    nbytes = 0
+    for key, size in sized:
+        if group and (nbytes + size > GROUP_BYTES or len(group) >= GROUP_KEYS):
+            yield group
+            group, nbytes = [], 0
+        group.append(key)
+        nbytes += size
+    if group:
+        yield group
+
+
+# -- the side that wants them ----------------------------------------------------------------------------------------
+
+
+class Fetcher:
+    """Fetches keys from other sites and hands each to ``deliver`` as it arrives, or why it did not.
+
+    ``token`` is the federation's secret, ``connection_args`` are for dialling other agents.
+    """
+
+    def __init__(
+        self, directory: Directory, token: str, deliver: Deliver, connection_args: dict[str, Any] | None = None
+    ) -> None:
+        self.directory = directory
+        self.token = token
+        self.deliver = deliver
+        self._addresses: dict[str, str] = {}
+        self._unreachable: dict[str, float] = {}  # site -> when to dial it again
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pool = OpaquePool(limit=64, timeout=DIAL_TIMEOUT_S, connection_args=connection_args)
+
+    def fetch(self, source: str, sized: Sequence[tuple[Key, int]]) -> None:
+        """Start to bring keys, given with their expected bytes, from the site ``source``."""
+        for group in grouped(sized):
+            task = asyncio.create_task(self._fetch_group(source, group), name=f"fetch from {source}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._pool.close()
+
+    async def _fetch_group(self, source: str, keys: list[Key]) -> None:
+        async with self._slots.setdefault(source, asyncio.Semaphore(STREAMS_PER_SOURCE)):
+            request = _Request(source, dict.fromkeys(keys), time.monotonic())
+            reason = await self._direct(request)
+            if request.pending and reason is None:
+                reason = await self._relayed(request)
+        for key in list(request.pending):
+            self.deliver(Arrival(key, source, None, reason or "the stream ended early", 0.0, request.relayed))
+
+    async def _direct(self, request: _Request) -> str | None:
+        """Fetch over a direct connection; returns None where there is none, else why keys are still pending."""
+        try:
+            address = await self._address_of(request.source)
+        except (OSError, OpaqueError) as exc:
+            return f"the hub does not say where site {request.source!r} is: {exc}"
+        if not address:
+            return None
+        try:
+            comm = await self._pool.connect(address)
+        except (OSError, ValueError):
+            self._unreachable[request.source] = time.monotonic() + UNREACHABLE_S
+            self._addresses.pop(request.source, None)
+            return None
+        return await self._receive_from(comm, address, request)
+
+    async def _receive_from(self, comm: Any, address: str, request: _Request) -> str:
+        keys = list(request.pending)
+        try:
+            await comm.write(
+                {"op": "get_keys", "site": request.source, "keys": keys, "token": self.token, "reply": False}
+            )
+            return await self._receive(_messages(comm), request)
+        except OSError as exc:
+            comm.abort()
+            return f"the connection with site {request.source!r} broke: {exc}"
+        except asyncio.CancelledError:
+            comm.abort()
+            raise
+        finally:
+            self._pool.reuse(address, comm)
+
+    async def _address_of(self, source: str) -> str:
+        if self._unreachable.get(source, 0.0) > time.monotonic():
+            return ""
+        if source not in self._addresses:
+            self._addresses[source] = await self.directory.address_of(source)
+        return self._addresses[source]
+
+    async def _relayed(self, request: _Request) -> str:
+        request.relayed = True
+        try:
+            return await self._receive(self.directory.relay(request.source, list(request.pending)), request)
+        except (OSError, OpaqueError) as exc:
+            return f"the hub could not relay from site {request.source!r}: {exc}"
+
+    async def _receive(self, messages: AsyncIterator[dict[str, Any]], request: _Request) -> str:
+        """Deliver what a stream brings; returns why the rest is missing. Raises OSError where it breaks off."""
+        unpacker = Unpacker()
+        async for message in messages:
+            if message.get("end"):
+                return str(message.get("error") or "the stream ended early")
+            if "missing" in message:
+                self._arrived(request, message["key"], None, message["missing"])
+            elif (complete := unpacker.take(message)) is not None:
+                self._arrived(request, *complete, "")
+        raise TransferError(f"the stream from site {request.source!r} broke off")
+
+    def _arrived(self, request: _Request, key: Key, parcel: Parcel | None, reason: str) -> None:
+        if key in request.pending:
+            del request.pending[key]
+            seconds = request.lap()
+            self.deliver(Arrival(key, request.source, parcel, reason, seconds, request.relayed))
+
+
+@dataclass(slots=True)
+class _Request:
+    """Keys that are asked of one site together."""
+
+    source: str
+    pending: dict[Key, None]
+    since: float  # when it was made, or the last key arrived
+    relayed: bool = False
+
+    def lap(self) -> float:
+        """Return the seconds since the last key arrived: together they add up to the time of the whole request."""
+        now = time.monotonic()
+        seconds, self.since = now - self.since, now
+        return seconds
+
+
+async def _messages(comm: Any) -> AsyncIterator[dict[str, Any]]:
+    while True:
+        yield await comm.read()

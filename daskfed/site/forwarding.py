@@ -1,0 +1,256 @@
+"""Locks, Queues, Variables, Events and datasets that tasks use are the federation's, not those of their site.
+
+A task talks to its site's stock scheduler. There :class:`ForwardCoordination`, a plugin that the agent registers, puts
+forwarders in place of the scheduler's own handlers; they pass each request to the agent, which relays it to the hub::
+
+    task ──▶ site's scheduler ──forward-to-hub──▶ agent ──▶ hub
+             ForwardCoordination                  forward_to_hub on an AgentPort
+
+Requests and replies stay unopened all the way. Futures need more than passing on:
+
+- A future that a task puts where others see it names a key that the hub may not know, since the task made it: the agent
+  announces it first (:meth:`AgentPort.announce_keys`).
+- A future that a task takes names a key that the site may not have: the agent brings it (:meth:`AgentPort.bring_keys`)
+  before the task hears of it. The hub holds it for the task until the task's client lets go of it.
+
+Events that tasks log (``print``, ``warn`` and the user's own topics) go to the hub too, and stay at the site as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+from distributed import SchedulerPlugin
+
+from daskfed.comm.opaque import OpaqueError, OpaquePool, relays_errors, settle
+from daskfed.messages import Key
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
+"""Ops of the scheduler that begin so are forwarded, RPCs and stream ops alike."""
+TAKEN_OPS = ("variable-future-received-confirm", "queue-future-release")
+"""Stream ops by which a task's client says that it has a future now; the hub then holds the key for it."""
+RELEASE = "client-releases-keys"
+LOCAL_TOPICS = ("worker-", "invalid-worker-")
+"""Topics that begin so are a worker's own; so are those named after an address."""
+MOST_CALLS = 2**16
+"""Most calls that wait for the agent at once: a task that waits for a Lock or an Event holds one connection."""
+POLL_S = 0.01
+KNOWN_WITHIN_S = 5.0
+"""How long a key may take to reach the scheduler after the request that names it, which goes another way."""
+
+
+# -- at the agent ----------------------------------------------------------------------------------------------------
+
+
+class AgentPort(Protocol):
+    """What forwarding needs of a site's agent."""
+
+    async def call_hub(self, op: str, **kwargs: Any) -> Any:
+        """Have the hub do ``op`` for this site and return its reply, unopened, however long it takes.
+
+        Raises OpaqueError where the hub's handler raised.
+        """
+        ...
+
+    async def announce_keys(self, keys: Mapping[Key, int | None]) -> None:
+        """Tell the hub that ``keys``, which tasks made, are at this site.
+
+        The agent's client wants them already. A key comes with its bytes, or None while it is not in memory: then the
+        scheduler tells the agent's client when it is, perhaps before this call.
+        """
+        ...
+
+    async def bring_keys(self, keys: Collection[Key]) -> None:
+        """Bring ``keys``, which the hub knows; when it returns, the site's scheduler knows them, made or not yet."""
+        ...
+
+
+def agent_handlers(port: AgentPort, token: str) -> dict[str, Callable[..., Any]]:
+    """Return the RPC handlers that an agent's server needs; they serve only who knows ``token``."""
+
+    @relays_errors
+    async def serve(token: str, hub_op: str, kwargs: dict[str, Any], announce: Any = None) -> Any:
+        if not hmac.compare_digest(str(token), expected):
+            raise PermissionError("the token is not this agent's: another site's scheduler called it")
+        return await forward_to_hub(port, hub_op, kwargs, announce)
+
+    expected = token
+    return {"forward-to-hub": serve}
+
+
+async def forward_to_hub(port: AgentPort, op: str, kwargs: Mapping[str, Any], announce: Any = None) -> Any:
+    """Relay what a task asked to the hub and return the reply; ``announce`` are keys that the hub may not know yet,
+    as for :meth:`AgentPort.announce_keys`. Raises OpaqueError where the hub's handler raised, and what the port raises.
+    """
+    if announce:
+        await port.announce_keys(announce)
+    reply = await port.call_hub(op, **kwargs)
+    if keys := keys_taken(op, reply):
+        await port.bring_keys(keys)
+    return reply
+
+
+def keys_taken(op: str, reply: Any) -> list[Key]:
+    """Return the keys of the futures that a reply of the hub hands out."""
+    if op == "publish_get":
+        return [key for dataset in reply if dataset is not None for key in dataset["keys"]]
+    if op not in ("variable_get", "queue_get"):
+        return []
+    records = [reply] if isinstance(reply, dict) else reply
+    return [record["value"] for record in records if record.get("type") == "Future"]
+
+
+def keys_put(op: str, kwargs: Mapping[str, Any]) -> list[Key]:
+    """Return the keys of the futures that a request puts where others see them."""
+    if op == "publish_put":
+        return [key for keys in kwargs["keys"] for key in keys]
+    key = kwargs.get("key")
+    return [key] if op in ("variable_set", "queue_put") and key is not None else []
+
+
+# -- in the site's scheduler -----------------------------------------------------------------------------------------
+
+
+class ForwardCoordination(SchedulerPlugin):
+    """Makes a stock scheduler forward coordination to the agent at ``agent_address``, which knows ``token``.
+
+    ``agent_client`` is the id of the agent's own client of that scheduler: it is made to want the keys that tasks put.
+    The plugin dials the agent with the scheduler's own security. Registered again (``idempotent=False``), with another
+    address or token, it replaces the earlier one.
+    """
+
+    name = "daskfed-forward-coordination"
+    idempotent = False
+
+    def __init__(self, agent_address: str, token: str, agent_client: str) -> None:
+        self.agent_address = agent_address
+        self.token = token
+        self.agent_client = agent_client
+
+    async def start(self, scheduler: Any) -> None:
+        """Put the forwarders in place; called by the scheduler."""
+        if isinstance(earlier := scheduler.plugins.get(self.name), ForwardCoordination):
+            await earlier.close()
+            scheduler.remove_plugin(self.name)
+        self.scheduler = scheduler
+        self.held: dict[str, set[Key]] = defaultdict(set)  # by the hub for the clients of tasks
+        self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        self._pool = OpaquePool(limit=MOST_CALLS, connection_args=scheduler.connection_args)
+        await self._pool.start()
+        self._sender = asyncio.create_task(self._send_in_order())
+        self._replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._replace(scheduler.handlers, self._rpc_handlers(scheduler.handlers))
+        self._replace(scheduler.stream_handlers, self._stream_handlers(scheduler.stream_handlers))
+
+    async def close(self) -> None:
+        """Give the scheduler its own handlers back and let go of the agent; called by the scheduler when it ends."""
+        for handlers, own in self._replaced:
+            handlers.update(own)
+        self._sender.cancel()
+        await self._pool.close()
+
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        """Let go of what the hub holds for a task's client that has gone; called by the scheduler."""
+        self._let_go(client, self.held.get(client, ()))
+
+    # -- handlers ----------------------------------------------------------------------------------------------------
+
+    def _replace(self, handlers: dict[str, Any], new: Mapping[str, Callable[..., Any]]) -> None:
+        self._replaced.append((handlers, {op: handlers[op] for op in new}))
+        handlers.update(new)
+
+    def _rpc_handlers(self, own: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+        forwarded = {op: self._forwarder(op) for op in own if op.startswith(PREFIXES)}
+        return forwarded | {"log_event": self._logger(own["log_event"])}
+
+    def _stream_handlers(self, own: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+        forwarded = {op: self._stream_forwarder(op) for op in own if op.startswith((*PREFIXES, *TAKEN_OPS))}
+        return forwarded | {RELEASE: self._releaser(own[RELEASE]), "log-event": self._logger(own["log-event"])}
+
+    def _forwarder(self, op: str) -> Callable[..., Any]:
+        async def forward(**kwargs: Any) -> Any:
+            reply = await self._forward(op, kwargs)
+            return settle(reply) if self.scheduler.address.startswith("inproc://") else reply
+
+        return forward
+
+    def _stream_forwarder(self, op: str) -> Callable[..., Any]:
+        def forward(**kwargs: Any) -> None:
+            if op in TAKEN_OPS:
+                self.held[kwargs["client"]].add(kwargs["key"])
+            self._queue.put_nowait((op, kwargs))
+
+        return forward
+
+    def _releaser(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def release(keys: Collection[Key], client: str, **rest: Any) -> None:
+            own(keys=keys, client=client, **rest)
+            self._let_go(client, keys)
+
+        return release
+
+    def _let_go(self, client: str, keys: Collection[Key]) -> None:
+        if client not in self.held:
+            return
+        if gone := self.held[client].intersection(keys):
+            self.held[client] -= gone
+            self._queue.put_nowait((RELEASE, {"keys": list(gone), "client": client}))
+        if not self.held[client]:
+            del self.held[client]
+
+    def _logger(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def log(topic: str | Collection[str], msg: Any, **worker: Any) -> None:
+            own(topic=topic, msg=msg, **worker)
+            topics = [topic] if isinstance(topic, str) else topic
+            if shared := [each for each in topics if "://" not in each and not each.startswith(LOCAL_TOPICS)]:
+                self._queue.put_nowait(("log_event", {"topic": shared, "msg": msg}))
+
+        return log
+
+    # -- to the agent ------------------------------------------------------------------------------------------------
+
+    async def _forward(self, op: str, kwargs: dict[str, Any]) -> Any:
+        announce = await self._hold(keys_put(op, kwargs))
+        try:
+            return await self._pool.call(
+                self.agent_address, "forward-to-hub", token=self.token, hub_op=op, kwargs=kwargs, announce=announce
+            )
+        except OpaqueError as exc:
+            return exc.reply()
+
+    async def _hold(self, keys: Collection[Key]) -> dict[Key, int | None]:
+        """Make the agent's client want ``keys`` before a task can let go; returns those of this site, with sizes."""
+        sizes = {}
+        for key in keys:
+            task = await self._task(key)
+            if task is not None and (task.run_spec is not None or task.who_has):
+                sizes[key] = task.nbytes if task.state == "memory" else None
+                self.scheduler.client_desires_keys([key], self.agent_client)
+        return sizes
+
+    async def _task(self, key: Key) -> Any:
+        """Return the scheduler's state of ``key``, once it has heard of it, or None if it does not."""
+        for _ in range(int(KNOWN_WITHIN_S / POLL_S)):
+            if task := self.scheduler.tasks.get(key):
+                return task
+            await asyncio.sleep(POLL_S)
+        return None
+
+    async def _send_in_order(self) -> None:
+        """Forward what clients said on their streams, one by one: their order matters, their replies do not."""
+        while True:
+            op, kwargs = await self._queue.get()
+            try:
+                reply = await self._forward(op, kwargs)
+            except OSError as exc:
+                logger.warning("Could not pass %r on to the agent at %s: %s", op, self.agent_address, exc)
+            else:
+                if isinstance(reply, dict) and reply.get("status") == "uncaught-error":
+                    logger.warning("The hub could not do %r: %s", op, reply.get("exception_text"))

@@ -1,0 +1,329 @@
+"""A simulated site: the real core, and around it what the agent's shell does, over the stand-in for Dask's scheduler.
+
+Commands travel to the scheduler, and its events back, in order and with a delay each way. As the real shell does, this
+one lets no event about a released key through until the scheduler has answered the release. Beside the core's own
+invariants it verifies what the scheduler sees: no key is imported while a block makes it, no graph lacks an input, no
+two attempts of a block are active, no payload and no bytes are missing or left behind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from daskfed.messages import (
+    PROTOCOL_VERSION,
+    Attempt,
+    Key,
+    KeysFailed,
+    Learned,
+    MadeKey,
+    Message,
+    RunBlock,
+    SiteHello,
+    SiteStatus,
+)
+from daskfed.site import events as ev
+from daskfed.site.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
+from daskfed.testing.scheduler import (
+    UNDER_WAY,
+    Cancelled,
+    Erred,
+    Failure,
+    FakeScheduler,
+    FakeTask,
+    InMemory,
+    SchedulerEvent,
+    State,
+)
+from daskfed.testing.transport import Connection, connect
+from tests.simulation.coverage import Follower
+
+if TYPE_CHECKING:
+    from tests.simulation.federation import Simulation
+
+STATUS_S = 2.0  # between two reports of a site
+LOAD_S = 0.1  # between two counts of the scheduler's unfinished tasks
+RPC_TIMEOUT_S = 1.0  # after which a transfer from a site that is cut off fails
+
+
+class SiteNode:
+    """One site."""
+
+    def __init__(self, sim: Simulation, n: int, rng: Random) -> None:
+        self.sim = sim
+        self.name = f"s{n}"
+        self.label = f"zone={'ab'[n % 2]}"
+        self.stays = sim.plan.drains_at[n] is None
+        self.joined = False  # the hub knows it
+        self.draining = False
+        self.stopped = False
+        self.core = sim.cores.site(import_budget=rng.choice([10**6, 10**9]))
+        self.threads = rng.choice([1, 2, 4])
+        self.scheduler = FakeScheduler(sim.clock, self.threads, self._from_scheduler)
+        self.scheduler.slowness = sim.plan.slowness[n]
+        self.connection: Connection | None = None
+        self.reachable = True
+        self.blocks = Follower("site block", BLOCK_MOVES, BlockPhase.WAITING)
+        self.keys = Follower("site key", KEY_MOVES, KeyPhase.ABSENT)
+        self.payloads: dict[tuple[str, Attempt], dict[Key, FakeTask]] = {}
+        self.bytes: dict[Key, int] = {}  # imports in the agent's memory
+        self._weather = sim.plan.weather[n]
+        self._rng = rng
+        self._delay_s = rng.choice([0.0005, 0.005])  # between agent and scheduler, each way
+        self._releasing: Counter[Key] = Counter()  # releases that the scheduler has not answered yet
+        self._submitted = 0
+        self._seen_attempts: set[tuple[str, Attempt]] = set()
+        self._maker: dict[Key, tuple[str, Attempt]] = {}  # last block that was to make a key here
+        self._last_load: tuple[int, int] | None = None
+        self._ran = 0
+
+    # -- membership ---------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Dial the hub."""
+        session = f"{self.name}/1/0"
+        handlers = (self._to_hub_shell, self._from_hub)
+        self.connection = connect(self.sim.clock, self._rng, self._weather, session, handlers, self.sim.cores.link)
+        self.sim.hub.links[self.name] = self.connection
+        self._send(self._hello())
+        self._report()
+        self._count_load()
+        if not self.reachable:
+            self.connection.cut()
+
+    def _hello(self) -> SiteHello:
+        name, value = self.label.split("=")
+        return SiteHello(self.name, "1", PROTOCOL_VERSION, ((name, value),), ("default",), (), "", "", ())
+
+    def drain(self) -> None:
+        """Tell the hub that this site wants to leave."""
+        self.draining = True
+        self._send(self._status())
+
+    def cut(self) -> None:
+        """Start a partition: neither hub nor other sites reach it."""
+        self.reachable = False
+        if self.connection is not None:
+            self.connection.cut()
+
+    def mend(self) -> None:
+        """End the partition."""
+        self.reachable = True
+        if self.connection is not None:
+            self.connection.mend()
+
+    def _stop(self) -> None:
+        self.stopped = True
+        self.scheduler.closed = True
+        self.bytes.clear()
+        self.payloads.clear()
+        self.sim.clock.call_later(self._weather.delay_s[1], self.sim.hub.site_left, self.name, "1")
+
+    # -- the hub ------------------------------------------------------------------------------------------------
+
+    def _to_hub_shell(self, message: Message, beside: Any) -> None:
+        self.joined = True
+        self.sim.hub.from_site(self.name, message, beside)
+
+    def _from_hub(self, message: Message, beside: Any) -> None:
+        if isinstance(message, RunBlock):
+            self.payloads[message.block.id, message.attempt] = self.sim.payloads[message.block.id]
+        self._handle(message, beside)
+
+    def _send(self, message: Message, beside: Any = None) -> None:
+        if self.connection is not None and not self.stopped:
+            self.connection.ends[1].send(message, beside)
+            self.connection.ends[1].pump()
+
+    def _report(self) -> None:
+        if not (self.stopped or self.sim.over):
+            self._send(self._status())
+            self._learn()
+            self.sim.clock.call_later(STATUS_S, self._report)
+
+    def _status(self) -> SiteStatus:
+        queued = self._unfinished()
+        return SiteStatus(1, self.threads, 2**33, 2**20, 0, queued, self.draining, round_trip_s=0.02)
+
+    def _learn(self) -> None:
+        fresh = self.scheduler.tasks_run - self._ran
+        if fresh:
+            self._ran += fresh
+            seconds = fresh * 0.1 * self.scheduler.slowness
+            self._send(Learned((("inc", fresh, seconds),), (("inc", fresh, fresh * 100),)))
+
+    # -- the core -----------------------------------------------------------------------------------------------
+
+    def _handle(self, event: Any, beside: Any = None) -> None:
+        """Give one event to the core, verify it, and do what it commands."""
+        if self.stopped:
+            return
+        self.sim.log(self.name, event)
+        commands = self.core.handle(event, self.sim.clock.now)
+        self.core.check()
+        self._follow_stories()
+        for command in commands:
+            self.sim.log(self.name, command, out=True)
+            self._do(command, beside)
+        if self.connection is not None and not self.stopped:
+            self.connection.ends[1].pump()
+
+    def _do(self, command: ev.Command, beside: Any) -> None:
+        if isinstance(command, ev.TellHub):
+            failure = beside if isinstance(command.message, KeysFailed) else None
+            assert self.connection is not None
+            self.connection.ends[1].send(command.message, failure)
+        elif isinstance(command, ev.SubmitBlock):
+            payload = self.payloads.pop((command.block, command.attempt), None)
+            self.sim.require(payload is not None, "a block is submitted whose payload is gone", self.name, command)
+            self._to_scheduler(self._run_block, command, payload)
+        elif isinstance(command, ev.SubmitImport):
+            error = Failure(beside[command.key]["exception"]) if command.failed else None
+            self._to_scheduler(self._import, command.key, error)
+        elif isinstance(command, ev.Fetch):
+            self._fetch(command)
+        elif isinstance(command, ev.DropBytes):
+            self.bytes.pop(command.key, None)
+        elif isinstance(command, ev.ReleaseAtScheduler):
+            self._releasing.update(command.keys)
+            self._to_scheduler(self._release, command.keys)
+        elif isinstance(command, ev.ForgetPayload):
+            self.payloads.pop((command.block, command.attempt))
+        else:
+            self._stop()
+
+    def _follow_stories(self) -> None:
+        stories = self.core.stories
+        while stories:
+            subject, move = stories.popleft()
+            is_block = subject in self.sim.payloads
+            (self.blocks if is_block else self.keys).follow(subject, move)
+
+    # -- to the scheduler ---------------------------------------------------------------------------------------
+
+    def _to_scheduler(self, action: Callable[..., None], *args: Any) -> None:
+        self.sim.clock.call_later(self._delay_s, action, *args)
+
+    def _run_block(self, command: ev.SubmitBlock, payload: dict[Key, FakeTask]) -> None:
+        attempt = (command.block, command.attempt)
+        self.sim.require(attempt not in self._seen_attempts, "an attempt is submitted twice", self.name, *attempt)
+        self._seen_attempts.add(attempt)
+        for key in command.outputs:
+            task, maker = self.scheduler.tasks.get(key), self._maker.get(key)
+            going = task is not None and task.wanted and task.state in UNDER_WAY
+            two = going and maker is not None and maker[0] == command.block
+            self.sim.require(not two, "two attempts of a block are active at one site", self.name, maker, attempt)
+            self._maker[key] = attempt
+        self._submitted += 1
+        self.scheduler.update_graph(payload, command.outputs)
+
+    def _import(self, key: Key, error: Failure | None) -> None:
+        task = self.scheduler.tasks.get(key)
+        making = task is not None and task.wanted and task.state in UNDER_WAY
+        self.sim.require(not making, "a key is imported while it is being made here", self.name, key)
+        fetch = FakeTask(key, (), seconds=0.001, nbytes=8, fetch=lambda: error or self._bytes_of(key))
+        self.scheduler.update_graph({key: fetch}, [key])
+
+    def _bytes_of(self, key: Key) -> int | Failure:
+        return self.bytes.get(key, Failure(f"the agent has no bytes of {key!r}"))
+
+    def _release(self, keys: tuple[Key, ...]) -> None:
+        self.scheduler.release(keys)
+        self._from_scheduler(keys)
+
+    def value(self, key: Key) -> int | Failure | None:
+        """Return the value of a key that is in memory here, None where it is not."""
+        try:
+            return self.scheduler.gather(key)
+        except KeyError:
+            return None
+
+    def scatter(self, key: Key, value: int) -> None:
+        """Put data on a worker, as the agent does for the hub."""
+        data = FakeTask(key, (), seconds=0.0, nbytes=8, fetch=lambda: value)
+        self.scheduler.update_graph({key: data}, [key])
+        self._handle(ev.KeysScattered((MadeKey(key, 8),)))
+
+    # -- from the scheduler -------------------------------------------------------------------------------------
+
+    def _from_scheduler(self, event: SchedulerEvent | tuple[Key, ...]) -> None:
+        self.sim.clock.call_later(self._delay_s, self._hear, event)
+
+    def _hear(self, event: SchedulerEvent | tuple[Key, ...]) -> None:
+        if isinstance(event, tuple):
+            self._releasing.subtract(event)
+            self._releasing = +self._releasing
+        elif isinstance(event, Cancelled):
+            self.sim.require(event.reason != "lost dependencies", "a block ran without an input", self.name, event)
+            self._handle(ev.KeysForgotten(tuple(key for key in event.keys if not self._releasing[key])))
+        elif self._releasing[event.key]:
+            return
+        elif isinstance(event, InMemory):
+            self._handle(ev.KeysReady((MadeKey(event.key, event.nbytes),)))
+        elif isinstance(event, Erred):
+            self._handle(ev.KeysErred((event.key,)), {"exception": event.failure.origin, "traceback": None})
+
+    def _count_load(self) -> None:
+        if self.stopped or self.sim.over:
+            return
+        load = (self._unfinished(), self._submitted)
+        if load != self._last_load:
+            self._last_load = load
+            count = ev.Load(load[0], self.threads, load[1])
+            self.sim.clock.call_later(self._delay_s, self._handle, count)
+        self.sim.clock.call_later(LOAD_S, self._count_load)
+
+    def _unfinished(self) -> int:
+        return sum(task.state in UNDER_WAY for task in self.scheduler.tasks.values())
+
+    # -- transfers ----------------------------------------------------------------------------------------------
+
+    def _fetch(self, command: ev.Fetch) -> None:
+        asked = self.sim.clock.now
+        seconds = 0.002 + command.nbytes / self.sim.plan.bandwidth_bps * (1 + self._rng.random())
+        self.sim.clock.call_later(0.001, self._read_there, command, asked, seconds)
+
+    def _read_there(self, command: ev.Fetch, asked: float, seconds: float) -> None:
+        source = self.sim.sites[command.source]
+        value = source.value(command.key)
+        if not (source.reachable and self.reachable):
+            self._fetch_failed(command, "timed out", RPC_TIMEOUT_S)
+        elif value is None or isinstance(value, Failure) or source.stopped:
+            self._fetch_failed(command, "not there", 0.001)
+        elif self._rng.random() < self.sim.plan.fetch_failure:
+            self._fetch_failed(command, "the connection broke", seconds / 2)
+        else:
+            self.sim.clock.call_later(seconds, self._fetched, command, asked, value)
+
+    def _fetch_failed(self, command: ev.Fetch, reason: str, seconds: float) -> None:
+        failed = ev.FetchFailed(command.key, command.source, reason)
+        self.sim.clock.call_later(seconds, self._handle, failed)
+
+    def _fetched(self, command: ev.Fetch, asked: float, value: int) -> None:
+        if not self.stopped:
+            self.bytes[command.key] = value
+            seconds = self.sim.clock.now - asked
+            self._handle(ev.Fetched(command.key, command.source, command.nbytes or 8, seconds, False))
+
+    # -- the books ----------------------------------------------------------------------------------------------
+
+    def leftovers(self) -> list[str]:
+        """Return what this site still has, in words; nothing once everything was released."""
+        if self.stopped:
+            return []
+        books: dict[str, Collection[Any]] = {
+            "keys": self.core.keys,
+            "blocks": self.core.blocks,
+            "payloads": self.payloads,
+            "bytes": self.bytes,
+            # Dask forgets to forget the ancestors of a key that it knew with other dependencies: they are not counted.
+            "tasks": [key for key, task in self.scheduler.tasks.items() if task.state is not State.RELEASED],
+            "unanswered releases": self._releasing,
+        }
+        left = [f"{self.name} has {name} left: {list(book)[:3]}" for name, book in books.items() if book]
+        if self.connection is not None and not self.connection.idle:
+            left.append(f"{self.name}: messages are under way")
+        return left
