@@ -40,7 +40,6 @@ from dask._expr import _HLGExprSequence as HLGExprSequence
 from dask._task_spec import Alias as Alias  # a key that only stands for another
 from dask._task_spec import DataNode as DataNode  # a value that lies in the graph itself
 from dask._task_spec import GraphNode as GraphNode  # base of everything in a graph: key, dependencies
-from dask._task_spec import Task as Task  # a call: func, args, kwargs
 from dask._task_spec import List as TaskList  # a list with tasks in it
 from dask._task_spec import NestedContainer as NestedContainer  # a list, tuple, set or dict with tasks in it
 from dask._task_spec import Task as Task
@@ -101,3 +100,6 @@ from distributed.variable import VariableExtension as VariableExtension
 # -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
 from dask.core import validate_key as validate_key
 from distributed.client import _MapExpr as MapExpr  # what Client.map sends
+
+# -- site/session.py: getting values from the workers of a site ------------------------------------------------------
+from distributed.utils_comm import gather_from_workers as gather_from_workers

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import configuration, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "DASKFED_TEST_RUN"  # variable that every process started by the tests inherits
 GRACE_S = 10.0
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # live as long as the test process
 
+configuration.set_hypothesis_home_dir(ROOT / ".venv" / "cache" / "hypothesis")
 settings.register_profile("daskfed", derandomize=True, deadline=None, database=None)
 settings.load_profile("daskfed")
 

@@ -56,7 +56,8 @@ def message_rows() -> str:
         if (section := re.match(r"# -- (hub to site|site to hub) -", line)) is not None:
             speaker = section[1]
         elif (found := re.match(r"class (\w+)\(Message\)", line)) is not None:
-            meaning = " ".join((inspect.getdoc(getattr(messages, found[1])) or "").split("\n\n")[0].split())
+            text = (inspect.getdoc(getattr(messages, found[1])) or "").replace("``", "`")
+            meaning = " ".join(text.split("\n\n")[0].split())
             rows.append(f"| {speaker} | `{found[1]}` | {meaning} |")
     return "\n".join(rows)
 

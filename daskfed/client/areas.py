@@ -14,12 +14,9 @@ def areas(nodes: Nodes) -> list[int]:
     """Return the area of each node; ANYWHERE where nothing that it needs is bound to a place."""
     area = list(nodes.area)
     if any(area):
-        order = ready_order(nodes.inputs, nodes.users)
-        for node in order:
+        for node in ready_order(nodes.inputs, nodes.users):
             if area[node] == ANYWHERE:
                 area[node] = _of_most(nodes, area, node)
-        for node in order:
-            _move_parts(nodes, area, node)
     return area
 
 
@@ -29,14 +26,3 @@ def _of_most(nodes: Nodes, area: list[int], node: int) -> int:
         if area[need] != ANYWHERE:
             weight[area[need]] = weight.get(area[need], 0.0) + 1.0 / len(nodes.users[need])
     return min(weight, key=lambda one: (-weight[one], one), default=ANYWHERE)
-
-
-def _move_parts(nodes: Nodes, area: list[int], node: int) -> None:
-    """Let a result that is only taken to parts (a shuffle's split) travel whole where all parts would go anyway."""
-    parts = nodes.users[node]
-    if len(parts) < 2 or not all(nodes.is_part[part] and nodes.area[part] == ANYWHERE for part in parts):
-        return
-    goals = {area[user] for part in parts for user in nodes.users[part]}
-    if len(goals) == 1 and ANYWHERE not in goals:
-        for part in parts:
-            area[part] = next(iter(goals))

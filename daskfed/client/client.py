@@ -16,18 +16,20 @@ from dask.utils import format_bytes, parse_bytes
 from distributed.client import Future
 from toolz import merge
 
-from daskfed.client import frames, opening, progress
+from daskfed.client import hooks, opening, progress
 from daskfed.client.assembly import Assembly, split_final
-from daskfed.client.calls import calls_of_map, calls_of_submit
+from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.submission import Submission, plan_calls, plan_graph
-from daskfed.dask_private import LLGExpr, MapExpr, has_keyword, validate_key
+from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
 from daskfed.errors import ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
+MOST_CALLS = 512  # in one block
+FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
@@ -42,7 +44,7 @@ class Client(distributed.Client):
     """
 
     def __init__(self, address: Any = None, **kwargs: Any) -> None:
-        frames.install()
+        hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
         self._fixed_single = False
@@ -168,7 +170,8 @@ class Client(distributed.Client):
             return self._submit_calls(_calls_of_map(expr), keys, annotations)
         if isinstance(expr, LLGExpr) and len(keys) == 1 and len(expr.operand("dsk")) == 1:
             ((key, task),) = expr.operand("dsk").items()
-            return self._submit_calls([calls_of_submit(key, task.func, task.args, task.kwargs)], keys, annotations)
+            if isinstance(task, Task):
+                return self._submit_calls([Calls(expr, (key,), frozenset(task.dependencies))], keys, annotations)
         return self._submit_graph(materialise(expr, keys, annotations), keys, known)
 
     def _submit_calls(self, calls: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
@@ -317,7 +320,9 @@ def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any
 
 
 def _calls_of_map(expr: Any) -> Any:
-    return calls_of_map(expr.func, expr.iterables, list(expr.keys), expr.kwargs)
+    keys = list(expr.keys)
+    size = max(1, min(MOST_CALLS, -(-len(keys) // FEWEST_BLOCKS)))
+    return calls_of_map(expr.func, expr.iterables, keys, expr.kwargs, size=size)
 
 
 def _unmet(constraint: Constraint, sites: Mapping[str, Mapping[str, Any]]) -> str | None:

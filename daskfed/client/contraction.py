@@ -12,16 +12,15 @@ a key from outside is known to be. Both are numbers here, 0 stands for "no const
 
 from __future__ import annotations
 
-import operator
+import pickle
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cloudpickle
 from dask.sizeof import sizeof
 
-from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask, Task
+from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask
 from daskfed.errors import ConfigurationError
 from daskfed.messages import Constraint, Key
 
@@ -83,7 +82,6 @@ class Nodes:
     size: list[int]  # number of its tasks; where copies of sources are many, they count as well
     inputs: list[list[int]]  # nodes whose results it needs, ascending
     users: list[list[int]]  # nodes that need its results
-    is_part: list[bool]  # its result is a part of its only input
     placement: list[int]  # number of its placement
     area: list[int]  # number of the area that it is bound to, or where its inputs from outside are
     placements: Placements
@@ -91,14 +89,18 @@ class Nodes:
 
 
 def contract(
-    graph: Mapping[Key, GraphNode], rank: Mapping[Key, int], constraints: Mapping[Key, Constraint], cap: int
+    graph: Mapping[Key, GraphNode],
+    rank: Mapping[Key, int],
+    constraints: Mapping[Key, Constraint],
+    keep: Set[Key],
+    cap: int,
 ) -> Nodes:
     """Return the nodes of ``graph``.
 
-    ``rank`` is dask's order of all its keys, ``cap`` the most tasks that a piece may have. Raises ConfigurationError
-    where the tasks of one P2P shuffle are bound to different places.
+    ``rank`` is dask's order of all its keys, ``keep`` holds keys that must not be copied, ``cap`` is the most tasks
+    that a piece may have. Raises ConfigurationError where the tasks of one P2P shuffle are bound to different places.
     """
-    shared = shared_sources(graph, constraints, cap)
+    shared = shared_sources(graph, keep, copies(cap))
     keys = [key for key in sorted(graph, key=rank.__getitem__) if key not in shared]
     members, index = _number(keys, shuffle_groups(graph))
     inputs = _inputs(graph, members, index)
@@ -108,9 +110,8 @@ def contract(
     size = [len(keys) for keys in members]
     if len(shared) > copies(cap):
         size = [sum(1 + len(shared & graph[key].dependencies) for key in keys) for keys in members]
-    count = len(members)
-    free, anywhere, whole = [FREE] * count, [ANYWHERE] * count, [False] * count
-    nodes = Nodes(members, size, inputs, users_of(inputs), whole, free, anywhere, Placements(), shared)
+    free, anywhere = [FREE] * len(members), [ANYWHERE] * len(members)
+    nodes = Nodes(members, size, inputs, users_of(inputs), free, anywhere, Placements(), shared)
     if constraints:
         _bind(nodes, graph, constraints)
     return nodes
@@ -123,9 +124,11 @@ def copies(cap: int) -> int:
 
 def _number(keys: Iterable[Key], groups: Mapping[Key, Key]) -> tuple[list[list[Key]], dict[Key, int]]:
     if not groups:
-        members = [[key] for key in keys]
-        return members, {one[0]: number for number, one in enumerate(members)}
-    members, index, of_group = [], {}, {}
+        alone = [[key] for key in keys]
+        return alone, {one[0]: number for number, one in enumerate(alone)}
+    members: list[list[Key]] = []
+    index: dict[Key, int] = {}
+    of_group: dict[Key, int] = {}
     for key in keys:
         number = of_group.setdefault(groups.get(key, key), len(members))
         if number == len(members):
@@ -154,18 +157,19 @@ def users_of(inputs: list[list[int]]) -> list[list[int]]:
 # -- shared sources --------------------------------------------------------------------------------------------------
 
 
-def shared_sources(graph: Mapping[Key, GraphNode], constraints: Mapping[Key, Constraint], cap: int) -> set[Key]:
-    """Return the keys of the values in ``graph`` that are cheaper to copy than to move.
+def shared_sources(graph: Mapping[Key, GraphNode], keep: Set[Key], most: int) -> set[Key]:
+    """Return the keys of the values in ``graph`` that are cheaper to copy than to move, but for those to ``keep``.
 
-    A task that needs very many of them gets none copied, so that no piece is more copies than tasks.
+    A task that needs more than ``most`` of them gets none copied, so that no piece is more copies than tasks. Where a
+    value is bound to does not matter: it comes with the graph, from the client.
     """
-    values = {key: node for key, node in graph.items() if isinstance(node, DataNode) and key not in constraints}
+    values = {key: node for key, node in graph.items() if isinstance(node, DataNode) and key not in keep}
     if not values:
         return set()
     users = Counter(need for node in graph.values() for need in node.dependencies if need in values)
     shared = {key for key, node in values.items() if users[key] > 1 and _worth_copying(node.value, users[key])}
     for node in graph.values():
-        if len(node.dependencies) > copies(cap) and len(shared & node.dependencies) > copies(cap):
+        if len(node.dependencies) > most and len(shared & node.dependencies) > most:
             shared -= node.dependencies
     return shared
 
@@ -186,7 +190,7 @@ class _Meter:
 
     def fits(self, value: object) -> bool:
         try:
-            cloudpickle.Pickler(self, protocol=5, buffer_callback=self.write).dump(value)
+            pickle.Pickler(self, protocol=5, buffer_callback=self.write).dump(value)
         except _Full:
             return False
         return True
@@ -280,21 +284,16 @@ def ready_order(inputs: list[list[int]], users: list[list[int]]) -> list[int]:
 
 
 def _bind(nodes: Nodes, graph: Mapping[Key, GraphNode], constraints: Mapping[Key, Constraint]) -> None:
-    """Set what only matters where there are constraints: placements, areas, and which nodes are parts."""
+    """Set the placements and areas of all nodes."""
     placements = nodes.placements
     for number, keys in enumerate(nodes.members):
         if len(keys) == 1:
             own = constraints.get(keys[0])
             placement = FREE if own is None else placements.number(own)
-            nodes.is_part[number] = len(nodes.inputs[number]) == 1 and _takes_part(graph[keys[0]])
         else:
             placement = _common_placement(placements, keys, constraints)
         nodes.placement[number] = placement
         nodes.area[number] = placements.areas[placement] or _area_outside(placements, keys, graph, constraints)
-
-
-def _takes_part(node: GraphNode) -> bool:
-    return isinstance(node, Task) and node.func is operator.getitem
 
 
 def _common_placement(placements: Placements, keys: list[Key], constraints: Mapping[Key, Constraint]) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from dask.order import order
 
-from daskfed.client.contraction import contract
-from daskfed.client.staging import Limits, Stages
+from daskfed.client.contraction import contract, copies
+from daskfed.client.packing import Limits
+from daskfed.client.staging import Stages
 from daskfed.dask_private import GraphNode
 from daskfed.messages import Constraint, Key
 
@@ -58,10 +60,14 @@ def cut(
     graph = {key: node for key, node in graph.items() if key not in node.dependencies}
     if not graph:
         return []
-    ranks = order(graph) if rank is None else rank
-    nodes = contract(graph, ranks, constraints or {}, cap)
+    ranks = cast("Mapping[Key, int]", order(cast(Any, graph))) if rank is None else rank
+    constraints = constraints or {}
+    wanted_here = set(wanted)
+    nodes = contract(graph, ranks, constraints, wanted_here & constraints.keys(), cap)
+    if len(nodes.shared) <= copies(cap):
+        cap -= len(nodes.shared)
     stages = Stages(nodes, Limits.of(nodes, slabs, cap))
-    assembly = _Assembly(graph, set(wanted), constraints or {}, ranks, stages)
+    assembly = _Assembly(graph, wanted_here, constraints, ranks, stages)
     pieces = map(assembly.piece, stages.grow())
     return assembly.with_outputs(sorted(pieces, key=lambda piece: (piece.stage, piece.rank)))
 
@@ -96,7 +102,7 @@ class _Assembly:
             tasks={key: self.graph[key] for key in keys},
             inputs=tuple(inputs),
             outputs=(),
-            constraint=self._constraint(members[0], own),
+            constraint=self._constraint(members, own),
             stage=self.stages.stage[members[0]],
             rank=self.rank[keys[0]],
             priorities={key: self.rank[key] for key in keys},
@@ -105,8 +111,8 @@ class _Assembly:
     def _order(self, key: Key) -> tuple[int, str]:
         return (self.rank[key], "") if key in self.rank else (len(self.rank), str(key))
 
-    def _constraint(self, first: int, keys: list[Key]) -> Constraint:
-        placement = self.stages.nodes.placements.constraints[self.stages.placement[first]]
+    def _constraint(self, members: list[int], keys: list[Key]) -> Constraint:
+        placement = self.stages.nodes.placements.constraints[self.stages.placement(members)]
         retries = max((self.constraints[key].retries for key in keys if key in self.constraints), default=0)
         return replace(placement, retries=retries)
 

@@ -80,23 +80,26 @@ class Guarded:
 
 
 def barriers(tasks: Mapping[Key, GraphNode], notes: Mapping[Key, Note]) -> list[Key]:
-    """Return the keys that must not be fused into the task that uses them, for its chain has another note."""
+    """Return the keys that must not be fused into the one task that uses them.
+
+    A key has the note of its task, or else what its inputs agree on: if they do not, it is like no other. So what
+    combines two sites is not dragged to a third.
+    """
     values = list(notes.values())
     if all(value == values[0] for value in values[1:]):
         return []
     needs = {key: [dep for dep in node.dependencies if dep in tasks] for key, node in tasks.items()}
     users = reverse_dict(needs)
-    chain: dict[Key, Note | None] = {}
+    belongs: dict[Key, Any] = {}
     found = []
     for key in toposort(needs, dependencies=needs):
-        note = notes.get(key)
-        linear = needs[key] if len(needs[key]) == 1 and len(users[needs[key][0]]) == 1 else []
-        for dep in linear:
-            if note is None:
-                note = chain[dep]
-            elif chain[dep] is not None and chain[dep] != note:
-                found.append(dep)
-        chain[key] = note
+        inputs = [belongs[dep] for dep in needs[key] if belongs[dep] is not None]
+        own = notes.get(key)
+        if own is None and inputs:
+            own = inputs[0] if all(note == inputs[0] for note in inputs[1:]) else object()
+        belongs[key] = own
+        if len(needs[key]) == 1 and len(users[needs[key][0]]) == 1 and inputs and inputs[0] != own:
+            found.append(needs[key][0])
     return found
 
 

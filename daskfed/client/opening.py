@@ -6,7 +6,9 @@ The function runs as a task at the site, in the working directory of a worker. W
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +33,30 @@ def open_at(client: Any, function: Callable[..., Any], *args: Any, site: str, **
     sites = site_selectors(site)
     with at(sites):
         note = get_annotations()
-        future = client.submit(open_and_pack, function, args, kwargs, dict(note), pure=False)
+        future = client.submit(open_and_pack, by_name(function), args, kwargs, dict(note), pure=False)
     return client.sync(_fetch, client, future, funcname(function), sites)
+
+
+class Named:
+    """A function that is looked up by its name where it is called."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.__name__ = module, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return getattr(importlib.import_module(self.module), self.__name__)(*args, **kwargs)
+
+
+def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a stand-in for a function that can be found by its name but not pickled by it, such as ``dd.read_csv``."""
+    try:
+        pickle.dumps(function)
+    except Exception:
+        module, name = getattr(function, "__module__", None), getattr(function, "__name__", "")
+        if module not in (None, "__main__") and getattr(sys.modules.get(module), name, None) is function:
+            return Named(module, name)
+    return function
 
 
 async def _fetch(client: Any, future: Any, name: str, sites: tuple[str, ...]) -> Any:

@@ -26,13 +26,19 @@ class PartReader:
 
     def __init__(self, reader: Any) -> None:
         self.token = reader.deterministic_token
-        self.pickled = pickle.dumps(reader)
+        # Without what it knows of the files: that is large, for one of the readers it cannot be pickled, and a worker
+        # of the site finds it out again.
+        known = reader._parameters.index("_dataset_info_cache")
+        operands = [None if i == known else operand for i, operand in enumerate(reader.operands)]
+        self.pickled = pickle.dumps((type(reader), *operands, self.token, {}))
 
     def __call__(self, index: int, columns: list[str] | None = None) -> Any:
         """Return the partition of this index, with some columns only."""
         reader = self._opened.get(self.token)
         if reader is None:
-            reader = self._opened[self.token] = pickle.loads(self.pickled)
+            reader = Expr._reconstruct(*pickle.loads(self.pickled))
+            reader._dataset_info  # looks at the files, once for all partitions and choices of columns
+            self._opened[self.token] = reader
         if columns is not None:
             reader = reader.substitute_parameters({"columns": list(columns)})
         return reader._filtered_task("part", index)()

@@ -110,6 +110,10 @@ class Fetcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pool = OpaquePool(limit=64, timeout=DIAL_TIMEOUT_S, connection_args=connection_args)
 
+    async def start(self) -> None:
+        """Get ready; needed before the first fetch."""
+        await self._pool.start()
+
     def fetch(self, source: str, sized: Sequence[tuple[Key, int]]) -> None:
         """Start to bring keys, given with their expected bytes, from the site ``source``."""
         for group in grouped(sized):

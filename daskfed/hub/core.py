@@ -262,8 +262,11 @@ class HubCore:
             if state is None:
                 self.ledger.release_at(site.name, made.key)
             else:
+                asked_for = site.name in state.importing
                 state.importing.pop(site.name, None)
                 self.ledger.key_made(state, site.name, made.nbytes, block.spec.id)
+                if asked_for:  # then the site keeps it, whatever becomes of the block
+                    state.holders[site.name] += (DATA,)
         self.ledger.finish_if_done(block)
         self.ledger.settle([made.key for made in message.keys])
 

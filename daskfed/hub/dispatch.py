@@ -310,16 +310,10 @@ class Dispatcher:
 
     def _spread(self, states: Iterable[KeyState]) -> None:
         takers = [site for site in self.sites.values() if not site.draining]
-        for taker in takers:
-            taker.copying.intersection_update(key for key in taker.copying if self._coming(key, taker.name))
         for state in states:
             if takers and not state.importing:
                 taker = min(takers, key=lambda other: (len(other.copying), other.backlog_s))
                 self._copy(state.key, taker)
-
-    def _coming(self, key: Key, site: str) -> bool:
-        state = self.ledger.keys.get(key)
-        return state is not None and site in state.importing
 
     def _is_coming(self, key: Key, site: str) -> bool:
         state = self.ledger.keys.get(key)

@@ -227,10 +227,12 @@ class Gateway:
         client: str,
         broadcast: bool | int = False,
         timeout: float = 30,
-        sites: Collection[str] = (),
     ) -> list[Key]:
-        """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError for a wrong name."""
-        site = await self._scatter_site(sites, timeout)
+        """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError for a wrong name.
+
+        ``workers`` may hold ``fed://`` addresses of workers, sites or labels.
+        """
+        site = await self._scatter_site(selectors_of(workers), timeout)
         reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=broadcast)
         sizes = reply["nbytes"]
         self.hub.take(ev.KeysScattered(client, site.name, tuple((key, sizes.get(key, 0)) for key in data)))
@@ -270,6 +272,12 @@ class Gateway:
 def address_at(site: str, address: str) -> str:
     """Return a worker's address as it is shown across sites: ``fed://site/host:port``."""
     return f"{SCHEME}{site}/{address.split('://', 1)[-1]}"
+
+
+def selectors_of(workers: Any) -> list[str]:
+    """Return the sites or labels that ``fed://`` addresses name."""
+    given = [workers] if isinstance(workers, str) else list(workers or ())
+    return [name.removeprefix(SCHEME).split("/")[0] for name in given if str(name).startswith(SCHEME)]
 
 
 def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:

@@ -1,9 +1,15 @@
-"""A site's cluster, whatever Dask Cluster class it is: in a host process of its own, or in this event loop."""
+"""How an agent starts and steers the Dask Cluster of its site.
+
+:class:`HostedCluster` runs it in a process of its own (:mod:`daskfed.site.host`), so that the agent never opens what
+users pickle: the site's scheduler, which does, lives there. :class:`InProcessCluster` runs it on the current event
+loop, for the embedded default, where agent, scheduler and client belong to one process anyway.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import itertools
 import json
 import os
@@ -12,133 +18,199 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import cloudpickle
-from distributed.security import Security
+from distributed.utils import import_term
 
-from daskfed.errors import SiteStartError
-from daskfed.site.host import HostError, start_cluster
+from daskfed import errors
+from daskfed.config import SiteOptions
+from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
 
-if TYPE_CHECKING:
-    from daskfed.config import SiteOptions
-
-START_TIMEOUT_S = 120.0
-CLOSE_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 10.0
 
 
 class ClusterAdapter(Protocol):
-    """A running cluster, as an agent sees it."""
+    """A Dask Cluster, as the agent sees it."""
 
     scheduler_address: str
-    dashboard: str  # URL; empty if it has none
-    name: str
-    security: Security | None
+    dashboard: str
 
     async def start(self) -> None:
-        """Start the cluster and its workers; raises SiteStartError with what was wrong."""
+        """Start scheduler and workers; raises SiteStartError saying what was wrong and what to do."""
         ...
 
-    async def scale(self, n: int) -> None:
-        """Scale to ``n`` workers."""
+    async def call(self, method: str, kwargs: Mapping[str, Any]) -> Any:
+        """Call ``scale``, ``adapt`` or ``logs`` of the cluster; raises ConfigurationError where it refuses."""
         ...
 
-    async def adapt(self, **kwargs: Any) -> None:
-        """Scale by itself, between bounds; keywords of ``Cluster.adapt``."""
-        ...
-
-    async def logs(self) -> dict[str, str]:
-        """Return the logs of the cluster, its scheduler and its workers."""
+    async def finished(self) -> None:
+        """Return when the cluster has ended, wanted or not."""
         ...
 
     async def close(self) -> None:
-        """End the cluster with its workers and batch jobs."""
-        ...
-
-    async def finished(self) -> str:
-        """Return, when the cluster has ended without being asked to, why."""
+        """End scheduler and workers."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """Which cluster a site has: a class (or its name) and keywords, pickled, since only the host opens them."""
+    """Which Cluster class a site starts, with which keywords.
 
-    pickled: str  # base64 of a cloudpickled {"cluster": class or name, "options": keywords}
-    in_process: bool = False  # run it on this event loop
+    ``packed`` is a cloudpickle of ``{"cluster": class or dotted name, "options": keywords}``, in base64; the agent does
+    not open it. ``directory`` is the working directory of the workers, by default that of the agent.
+    """
+
+    pickle: str
+    directory: Path | None = None
+    in_process: bool = False
+    timeout_s: float = START_TIMEOUT_S
 
     @classmethod
     def of(cls, options: SiteOptions, in_process: bool = False) -> ClusterSpec:
-        """Return the spec of a site's options."""
+        """Return the spec of checked options."""
         opened = {"cluster": options.cluster, "options": options.options}
-        return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), in_process)
+        return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), options.directory, in_process)
 
     @classmethod
-    def packed(cls, pickled: str) -> ClusterSpec:
-        """Return the spec that a parent process packed."""
-        return cls(pickled)
+    def packed(cls, pickle: str) -> ClusterSpec:
+        """Return the spec that another process pickled."""
+        return cls(pickle)
 
     def adapter(self) -> ClusterAdapter:
-        """Return a cluster that can be started."""
+        """Return the cluster, not started."""
         return InProcessCluster(self) if self.in_process else HostedCluster(self)
+
+    def opened(self) -> tuple[Any, dict[str, Any]]:
+        """Return Cluster class or name, and keywords; only for the process that the cluster is to live in.
+
+        Raises SiteStartError where a class cannot be imported here.
+        """
+        try:
+            opened = cloudpickle.loads(base64.b64decode(self.pickle))
+        except Exception as exc:
+            raise SiteStartError(f"the Cluster class or its options cannot be opened at the site: {exc!r}") from exc
+        return opened["cluster"], opened["options"]
+
+
+# -- in the process where the cluster lives --------------------------------------------------------------------------
+
+
+def resolve(cluster: Any) -> Any:
+    """Return a Cluster class from its dotted name, or as given; raises SiteStartError where there is none."""
+    if isinstance(cluster, str):
+        if "." not in cluster:
+            raise SiteStartError(f"{cluster!r} is not the dotted name of a class, like dask.distributed.LocalCluster")
+        try:
+            cluster = import_term(cluster)
+        except (ImportError, AttributeError) as exc:
+            hint = "is it spelt right, and is its package installed at the site?"
+            raise SiteStartError(f"the Cluster class {cluster} cannot be imported: {exc}; {hint}") from exc
+    if not (callable(cluster) and hasattr(cluster, "scheduler_address") and hasattr(cluster, "close")):
+        raise SiteStartError(f"{cluster!r} is no Dask Cluster class: it has no scheduler_address and no close()")
+    return cluster
+
+
+async def start_cluster(spec: ClusterSpec) -> Any:
+    """Start the cluster of ``spec`` on this event loop; raises SiteStartError."""
+    given, options = spec.opened()
+    cls = resolve(given)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        cluster = cls(**{**options, "asynchronous": True})
+    except Exception as exc:
+        raise SiteStartError(f"{name} rejected its options {options}: {_in_words(exc)}") from exc
+    try:
+        await asyncio.wait_for(_started(cluster), spec.timeout_s)
+    except TimeoutError:
+        await _abandon(cluster)
+        raise SiteStartError(f"{name} did not start within {spec.timeout_s:g} s; look at its own logs") from None
+    except Exception as exc:
+        await _abandon(cluster)
+        raise SiteStartError(f"{name} did not start with {options}: {_in_words(exc)}") from exc
+    return cluster
+
+
+def _in_words(exc: BaseException) -> str:
+    """Return an error with what caused it, which is often the part that helps."""
+    said = f"{type(exc).__name__}: {exc}"
+    cause = exc.__cause__
+    return said if cause is None else f"{said} (because of {_in_words(cause)})"
+
+
+async def _started(cluster: Any) -> None:
+    await cluster
+
+
+async def _abandon(cluster: Any) -> None:
+    with suppress(Exception):
+        await asyncio.wait_for(_settled(cluster.close()), CLOSE_TIMEOUT_S)
+
+
+async def _settled(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result
+
+
+async def call_cluster(cluster: Any, method: str, kwargs: Mapping[str, Any]) -> Any:
+    """Call ``scale``, ``adapt`` or ``logs`` of a cluster; raises ConfigurationError where it has no such thing."""
+    names = {"scale": "scale", "adapt": "adapt", "logs": "get_logs"}
+    if method not in names:
+        raise ConfigurationError(f"a cluster has no {method!r}; there are {', '.join(names)}")
+    try:
+        result = await _settled(getattr(cluster, names[method])(**kwargs))
+    except Exception as exc:
+        raise ConfigurationError(f"{type(cluster).__name__}.{method}({kwargs}) failed: {exc}") from exc
+    return {str(name): str(log) for name, log in result.items()} if method == "logs" else None
 
 
 class InProcessCluster:
-    """A cluster on this event loop: the embedded default."""
+    """The cluster of a spec on the current event loop."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         self.spec = spec
-        self.scheduler_address = self.dashboard = self.name = ""
-        self.security: Security | None = None
+        self.scheduler_address = ""
+        self.dashboard = ""
         self._cluster: Any = None
+        self._ended = asyncio.Event()
 
     async def start(self) -> None:
-        """Start it; raises SiteStartError."""
-        opened = cloudpickle.loads(base64.b64decode(self.spec.pickled))
-        try:
-            self._cluster = await start_cluster(opened["cluster"], opened["options"])
-        except HostError as exc:
-            raise SiteStartError(str(exc)) from exc
+        """Start scheduler and workers; raises SiteStartError."""
+        self._cluster = await start_cluster(self.spec)
         self.scheduler_address = self._cluster.scheduler_address
         self.dashboard = self._cluster.dashboard_link or ""
-        self.name = str(self._cluster.name)
-        self.security = self._cluster.security
 
-    async def scale(self, n: int) -> None:
-        """Scale to ``n`` workers."""
-        self._cluster.scale(n)
-        await self._cluster
+    async def call(self, method: str, kwargs: Mapping[str, Any]) -> Any:
+        """Call ``scale``, ``adapt`` or ``logs``; raises ConfigurationError."""
+        return await call_cluster(self._cluster, method, kwargs)
 
-    async def adapt(self, **kwargs: Any) -> None:
-        """Scale by itself."""
-        self._cluster.adapt(**kwargs)
-
-    async def logs(self) -> dict[str, str]:
-        """Return the logs."""
-        return {str(name): str(log) for name, log in (await self._cluster.get_logs()).items()}
+    async def finished(self) -> None:
+        """Return when the cluster was closed."""
+        await self._ended.wait()
 
     async def close(self) -> None:
-        """End it."""
+        """End scheduler and workers."""
         if self._cluster is not None:
-            await self._cluster.close()
+            await _settled(self._cluster.close())
+        self._ended.set()
 
-    async def finished(self) -> str:
-        """Never returns: it ends with this process."""
-        await asyncio.Event().wait()
-        return ""
+
+# -- in the agent ----------------------------------------------------------------------------------------------------
 
 
 class HostedCluster:
-    """A cluster in a host process, which ends with this one."""
+    """The cluster of a spec in a child process, which ends with its cluster when this process does, however."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         self.spec = spec
-        self.scheduler_address = self.dashboard = self.name = ""
-        self.security: Security | None = None
+        self.scheduler_address = ""
+        self.dashboard = ""
         self._process: asyncio.subprocess.Process | None = None
-        self._replies: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
-        self._ids = itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
         self._reader: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -146,83 +218,82 @@ class HostedCluster:
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
-        """Start the host and its cluster; raises SiteStartError with what was wrong."""
+        """Start the host process and in it scheduler and workers; raises SiteStartError."""
         pipe = asyncio.subprocess.PIPE
-        command = (sys.executable, "-m", "daskfed.site.host")
         self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, start_new_session=True, limit=2**26
-        )
-        self._write({"pickled": self.spec.pickled})
+            sys.executable, "-m", "daskfed.site.host",
+            stdin=pipe, stdout=pipe, cwd=self.spec.directory, env=_environment(), limit=2**24,
+        )  # fmt: skip
+        self._write({"pickle": self.spec.pickle, "timeout_s": self.spec.timeout_s})
         try:
-            facts = await asyncio.wait_for(self._read_line(), START_TIMEOUT_S)
+            told = await asyncio.wait_for(self._read(), self.spec.timeout_s + CLOSE_TIMEOUT_S)
         except TimeoutError:
-            facts = {"error": f"the cluster did not start within {START_TIMEOUT_S:g} s"}
-        if "error" in facts:
+            told = {"error": f"the cluster's process did not answer within {self.spec.timeout_s:g} s"}
+        if "error" in told:
             await self.close()
-            raise SiteStartError(str(facts["error"]))
-        self.scheduler_address, self.dashboard = facts["scheduler_address"], facts["dashboard"]
-        self.name = facts["name"]
-        files = facts["security"]
-        self.security = Security(require_encryption=True, **files) if files else None
-        self._reader = asyncio.create_task(self._read_replies())
+            raise _error(told, SiteStartError)
+        self.scheduler_address, self.dashboard = told["scheduler_address"], told["dashboard"]
+        self._reader = asyncio.create_task(self._read_replies(), name="read from cluster host")
 
-    async def _read_line(self) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        ended = {"error": "the cluster's host process ended; its messages are above"}
-        return json.loads(line) if line else ended
+    async def call(self, method: str, kwargs: Mapping[str, Any]) -> Any:
+        """Call ``scale``, ``adapt`` or ``logs``; raises ConfigurationError, or SiteStartError if the host is gone."""
+        if self._ended.is_set():
+            raise SiteStartError("the cluster of this site has ended")
+        number = next(self._numbers)
+        reply = self._calls[number] = asyncio.get_running_loop().create_future()
+        self._write({"id": number, "method": method, "kwargs": dict(kwargs)})
+        return await reply
 
-    def _write(self, message: Mapping[str, Any]) -> None:
+    async def finished(self) -> None:
+        """Return when the host process has ended."""
+        await self._ended.wait()
+
+    async def close(self) -> None:
+        """End the cluster; the host is killed if it does not end by itself."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            assert process.stdin is not None
+            process.stdin.close()  # the host takes it for the end
+            try:
+                await asyncio.wait_for(process.wait(), 2 * CLOSE_TIMEOUT_S)
+            except TimeoutError:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGKILL)
+                await process.wait()
+        if self._reader is not None:
+            await self._reader
+        self._ended.set()
+
+    def _write(self, message: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
+    async def _read(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        return json.loads(line) if line.strip() else {"error": "the cluster's process ended; its messages are above"}
+
     async def _read_replies(self) -> None:
-        while "id" in (reply := await self._read_line()):
-            self._replies.pop(reply["id"]).set_result(reply)
-        for waiting in self._replies.values():
-            waiting.set_exception(SiteStartError(reply["error"]))
-        self._replies.clear()
+        while "id" in (told := await self._read()):
+            reply = self._calls.pop(told["id"])
+            if reply.done():
+                continue
+            if "error" in told:
+                reply.set_exception(_error(told, ConfigurationError))
+            else:
+                reply.set_result(told["result"])
+        self._ended.set()
+        for reply in self._calls.values():
+            if not reply.done():
+                reply.set_exception(_error(told, SiteStartError))
 
-    async def _call(self, method: str, **kwargs: Any) -> Any:
-        number = next(self._ids)
-        self._replies[number] = asyncio.get_running_loop().create_future()
-        waiting = self._replies[number]
-        self._write({"id": number, "method": method, "kwargs": kwargs})
-        reply = await waiting
-        if "error" in reply:
-            raise RuntimeError(f"cluster {self.name!r}: {reply['error']}")
-        return reply["result"]
 
-    async def scale(self, n: int) -> None:
-        """Scale to ``n`` workers."""
-        await self._call("scale", n=n)
+def _environment() -> dict[str, str]:
+    """Return an environment in which the host imports what the agent can import."""
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path}
 
-    async def adapt(self, **kwargs: Any) -> None:
-        """Scale by itself."""
-        await self._call("adapt", **kwargs)
 
-    async def logs(self) -> dict[str, str]:
-        """Return the logs."""
-        return dict(await self._call("logs"))
-
-    async def finished(self) -> str:
-        """Return, when the host process has ended, how."""
-        assert self._process is not None
-        return f"the cluster's host process ended with status {await self._process.wait()}"
-
-    async def close(self) -> None:
-        """Have the host close its cluster and end; kill it if it takes too long."""
-        process = self._process
-        if process is None:
-            return
-        if process.returncode is None and process.stdin is not None:
-            with suppress(OSError):
-                process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), CLOSE_TIMEOUT_S)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        if self._reader is not None:
-            self._reader.cancel()
+def _error(told: Mapping[str, Any], default: type[DaskfedError]) -> DaskfedError:
+    kind = getattr(errors, str(told.get("kind", "")), default)
+    return kind(str(told["error"]))

@@ -1,191 +1,107 @@
-"""The cluster host: the process in which a site's Cluster object and its scheduler live.
+"""The process that a site's Dask Cluster lives in: ``python -m daskfed.site.host``, a child of the agent.
 
-An agent starts it (``python -m daskfed.site.host``) and talks to it in JSON lines: the first line on standard input
-says which cluster, the first on standard output where its scheduler listens or what went wrong; then commands, replies.
-The host ends when its standard input closes, so it never outlives its agent; the cluster is closed first, workers and
-batch jobs included. Only here, and at the workers, user code is opened.
+It reads lines of JSON on standard input and answers on standard output. The first line says what to start::
+
+    {"pickle": "<base64>", "timeout_s": 60}  ->  {"scheduler_address": ..., "dashboard": ...}
+    {"id": 1, "method": "scale", "kwargs": {"n": 2}}  ->  {"id": 1, "result": ...}
+
+or ``{"error": ..., "kind": ...}`` instead, where ``kind`` names a class of :mod:`daskfed.errors`.
+
+When standard input closes, because the agent said so or because it is gone, the cluster is closed, workers included.
+What the Cluster class prints goes to standard error. Ctrl-C is for the agent, which shares the terminal: ignored here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import importlib
-import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import threading
 from contextlib import suppress
 from typing import Any, TextIO
 
-import cloudpickle
-from distributed.core import Status
-from distributed.deploy import Cluster, LocalCluster
+from daskfed.errors import DaskfedError, SiteStartError
+from daskfed.site.clusters import ClusterSpec, call_cluster, start_cluster
 
-CLOSE_TIMEOUT_S = 20.0
-SECURITY_FIELDS = ("tls_ca_file", "tls_client_cert", "tls_client_key", "tls_scheduler_cert", "tls_scheduler_key")
-
-
-class HostError(Exception):
-    """What went wrong with a cluster, in words for its user."""
+CLOSE_TIMEOUT_S = 8.0
+LINE_BYTES = 2**26
 
 
-def resolve_cluster(cluster: Any) -> type[Any]:
-    """Return the Cluster class that ``cluster`` is or names; raises HostError where there is none."""
-    if not isinstance(cluster, str):
-        found = cluster
-    else:
-        module, _, name = cluster.rpartition(".")
-        if not module:
-            raise HostError(f"{cluster!r} names no class: write it with its module, as 'dask.distributed.LocalCluster'")
-        found = _import(module, name)
-    if not (inspect.isclass(found) and hasattr(found, "scale") and hasattr(found, "close")):
-        raise HostError(f"{cluster!r} is no Dask Cluster class")
-    return found
-
-
-def _import(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as exc:
-        raise HostError(f"module {module!r} of the cluster class cannot be imported: {exc}; install it here") from exc
-    except AttributeError:
-        raise HostError(f"module {module!r} has no class {name!r}") from None
-
-
-async def start_cluster(cluster: Any, options: Mapping[str, Any]) -> Cluster:
-    """Start a cluster on this event loop; raises HostError naming the class and what it said."""
-    cls = resolve_cluster(cluster)
-    name = f"{cls.__module__}.{cls.__name__}"
-    keywords = dict(options)
-    if issubclass(cls, LocalCluster):
-        keywords.setdefault("dashboard_address", ":0")  # several sites of one machine need several ports
-    try:
-        started = cls(asynchronous=True, **keywords)
-        return await started
-    except Exception as exc:
-        raise HostError(f"{name} did not start: {_in_words(exc)}; its options were {sorted(keywords)}") from exc
-
-
-def _in_words(exc: BaseException) -> str:
-    """Return an error and what it came from, innermost last."""
-    words = [f"{type(exc).__name__}: {exc}"]
-    while (cause := exc.__cause__ or exc.__context__) is not None:
-        exc = cause
-        words.append(f"{type(exc).__name__}: {exc}")
-    return ", caused by ".join(dict.fromkeys(words))
-
-
-class Host:
-    """Serves one cluster to an agent."""
-
-    def __init__(self, cluster: Cluster, out: TextIO) -> None:
-        self.cluster = cluster
-        self.out = out
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the agent needs to know."""
-        security = getattr(self.cluster, "security", None)
-        files = {name: value for name in SECURITY_FIELDS if (value := getattr(security, name, None))}
-        return {
-            "scheduler_address": self.cluster.scheduler_address,
-            "dashboard": self.cluster.dashboard_link or "",
-            "name": str(self.cluster.name),
-            "security": files,
-        }
-
-    async def serve(self, lines: asyncio.StreamReader) -> None:
-        """Answer commands until the input ends or one asks to close."""
-        while line := await lines.readline():
-            request = json.loads(line)
-            if request["method"] == "close":
-                return
-            write_line(self.out, {"id": request["id"], **await self._answer(request)})
-
-    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"result": await self._call(request["method"], request["kwargs"])}
-        except Exception as exc:
-            return {"error": f"{type(exc).__name__}: {exc}"}
-
-    async def _call(self, method: str, kwargs: dict[str, Any]) -> Any:
-        if method == "scale":
-            result = self.cluster.scale(**kwargs)
-        elif method == "adapt":
-            self.cluster.adapt(**kwargs)
-            result = None
-        elif method == "logs":
-            logs = self.cluster.get_logs(**kwargs)
-            found = await logs if inspect.isawaitable(logs) else logs
-            return {str(name): str(log) for name, log in found.items()}
-        else:
-            raise HostError(f"a cluster has no method {method!r} that can be called from elsewhere")
-        if inspect.isawaitable(result):
-            await result
-        return None
-
-    async def close(self) -> None:
-        """Close the cluster, with its workers and batch jobs."""
-        with suppress(asyncio.TimeoutError, OSError):
-            if self.cluster.status not in (Status.closed, Status.closing):
-                await asyncio.wait_for(self.cluster.close(), CLOSE_TIMEOUT_S)
-
-
-def write_line(out: TextIO, message: Mapping[str, Any]) -> None:
-    """Write one JSON line; an agent that is gone reads no more."""
-    with suppress(BrokenPipeError):
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-
-def protocol_output() -> TextIO:
-    """Keep standard output for the protocol, and send whatever else is printed to standard error."""
-    out = os.fdopen(os.dup(1), "w")
+def main() -> None:
+    """Serve until standard input closes or SIGTERM comes; leaves no worker behind."""
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return out
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(_serve(replies))
+    last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
+    last_resort.daemon = True
+    last_resort.start()
 
 
-async def standard_input() -> asyncio.StreamReader:
-    """Return standard input as a stream of lines."""
-    reader = asyncio.StreamReader(limit=2**26)
-    protocol = asyncio.StreamReaderProtocol(reader)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
+async def _serve(replies: TextIO) -> None:
+    lines = await _standard_input()
+    order = json.loads(await lines.readline() or "{}")
+    spec = ClusterSpec(order.get("pickle", ""), timeout_s=order.get("timeout_s", 60))
+    queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    ended = asyncio.ensure_future(_end_of(lines, queue))
+    starting = asyncio.ensure_future(_start(spec))
+    await asyncio.wait([ended, starting], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+    try:
+        cluster = await starting
+    except DaskfedError as exc:
+        _reply(replies, {"error": str(exc), "kind": type(exc).__name__})
+        return
+    except asyncio.CancelledError:
+        return
+    _reply(replies, {"scheduler_address": cluster.scheduler_address, "dashboard": cluster.dashboard_link or ""})
+    serving = asyncio.ensure_future(_serve_calls(cluster, queue, replies))
+    await ended
+    serving.cancel()
+    with suppress(Exception):
+        await asyncio.wait_for(cluster.close(), CLOSE_TIMEOUT_S)
+
+
+async def _start(spec: ClusterSpec) -> Any:
+    cluster = await start_cluster(spec)
+    if cluster.scheduler_address.startswith("inproc://"):
+        await cluster.close()
+        hint = "leave out processes=False, or add protocol='tcp://'"
+        raise SiteStartError(f"the scheduler at {cluster.scheduler_address} can only be reached in its process: {hint}")
+    return cluster
+
+
+async def _standard_input() -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=LINE_BYTES)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     return reader
 
 
-async def run(out: TextIO) -> int:
-    """Start the cluster that standard input names and serve it; returns the exit status."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C reaches the whole group; the agent decides
-    lines = await standard_input()
-    line = await lines.readline()
-    if not line:
-        return 0
-    serving = asyncio.ensure_future(_run(json.loads(line), lines, out))
-    loop.add_signal_handler(signal.SIGTERM, serving.cancel)
-    with suppress(asyncio.CancelledError):
-        return await serving
-    return 0
+async def _end_of(lines: asyncio.StreamReader, queue: asyncio.Queue[dict[str, Any]]) -> None:
+    """Put orders into the queue; return when there will be no more: standard input closed, or SIGTERM came."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lines.feed_eof)
+    while line := await lines.readline():
+        queue.put_nowait(json.loads(line))
 
 
-async def _run(spec: Mapping[str, Any], lines: asyncio.StreamReader, out: TextIO) -> int:
-    try:
-        opened = cloudpickle.loads(base64.b64decode(spec["pickled"]))
-        cluster = await start_cluster(opened["cluster"], opened["options"])
-    except Exception as exc:
-        why = str(exc) if isinstance(exc, HostError) else f"{type(exc).__name__}: {exc}"
-        write_line(out, {"error": why})
-        return 1
-    host = Host(cluster, out)
-    try:
-        write_line(out, host.facts())
-        await host.serve(lines)
-    finally:
-        await host.close()
-    return 0
+async def _serve_calls(cluster: Any, queue: asyncio.Queue[dict[str, Any]], replies: TextIO) -> None:
+    while True:
+        order = await queue.get()
+        try:
+            answer = {"result": await call_cluster(cluster, order["method"], order["kwargs"])}
+        except DaskfedError as exc:
+            answer = {"error": str(exc), "kind": type(exc).__name__}
+        _reply(replies, {"id": order["id"], **answer})
+
+
+def _reply(replies: TextIO, message: dict[str, Any]) -> None:
+    with suppress(OSError):
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(run(protocol_output())))
+    main()

@@ -9,9 +9,9 @@ It keeps the rules of Dask's scheduler (``distributed.scheduler``, 2026.8.0) tha
 - a key that erred stays so as long as it is known;
 - a running task cannot be stopped: its thread is free only when it ends.
 
-The agent's plugin in that scheduler adds two rules: a fetch task that has reached memory becomes pure data (it is never
-run again, and is forgotten as soon as it is released), and one that comes for a known key which is not there takes the
-place of that key's old task.
+The agent's plugin in that scheduler adds rules: a fetch task that has reached memory or was released is pure data (never
+run again, and forgotten as soon as it is released); one that comes for a known key which is not there takes the place
+of that key's old task; and a graph leaves no tasks behind that nobody will ever need.
 
 A task's value is a checksum of its key and its inputs' values, so that any mix-up shows in the result.
 """
@@ -46,6 +46,7 @@ class Failure:
     """The value of a key whose task, or an ancestor of it, raised."""
 
     origin: Key  # the task that raised
+    transfer: bool = False  # an import could not be brought to a worker: no fault of the tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +142,15 @@ class FakeScheduler:
             self.release(wanted)
             return
         touched = self._take_in(graph, wanted, priority)
+        for key in wanted:
+            self.tasks[key].wanted = True
+        self._sweep(touched)
         for task in sorted((self.tasks[key] for key in wanted), key=_priority, reverse=True):
-            task.wanted = True
             if task.state is State.RELEASED:
                 self._recommend(task, State.WAITING)
         for task in touched:
-            self._inherit_failure(task)
+            if task.state is not State.FORGOTTEN:
+                self._inherit_failure(task)
         self._transitions()
         for task in touched:
             if task.wanted:
@@ -232,6 +236,16 @@ class FakeScheduler:
             task.deps[dep] = self.tasks[dep]
             self.tasks[dep].dependents[task.key] = task
 
+    def _sweep(self, touched: list[FakeTaskState]) -> None:
+        """Forget tasks that Dask makes though nobody will ever need them, another thing the agent's plugin does.
+
+        They are ancestors of a key that Dask already knew, with other dependencies than it has in this graph.
+        """
+        for task in touched:
+            if task.state is State.RELEASED and not task.dependents and not task.wanted:
+                self._recommend(task, State.FORGOTTEN)
+        self._transitions()
+
     def _inherit_failure(self, task: FakeTaskState) -> None:
         for dep in task.deps.values():
             if dep.state is State.ERRED:
@@ -256,6 +270,7 @@ class FakeScheduler:
             return
         if task.state is not State.RELEASED:
             return
+        assert task.spec is not None, f"{task.key!r} is to run and is pure data"
         task.state = State.WAITING
         task.waiting_on = {k: dep for k, dep in task.deps.items() if dep.state is not State.MEMORY}
         for dep in task.deps.values():
@@ -309,6 +324,8 @@ class FakeScheduler:
             self._recommend(task, State.FORGOTTEN)
         elif task.wanted or task.waiters:
             self._recommend(task, State.WAITING)
+        elif task.spec.fetch is not None:
+            task.spec = None
 
     def _to_forgotten(self, task: FakeTaskState) -> None:
         task.state, task.value = State.FORGOTTEN, None
@@ -330,8 +347,8 @@ class FakeScheduler:
 
     def _leave_deps(self, task: FakeTaskState) -> None:
         for dep in task.deps.values():
-            dep.waiters.pop(task.key, None)
-            if not dep.waiters and not dep.wanted and dep.state is not State.ERRED:
+            waited = dep.waiters.pop(task.key, None)
+            if waited and not dep.waiters and not dep.wanted and dep.state is not State.ERRED:
                 self._recommend(dep, State.RELEASED)
 
     _MOVES: dict[State, Callable[[FakeScheduler, FakeTaskState], None]] = {

@@ -48,6 +48,9 @@ STATUS_S = 2.0  # between two reports of a site
 LOAD_S = 0.1  # between two counts of the scheduler's unfinished tasks
 RPC_TIMEOUT_S = 1.0  # after which a transfer from a site that is cut off fails
 
+DORMANT = (State.RELEASED, State.ERRED)
+"""States of tasks that cost nothing; Dask forgets to forget ancestors of a key that it knew with other dependencies."""
+
 
 class SiteNode:
     """One site."""
@@ -79,6 +82,7 @@ class SiteNode:
         self._maker: dict[Key, tuple[str, Attempt]] = {}  # last block that was to make a key here
         self._last_load: tuple[int, int] | None = None
         self._ran = 0
+        self.transfer_errors = 0
 
     # -- membership ---------------------------------------------------------------------------------------------
 
@@ -228,7 +232,7 @@ class SiteNode:
         self.scheduler.update_graph({key: fetch}, [key])
 
     def _bytes_of(self, key: Key) -> int | Failure:
-        return self.bytes.get(key, Failure(f"the agent has no bytes of {key!r}"))
+        return self.bytes.get(key, Failure(key, transfer=True))
 
     def _release(self, keys: tuple[Key, ...]) -> None:
         self.scheduler.release(keys)
@@ -264,7 +268,9 @@ class SiteNode:
         elif isinstance(event, InMemory):
             self._handle(ev.KeysReady((MadeKey(event.key, event.nbytes),)))
         elif isinstance(event, Erred):
-            self._handle(ev.KeysErred((event.key,)), {"exception": event.failure.origin, "traceback": None})
+            erred = ev.KeysErred((event.key,), event.failure.transfer)
+            self.transfer_errors += event.failure.transfer
+            self._handle(erred, {"exception": event.failure.origin, "traceback": None})
 
     def _count_load(self) -> None:
         if self.stopped or self.sim.over:
@@ -319,8 +325,7 @@ class SiteNode:
             "blocks": self.core.blocks,
             "payloads": self.payloads,
             "bytes": self.bytes,
-            # Dask forgets to forget the ancestors of a key that it knew with other dependencies: they are not counted.
-            "tasks": [key for key, task in self.scheduler.tasks.items() if task.state is not State.RELEASED],
+            "tasks": [key for key, task in self.scheduler.tasks.items() if task.wanted or task.state not in DORMANT],
             "unanswered releases": self._releasing,
         }
         left = [f"{self.name} has {name} left: {list(book)[:3]}" for name, book in books.items() if book]

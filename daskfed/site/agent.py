@@ -1,0 +1,329 @@
+"""The agent of a site: starts its cluster, joins the hub, and does what the hub asks.
+
+::
+
+    hub  <──control stream, channels, calls, relays──  agent  ──raw client protocol──>  site's scheduler
+                                                         ^
+                          other agents, workers ──door──┘        (keys of this site, imports for its workers)
+
+The agent opens nothing that users pickled: payloads go through it as they are, and the Cluster with its scheduler lives
+in a process of its own, unless everything lives in one process anyway (the embedded default).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import platform
+import secrets
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from distributed.comm.addressing import get_address_host, unparse_host_port
+from distributed.comm.core import Comm
+from distributed.core import Status
+
+from daskfed.comm.opaque import OpaqueError, OpaqueServer
+from daskfed.errors import DaskfedError, TransferError
+from daskfed.messages import PROTOCOL_VERSION, CloseSite, Key, Message, SiteHello
+from daskfed.site.clusters import ClusterAdapter, ClusterSpec
+from daskfed.site.forwarding import ForwardCoordination, agent_handlers, forward_to_hub
+from daskfed.site.ports import HubPort, RemoteHub
+from daskfed.site.session import Session
+
+logger = logging.getLogger(__name__)
+
+REJOIN_S = (0.5, 10.0)  # first and longest pause between attempts to reach a hub that went away
+DRAIN_TIMEOUT_S = 300.0
+BRING_TIMEOUT_S = 60.0
+POLL_S = 0.01
+
+
+class Agent:
+    """A site named ``name`` whose cluster is given by ``spec``.
+
+    ``hub`` is the address of a hub, or a port to one in this process, which must then hand its messages to
+    :meth:`deliver` and its calls to :meth:`call`. ``security`` is for the connections with the hub.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: ClusterSpec,
+        *,
+        hub: str | HubPort,
+        labels: Mapping[str, str] | None = None,
+        environments: tuple[str, ...] = ("default",),
+        resources: Mapping[str, float] | None = None,
+        security: Any = None,
+    ) -> None:
+        self.name = name
+        self.cluster: ClusterAdapter = spec.adapter()
+        self.labels = dict(labels or {})
+        self.environments = environments
+        self.resources = dict(resources or {})
+        self._hub = hub
+        self._hub_args = security.get_connection_args("worker") if security is not None else {}
+        self._door = OpaqueServer(self._door_handlers())
+        self._door_token = secrets.token_urlsafe(32)
+        self._session: Session | None = None
+        self._port: HubPort | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._closed = False
+        self.reason = ""  # why the site ended by itself
+        self._handlers: dict[str, Callable[..., Any]] = {
+            "gather": self._gather,
+            "scatter_keys": self._scatter_keys,
+            "scheduler_rpc": self._scheduler_rpc,
+            "cluster": self._cluster,
+            "forward_to_hub": self._forward_to_hub,
+            "announce_keys": self.announce_keys,
+            "ping": self._ping,
+        }
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the cluster and connect to its scheduler; raises SiteStartError, and leaves nothing behind then."""
+        try:
+            await self.cluster.start()
+            host = get_address_host(self.cluster.scheduler_address)
+            scheme = "tcp" if self.cluster.scheduler_address.startswith("inproc") else _scheme(self.cluster)
+            await self._door.listen(f"{scheme}://{unparse_host_port(host, 0)}")
+            await self._door.start()
+            self._session = await self._new_session()
+            self._watcher = asyncio.create_task(self._watch_cluster(), name="watch cluster")
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _new_session(self) -> Session:
+        session = Session(
+            self.cluster.scheduler_address,
+            self._door.address,
+            self._door_token,
+            on_stop=self._end,
+            on_scheduler_lost=lambda: self._end("the site's scheduler is gone"),
+        )
+        await session.start()
+        await session.register_plugin(ForwardCoordination(self._door.address, self._door_token, session.client))
+        return session
+
+    async def _watch_cluster(self) -> None:
+        await self.cluster.finished()
+        self._end("the site's cluster has ended")
+
+    async def joined(self) -> None:
+        """Join the hub and tell it what there is; raises ConnectionRefused with its reason, OSError if it is not there."""
+        if isinstance(self._hub, str):
+            await self._register()
+            self._keeper = asyncio.create_task(self._keep_joined(), name="keep joined")
+        else:
+            self._port = self._hub
+            await self.session.join(self._hub, self)
+
+    async def _register(self) -> None:
+        assert isinstance(self._hub, str)
+        port = RemoteHub(self._hub, self._hub_args)
+        session = self.session
+        await port.register(self.hello, self, session.take_message)
+        self._port = port
+        await session.join(port, self)
+
+    async def _keep_joined(self) -> None:
+        """Join again, as a site that holds nothing, whenever the hub went away."""
+        while True:
+            assert isinstance(self._port, RemoteHub)
+            await self._port.lost.wait()
+            logger.warning("site %s lost its hub at %s and tries to join it again", self.name, self._hub)
+            await self._port.close()
+            await self.session.close()
+            self._session = await self._new_session()
+            await self._rejoin()
+
+    async def _rejoin(self) -> None:
+        pause, longest = REJOIN_S
+        while True:
+            try:
+                await self._register()
+                return
+            except (OSError, DaskfedError) as exc:
+                logger.info("site %s cannot join %s yet: %s", self.name, self._hub, exc)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def _end(self, reason: str) -> None:
+        if not self._closed and not self._ended.is_set():
+            self.reason = reason
+            logger.info("site %s ends: %s", self.name, reason)
+            self._ended.set()
+
+    async def finished(self) -> str:
+        """Wait until the hub ends the site, or its cluster ends, and return the reason."""
+        await self._ended.wait()
+        return self.reason
+
+    async def drain(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
+        """Take no more blocks, hand all keys over to other sites, and end; raises TimeoutError after ``timeout_s``."""
+        self.session.drain()
+        await asyncio.wait_for(self._ended.wait(), timeout_s)
+
+    async def close(self) -> None:
+        """End connections, scheduler and workers."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in (self._keeper, self._watcher):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+        if self._session is not None:
+            await self._session.close()
+        if isinstance(self._port, RemoteHub):
+            await self._port.close()
+        await self._door.close()
+        await self.cluster.close()
+        self._ended.set()
+
+    @property
+    def session(self) -> Session:
+        """The present connection with the scheduler and the hub."""
+        assert self._session is not None, "the agent was not started"
+        return self._session
+
+    @property
+    def hello(self) -> SiteHello:
+        """What the site says of itself when it joins."""
+        return SiteHello(
+            site=self.name,
+            incarnation=self.session.incarnation,
+            protocol=PROTOCOL_VERSION,
+            labels=tuple(sorted(self.labels.items())),
+            environments=self.environments,
+            resources=tuple(sorted(self.resources.items())),
+            data_address=self._door.address,
+            dashboard=self.cluster.dashboard,
+            versions=_versions(),
+        )
+
+    # -- for the hub -------------------------------------------------------------------------------------------------
+
+    def deliver(self, message: Message, payload: Any = None) -> None:
+        """Take in a message of the hub, with what travelled beside it."""
+        if not self._closed:
+            self.session.take_message(message, payload)
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Do what the hub asks and return the answer; raises OpaqueError where the site's scheduler raised."""
+        if op not in self._handlers:
+            raise ValueError(f"an agent has no {op!r}; there are {', '.join(self._handlers)}")
+        return await self._handlers[op](**kwargs)
+
+    def stream_keys(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream with ``keys``, for a site that cannot connect to this one."""
+        return self.session.stream_keys(keys)
+
+    async def _gather(self, keys: Collection[Key]) -> dict[str, Any]:
+        values = await self.session.gather_values(list(keys))
+        missing = [key for key in keys if key not in values]
+        return {"status": "error", "keys": missing} if missing else {"status": "OK", "data": values}
+
+    async def _scatter_keys(self, data: dict[Key, Any], broadcast: bool | int = False) -> dict[str, Any]:
+        return {"status": "OK", "nbytes": await self.session.scatter(dict(data), broadcast)}
+
+    async def _scheduler_rpc(self, scheduler_op: str, kwargs: Mapping[str, Any]) -> Any:
+        return await self.session.ask_scheduler(scheduler_op, **kwargs)
+
+    async def _cluster(self, method: str, kwargs: Mapping[str, Any]) -> Any:
+        if method == "drain":
+            self.session.drain()
+            return None
+        return await self.cluster.call(method, kwargs)
+
+    async def _ping(self) -> str:
+        return "pong"
+
+    # -- for other agents and for the site's own workers -------------------------------------------------------------
+
+    def _door_handlers(self) -> dict[str, Callable[..., Any]]:
+        return {"get_keys": self._get_keys, "get-import": self._get_import, "forward-to-hub": self._serve_forwarding}
+
+    async def _get_keys(self, comm: Comm, keys: Collection[Key], token: str, site: str) -> Status:
+        trusted = self._port is not None and hmac.compare_digest(token, self._port.federation)
+        if not trusted or site != self.name:
+            await comm.write({"end": True, "error": f"this is site {self.name!r}, which does not know the caller"})
+            return Status.dont_reply
+        async for message in self.stream_keys(keys):
+            await comm.write(message)
+        return Status.dont_reply
+
+    async def _get_import(self, key: Key, token: str) -> dict[str, Any]:
+        if not hmac.compare_digest(token, self._door_token):
+            return {"status": "error", "reason": "the agent does not know the caller"}
+        return self.session.import_for_worker(key)
+
+    async def _serve_forwarding(self, **request: Any) -> Any:
+        return await agent_handlers(self, self._door_token)["forward-to-hub"](**request)
+
+    # -- for forwarding and transfers: what others ask of the hub ----------------------------------------------------
+
+    async def call_hub(self, op: str, **kwargs: Any) -> Any:
+        """Have the hub do a coordination op for this site and return its reply, unopened; raises OpaqueError."""
+        port = self._joined_port()
+        return await port.call("forward", site=self.name, hub_op=op, kwargs=kwargs, token=port.federation)
+
+    async def _forward_to_hub(self, hub_op: str, kwargs: Mapping[str, Any]) -> Any:
+        return await forward_to_hub(self, hub_op, kwargs)
+
+    async def announce_keys(self, keys: Collection[Key]) -> None:
+        """Tell the hub of keys that tasks made here; raises OSError where the hub is gone."""
+        sizes = await self.session.hold(keys)
+        port = self._joined_port()
+        await port.call("announce-keys", site=self.name, keys=list(sizes.items()), token=port.federation)
+
+    async def bring_keys(self, keys: Collection[Key]) -> None:
+        """Have the hub bring keys here, and wait until the scheduler knows them; raises TransferError if it does not."""
+        port = self._joined_port()
+        await port.call("bring-keys", site=self.name, keys=list(keys), token=port.federation)
+        try:
+            async with asyncio.timeout(BRING_TIMEOUT_S):
+                while not self.session.scheduler_knows(keys):
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise TransferError(f"{list(keys)[:3]} did not arrive within {BRING_TIMEOUT_S:g} s") from None
+
+    async def address_of(self, site: str) -> str:
+        """Return where the agent of another site can be dialled; empty if only the hub reaches it. Raises OSError."""
+        port = self._joined_port()
+        reply = await port.call("site-address", site=site, token=port.federation)
+        if reply["status"] != "OK":
+            raise TransferError(reply["reason"])
+        return str(reply["address"])
+
+    def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream of keys of another site, which comes through the hub."""
+        return self._joined_port().relay(site, keys)
+
+    def _joined_port(self) -> HubPort:
+        if self._port is None:
+            raise ConnectionError(f"site {self.name!r} has not joined a hub")
+        return self._port
+
+
+def _scheme(cluster: ClusterAdapter) -> str:
+    return "tcp"
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Return (package, version) of what must agree between a client and a site."""
+    found = {"python": platform.python_version()}
+    for package in ("dask", "distributed", "daskfed"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return tuple(sorted(found.items()))

@@ -1,0 +1,227 @@
+"""How an agent reaches the hub: over connections that it dials, or in the same process.
+
+Everything that goes between agent and hub rides on connections that the agent dials::
+
+    control stream   ordered messages both ways, after ``register-site``
+    channels         parked at the hub, for calls of the hub to the agent
+    short calls      of the agent to the hub, pooled
+    relays           streams of keys of other sites that cannot be dialled
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+from distributed.comm.core import Comm
+from distributed.core import error_message
+
+from daskfed.comm.control import ControlStream, Deliver
+from daskfed.comm.opaque import OpaqueError, OpaquePool, connect_opaque
+from daskfed.errors import ConnectionRefused
+from daskfed.messages import Key, Message, SiteHello, encode
+
+logger = logging.getLogger(__name__)
+
+IDLE_CHANNELS = 2
+MOST_CHANNELS = 8
+CONNECT_TIMEOUT_S = 10.0
+ROUND_TRIP_EVERY_S = 10.0
+
+
+class HubPort(Protocol):
+    """The hub, as the agent sees it."""
+
+    epoch: int  # of the hub
+    federation: str  # secret that lets agents fetch keys from each other
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Queue a message for the hub, with what travels beside it."""
+        ...
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler of the hub; raises OpaqueError as it raised, OSError where it is gone."""
+        ...
+
+    def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream of keys of another site, which comes through the hub."""
+        ...
+
+
+class AgentSide(Protocol):
+    """What the hub may ask of an agent over a channel."""
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler; raises what it raises."""
+        ...
+
+    def stream_keys(self, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream of this site's keys."""
+        ...
+
+
+class RemoteHub:
+    """A hub at ``address`` that is dialled; one object is one connection, which ends when the control stream does."""
+
+    def __init__(self, address: str, connection_args: Mapping[str, Any] | None = None) -> None:
+        self.address = address
+        self.connection_args = dict(connection_args or {})
+        self.epoch = 0
+        self.federation = ""
+        self.round_trip_s = 0.0
+        self._pool = OpaquePool(limit=64, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stream: ControlStream | None = None
+        self._channels: Channels | None = None
+        self.lost = asyncio.Event()  # the connection has ended
+
+    async def register(self, hello: SiteHello, agent: AgentSide, deliver: Deliver) -> None:
+        """Join the hub; raises ConnectionRefused with its reason, OSError where nobody answers."""
+        comm = await connect_opaque(self.address, timeout=CONNECT_TIMEOUT_S, **self.connection_args)
+        comm.name = "Agent->Hub"
+        await comm.write({"op": "register-site", "hello": encode(hello), "token": "", "reply": False})
+        reply = await comm.read()
+        if not isinstance(reply, dict) or reply.get("status") != "OK":
+            await comm.close()
+            reason = reply.get("reason") if isinstance(reply, dict) else None
+            raise ConnectionRefused(f"the hub at {self.address} refused: {reason or 'it is no daskfed hub'}")
+        self.epoch, self.federation = reply["epoch"], reply["federation"]
+        await self._pool.start()
+        self._stream = ControlStream(comm, f"{hello.site}/{hello.incarnation}/{self.epoch}", deliver)
+        self._channels = Channels(lambda: self._park(hello), agent)
+        self._start(self._serve())
+        self._start(self._measure_round_trip())
+        self._channels.fill()
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self) -> None:
+        assert self._stream is not None
+        try:
+            await self._stream.serve()
+        except OSError as exc:
+            logger.debug("control stream with %s ended: %s", self.address, exc)
+        finally:
+            self.lost.set()
+
+    async def _park(self, hello: SiteHello) -> Comm:
+        comm = await connect_opaque(self.address, timeout=CONNECT_TIMEOUT_S, **self.connection_args)
+        comm.name = "Agent->Hub channel"
+        who = {"site": hello.site, "incarnation": hello.incarnation, "token": self.federation}
+        await comm.write({"op": "park-channel", **who, "reply": False})
+        return comm
+
+    async def _measure_round_trip(self) -> None:
+        while True:
+            with suppress(OSError, OpaqueError):
+                started = time.monotonic()
+                await self.call("echo", data=None)
+                self.round_trip_s = time.monotonic() - started
+            await asyncio.sleep(ROUND_TRIP_EVERY_S)
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        """Queue a message on the control stream."""
+        assert self._stream is not None, "the site is not registered yet"
+        self._stream.send(message, payload)
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        """Call an RPC handler of the hub; raises OpaqueError as it raised, OSError where it is gone."""
+        return await self._pool.call(self.address, op, **kwargs)
+
+    async def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream of keys of another site, which comes through the hub."""
+        comm = await self._pool.connect(self.address)
+        ended = False
+        try:
+            request = {"op": "relay-fetch", "site": site, "keys": keys, "token": self.federation, "reply": False}
+            await comm.write(request)
+            while not ended:
+                message = await comm.read()
+                ended = bool(message.get("end"))
+                yield message
+        finally:
+            if not ended:
+                comm.abort()  # what comes late must not be taken for the next answer
+            self._pool.reuse(self.address, comm)
+
+    async def close(self) -> None:
+        """Send what is queued and end all connections."""
+        if self._stream is not None and not self.lost.is_set():
+            await self._stream.flush(timeout_s=2.0)
+        if self._channels is not None:
+            await self._channels.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._stream is not None:
+            with suppress(OSError):
+                await self._stream.comm.close()
+        await self._pool.close()
+        self.lost.set()
+
+
+class Channels:
+    """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number in all."""
+
+    def __init__(self, park: Callable[[], Awaitable[Comm]], agent: AgentSide) -> None:
+        self.park = park
+        self.agent = agent
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = 0
+
+    def fill(self) -> None:
+        """Open channels until enough are idle."""
+        while self._idle < IDLE_CHANNELS and len(self._tasks) < MOST_CHANNELS:
+            self._idle += 1
+            task = asyncio.create_task(self._keep_one(), name="channel")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """End all channels."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _keep_one(self) -> None:
+        """Serve one channel; when it breaks while the hub is still there, another is opened with the next call."""
+        idle = True
+        try:
+            comm = await self.park()
+            try:
+                while True:
+                    request = await comm.read()
+                    idle, self._idle = False, self._idle - 1
+                    self.fill()
+                    await self._answer(comm, request)
+                    idle, self._idle = True, self._idle + 1
+            finally:
+                comm.abort()
+        except OSError as exc:
+            logger.debug("a channel ended: %s", exc)
+        finally:
+            self._idle -= idle
+
+    async def _answer(self, comm: Comm, request: dict[str, Any]) -> None:
+        op, reply = request.pop("op"), request.pop("reply", True)
+        if op == "get_keys":
+            async for message in self.agent.stream_keys(list(request["keys"])):
+                await comm.write(message)
+            return
+        answer: Any
+        try:
+            answer = await self.agent.call(op, **request)
+        except OpaqueError as exc:
+            answer = exc.reply()
+        except Exception as exc:
+            logger.exception("the hub's call %r failed", op)
+            answer = error_message(exc, status="uncaught-error")
+        if reply:
+            await comm.write(answer)

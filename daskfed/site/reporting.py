@@ -1,0 +1,186 @@
+"""What the agent wants to know of its site's scheduler, and a stock scheduler does not tell its clients.
+
+:class:`SiteReporter` is a plugin that the agent registers at the stock scheduler. It speaks on the agent's own client
+stream, in step with what the scheduler says there:
+
+==============  ====================================================================================================
+fed-key         a key that the agent wants is in memory: its ``nbytes``
+fed-erred       a key that the agent wants failed because an import could not be brought in
+fed-load        unfinished tasks and threads; when they change, at most every LOAD_S
+fed-status      workers, threads, memory, running and queued tasks; every STATUS_S and when workers come and go
+fed-learned     durations and sizes of results per key prefix since the last time
+==============  ====================================================================================================
+
+It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task): a key that
+Dask still knows under another task forgets that task, and a fetch task that has run is forgotten, so that Dask never
+fetches again what the agent no longer has.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+from distributed import SchedulerPlugin
+from distributed.comm.core import CommClosedError
+from tornado.ioloop import PeriodicCallback
+
+from daskfed.messages import Key
+
+LOAD_S = 0.05
+STATUS_S = 1.0
+LEARNED_S = 0.5
+UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
+ENDS_IMPORT = frozenset({"erred", "forgotten"})
+
+
+class SiteReporter(SchedulerPlugin):
+    """Reports to the client ``client`` of the scheduler that it is registered at, until that client goes."""
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self.name = f"daskfed-reporter-{client}"
+
+    async def start(self, scheduler: Any) -> None:
+        """Begin to report; called by the scheduler."""
+        self.scheduler = scheduler
+        self.importing: set[Key] = set()
+        self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
+        self._told: tuple[int, int] | None = None
+        self._learned: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+        scheduler.stream_handlers["fed-import"] = self.expect_imports
+        timers = ((self._tell_load, LOAD_S), (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
+        self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
+        for callback in self._callbacks:
+            callback.start()
+        self._tell_status()
+
+    async def close(self) -> None:
+        """Stop reporting; called by the scheduler when it ends."""
+        for callback in self._callbacks:
+            callback.stop()
+
+    def remove_client(self, scheduler: Any, client: str) -> None:
+        """End with the agent's client; called by the scheduler."""
+        if client == self.client:
+            for callback in self._callbacks:
+                callback.stop()
+            scheduler.remove_plugin(self.name)
+
+    # -- called by the scheduler at each change ----------------------------------------------------------------------
+
+    def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Note what became of a task: called about five times for each, so most calls end at once."""
+        if (start in UNFINISHED) is not (finish in UNFINISHED):
+            self.unfinished += 1 if finish in UNFINISHED else -1
+        if finish == "memory":
+            self._in_memory(key, kwargs.get("startstops") or ())
+        elif finish in ENDS_IMPORT:
+            self.importing.discard(key)
+            if finish == "erred":
+                self._erred(key)
+
+    def _in_memory(self, key: Key, startstops: Collection[dict[str, Any]]) -> None:
+        task = self.scheduler.tasks[key]
+        if key in self.importing:
+            self.importing.discard(key)
+            task.run_spec = None  # from here on it is data, as if it had been scattered
+        elif startstops:
+            learned = self._learned[task.prefix.name]
+            learned[0] += 1
+            learned[1] += sum(each["stop"] - each["start"] for each in startstops if each["action"] == "compute")
+            learned[2] += task.nbytes
+        if self._wanted(task):
+            self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
+
+    def _erred(self, key: Key) -> None:
+        task = self.scheduler.tasks[key]
+        blame = task.exception_blame
+        if self._wanted(task) and blame is not None and "TransferError" in str(blame.exception_text)[:64]:
+            self._send({"op": "fed-erred", "key": key})
+
+    def _wanted(self, task: Any) -> bool:
+        return any(client.client_key == self.client for client in task.who_wants or ())
+
+    def update_graph(self, scheduler: Any, *, client: str, keys: Collection[Key], **kwargs: Any) -> None:
+        """Tell the sizes of keys that were in memory before a graph asked for them."""
+        if client == self.client:
+            for key in keys:
+                task = scheduler.tasks.get(key)
+                if task is not None and task.state == "memory":
+                    self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
+
+    def add_worker(self, scheduler: Any, worker: str) -> None:
+        """Report the change at once."""
+        self._tell_status()
+        self._tell_load()
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        """Report the change at once."""
+        self._tell_status()
+        self._tell_load()
+
+    # -- imports -----------------------------------------------------------------------------------------------------
+
+    def expect_imports(self, keys: Collection[Key], client: str) -> None:
+        """Prepare for fetch tasks under the names ``keys``, which the agent sends next."""
+        if client != self.client:
+            return
+        for key in keys:
+            self.importing.add(key)
+            task = self.scheduler.tasks.get(key)
+            if task is not None and task.state in ("released", "erred") and not task.who_wants:
+                self._forget_lineage(task)
+
+    def _forget_lineage(self, task: Any) -> None:
+        """Have a key that is known only because its dependents are take the task of the next graph."""
+        forgettable = {}
+        for dependency in task.dependencies:
+            dependency.dependents.discard(task)
+            if not (dependency.dependents or dependency.who_wants):
+                forgettable[dependency.key] = "forgotten"
+        task.dependencies.clear()
+        task.run_spec = None
+        if task.state == "erred":
+            task.exception_blame = None
+            task.state = "released"
+        self.scheduler.transitions(forgettable, "daskfed-import")
+
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def _send(self, message: dict[str, Any]) -> None:
+        stream = self.scheduler.client_comms.get(self.client)
+        if stream is not None:
+            with suppress(CommClosedError):
+                stream.send(message)
+
+    def _tell_load(self) -> None:
+        load = (self.unfinished, self.scheduler.total_nthreads)
+        if load != self._told:
+            self._told = load
+            self._send({"op": "fed-load", "unfinished": load[0], "threads": load[1]})
+
+    def _tell_status(self) -> None:
+        workers = self.scheduler.workers.values()
+        running = sum(min(len(worker.processing), worker.nthreads) for worker in workers)
+        self._send(
+            {
+                "op": "fed-status",
+                "workers": len(workers),
+                "threads": self.scheduler.total_nthreads,
+                "memory_limit": sum(worker.memory_limit for worker in workers),
+                "memory_used": sum(worker.metrics.get("memory", 0) for worker in workers),
+                "running": running,
+                "queued": max(0, self.unfinished - running),
+            }
+        )
+
+    def _tell_learned(self) -> None:
+        if not self._learned:
+            return
+        learned, self._learned = self._learned, defaultdict(lambda: [0, 0.0, 0])
+        durations = [(prefix, int(count), seconds) for prefix, (count, seconds, _) in learned.items()]
+        sizes = [(prefix, int(count), int(nbytes)) for prefix, (count, _, nbytes) in learned.items()]
+        self._send({"op": "fed-learned", "durations": durations, "sizes": sizes})

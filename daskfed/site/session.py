@@ -1,0 +1,294 @@
+"""One connection of a site with its hub: carries out what the site's core decides.
+
+Events come from the hub (messages), from the scheduler (:mod:`daskfed.site.wire`) and from transfers; commands go to
+the same three. A session that ends takes everything with it that it had asked of the scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from dask.utils import apply
+from distributed.protocol.pickle import dumps
+from distributed.protocol.serialize import Serialized, serialize
+
+from daskfed.comm.opaque import OpaquePool
+from daskfed.dask_private import LLGExpr, Task, gather_from_workers
+from daskfed.data.fetch import by_value, fetch_import, open_import, raise_import
+from daskfed.data.parcels import Parcel
+from daskfed.data.transfer import Arrival, Fetcher, Source
+from daskfed.errors import TransferError
+from daskfed.messages import KeysFailed, KeysMade, Key, Learned, MadeKey, Message, RunBlock, SiteStatus
+from daskfed.site import events as ev
+from daskfed.site.core import SiteCore
+from daskfed.site.ports import HubPort
+from daskfed.site.reporting import SiteReporter
+from daskfed.site.wire import Report, SchedulerWire
+
+logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 32 * 1024  # imports up to this size travel inside their fetch task
+IMPORT_PRIORITY = 1000  # fetch tasks are short, and others wait for them
+ARRIVALS_S = 0.001  # keys that arrive within this time are given to the scheduler together
+POLL_S = 0.01
+GATHER_TRIES = 20
+GATHER_PAUSE_S = 0.1  # while a key that the site holds is on its way from a lost worker to another
+TASK_FUNCTIONS = {function: by_value(function) for function in (open_import, fetch_import, raise_import)}
+
+
+class Session:
+    """A site's core with its shell.
+
+    ``door_address`` is where workers reach the agent, ``door_token`` what they show there. ``on_stop`` is called with a
+    reason when the hub ends the site, ``on_scheduler_lost`` when the scheduler is gone.
+    """
+
+    def __init__(
+        self,
+        scheduler_address: str,
+        door_address: str,
+        door_token: str,
+        *,
+        on_stop: Callable[[str], None],
+        on_scheduler_lost: Callable[[], None],
+        connection_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.incarnation = secrets.token_hex(8)
+        self.client = f"daskfed-agent-{self.incarnation}"
+        self.scheduler_address = scheduler_address
+        self.door_address = door_address
+        self.door_token = door_token
+        self.on_stop = on_stop
+        self.core = SiteCore()
+        self.pool = OpaquePool(limit=256, connection_args=dict(connection_args or {}))
+        self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
+        self.source = Source(self.gather_values, self._expected_nbytes)
+        self.status = SiteStatus(0, 0, 0, 0, 0, 0)
+        self.draining = False
+        self.parcels: dict[Key, Parcel] = {}  # imports that have not landed on a worker yet
+        self.port: HubPort | None = None
+        self._fetcher: Fetcher | None = None
+        self._payloads: dict[str, Any] = {}
+        self._errors: dict[Key, dict[str, Any]] = {}  # of failed imports
+        self._arrivals: list[Arrival] = []
+        self._imports: list[ev.SubmitImport] = []
+        self._fetches: defaultdict[str, list[tuple[Key, int]]] = defaultdict(list)
+        self._got_status = asyncio.Event()
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect to the scheduler and have it report; raises OSError, SiteStartError."""
+        await self.pool.start()
+        await self.wire.connect()
+        await self.register_plugin(SiteReporter(self.client))
+        await self._got_status.wait()
+
+    async def register_plugin(self, plugin: Any) -> None:
+        """Register a plugin at the scheduler, which opens it; raises OpaqueError where it refuses."""
+        await self.ask_scheduler(
+            "register_scheduler_plugin", plugin=dumps(plugin), name=plugin.name, idempotent=False
+        )
+
+    async def join(self, port: HubPort, directory: Any, connection_args: dict[str, Any] | None = None) -> None:
+        """Begin to work for the hub behind ``port``; ``directory`` says where other sites are."""
+        self.port = port
+        self._fetcher = Fetcher(directory, port.federation, self._take_arrival, connection_args)
+        await self._fetcher.start()
+        self.send_status()
+
+    async def close(self) -> None:
+        """Drop everything: transfers, and at the scheduler whatever was asked for."""
+        if self._fetcher is not None:
+            await self._fetcher.close()
+        await self.wire.close()
+        await self.pool.close()
+
+    async def ask_scheduler(self, op: str, **kwargs: Any) -> Any:
+        """Call an RPC of the scheduler and return its unopened reply; raises OpaqueError as it raised, OSError."""
+        return await self.pool.call(self.scheduler_address, op, **kwargs)
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def take_message(self, message: Message, payload: Any = None) -> None:
+        """Take in a message of the hub, with what travelled beside it."""
+        if isinstance(message, RunBlock):
+            self._payloads[message.block.id] = payload["block"]
+            self._errors.update(payload.get("errors") or {})
+        self.take([message])
+
+    def _take_report(self, report: Report) -> None:
+        if report.restarted:
+            report.events.append(ev.KeysForgotten(tuple(self.core.keys)))
+        self.take(report.events, report)
+        if report.status is not None:
+            self._take_status(report.status)
+        for learned in report.learned:
+            self._tell(Learned(tuple(map(tuple, learned["durations"])), tuple(map(tuple, learned["sizes"]))))
+
+    def _take_status(self, told: Mapping[str, Any]) -> None:
+        names = ("workers", "threads", "memory_limit", "memory_used", "running", "queued")
+        round_trip_s = getattr(self.port, "round_trip_s", 0.0)
+        values = {name: int(told[name]) for name in names}
+        self.status = SiteStatus(**values, draining=self.draining, round_trip_s=round_trip_s)
+        self._got_status.set()
+        self.send_status()
+
+    def _take_arrival(self, arrival: Arrival) -> None:
+        if not self._arrivals:
+            asyncio.get_running_loop().call_later(ARRIVALS_S, self._take_arrivals)
+        self._arrivals.append(arrival)
+
+    def _take_arrivals(self) -> None:
+        arrivals, self._arrivals = self._arrivals, []
+        self.take([self._arrived(arrival) for arrival in arrivals])
+
+    def _arrived(self, arrival: Arrival) -> ev.Fetched | ev.FetchFailed:
+        key, parcel = arrival.key, arrival.parcel
+        if parcel is None:
+            return ev.FetchFailed(key, arrival.source, arrival.reason)
+        self.parcels[key] = parcel
+        return ev.Fetched(key, arrival.source, parcel.nbytes, arrival.seconds, arrival.relayed)
+
+    def take(self, events: Iterable[Any], report: Report | None = None) -> None:
+        """Give events to the core and carry out its commands."""
+        now = time.monotonic()
+        for event in events:
+            for command in self.core.handle(event, now):
+                self._perform(command, report)
+        self._submit_imports()
+        self._start_fetches()
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def _perform(self, command: ev.Command, report: Report | None) -> None:
+        if isinstance(command, ev.SubmitBlock | ev.ReleaseAtScheduler | ev.DropBytes):
+            self._submit_imports()
+        match command:
+            case ev.SubmitBlock(block, _, outputs):
+                self.wire.submit_block(outputs, self._payloads.pop(block))
+            case ev.SubmitImport():
+                self._imports.append(command)
+            case ev.Fetch(key, source, nbytes):
+                self._fetches[source].append((key, nbytes))
+            case ev.DropBytes(key):
+                self.parcels.pop(key, None)
+            case ev.ReleaseAtScheduler(keys):
+                self.wire.release(keys)
+            case ev.TellHub(message):
+                self._tell(message, _beside(message, report))
+            case ev.ForgetPayload(block):
+                self._payloads.pop(block, None)
+            case ev.StopSite(reason):
+                self.on_stop(reason)
+
+    def _tell(self, message: Message, payload: Any = None) -> None:
+        if self.port is not None:
+            self.port.send(message, payload)
+
+    def send_status(self) -> None:
+        """Tell the hub what the site has and does."""
+        self._tell(self.status)
+
+    def _start_fetches(self) -> None:
+        fetches, self._fetches = self._fetches, defaultdict(list)
+        for source, sized in fetches.items():
+            assert self._fetcher is not None
+            self._fetcher.fetch(source, sized)
+
+    def _submit_imports(self) -> None:
+        imports, self._imports = self._imports, []
+        if imports:
+            graph = {each.key: self._fetch_task(each) for each in imports}
+            expr = LLGExpr(graph, _determ_token=secrets.token_hex(8))
+            pickled = Serialized(*serialize(expr, on_error="raise"))
+            self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY)
+
+    def _fetch_task(self, wanted: ev.SubmitImport) -> Task:
+        """Return the task that brings an import to a worker, or raises the error that it failed with."""
+        if wanted.failed:
+            error = self._errors.pop(wanted.key)
+            return _by_value_task(wanted.key, raise_import, *map(_framed, (error["exception"], error["traceback"])))
+        parcel = self.parcels[wanted.key]
+        if parcel.nbytes <= INLINE_BYTES:
+            frames = [bytes(frame) for frame in parcel.frames]
+            return _by_value_task(wanted.key, open_import, parcel.header, frames, parcel.checksum)
+        return _by_value_task(wanted.key, fetch_import, self.door_address, wanted.key, self.door_token)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def import_for_worker(self, key: Key) -> dict[str, Any]:
+        """Return a key's bytes to the worker that runs its fetch task."""
+        parcel = self.parcels.get(key)
+        if parcel is None:
+            return {"status": "error", "reason": "the agent no longer has its bytes"}
+        return {"status": "OK", "data": parcel.serialized(), "checksum": parcel.checksum}
+
+    def _expected_nbytes(self, key: Key) -> int:
+        state = self.core.keys.get(key)
+        return state.nbytes if state is not None else 0
+
+    async def gather_values(self, keys: Collection[Key]) -> dict[Key, Any]:
+        """Return the unopened values of those of ``keys`` that are in memory here."""
+        values: dict[Key, Any] = {}
+        for _ in range(GATHER_TRIES):
+            missing = [key for key in keys if key not in values]
+            who_has = await self.ask_scheduler("who_has", keys=missing)
+            located = {key: workers for key, workers in who_has.items() if workers}
+            found, *_ = await gather_from_workers(located, rpc=self.pool)
+            values.update(found)
+            if not any(self.core.holds(key) for key in missing if key not in found):
+                break
+            await asyncio.sleep(GATHER_PAUSE_S)
+        return values
+
+    def stream_keys(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages of a stream with ``keys``; see :mod:`daskfed.data.parcels`."""
+        return self.source.stream(keys)
+
+    async def scatter(self, data: dict[Key, Any], broadcast: bool | int = False) -> dict[Key, int]:
+        """Put data on workers, hold it, and return its sizes; raises TransferError where a key is being made here."""
+        busy = [key for key in data if key in self.core.keys and not self.core.holds(key)]
+        if busy:
+            raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
+        await self.wire.quiet(data)
+        await self.ask_scheduler("scatter", data=data, workers=None, client=self.client, broadcast=broadcast, timeout=30)
+        return await self.hold(data)
+
+    async def hold(self, keys: Collection[Key]) -> dict[Key, int]:
+        """Hold keys that the scheduler has and the core does not know yet, and return their sizes."""
+        self.wire.desire([key for key in keys if key not in self.core.keys])
+        sizes: dict[Key, int] = await self.ask_scheduler("nbytes", keys=list(keys), summary=False)
+        self.take([ev.KeysScattered(tuple(MadeKey(key, sizes[key]) for key in keys))])
+        return sizes
+
+
+def _beside(message: Message, report: Report | None) -> Any:
+    """Return what travels beside a message: types of results, or an error."""
+    if report is None:
+        return None
+    if isinstance(message, KeysMade):
+        types = {made.key: report.types[made.key] for made in message.keys if made.key in report.types}
+        return {"types": types} if types else None
+    return report.errors.get(message.keys[0]) if isinstance(message, KeysFailed) else None
+
+
+def _by_value_task(key: Key, function: Any, *args: Any) -> Task:
+    opened = Task(None, pickle.loads, TASK_FUNCTIONS[function])
+    return Task(key, apply, opened, list(args))
+
+
+def _framed(value: Any) -> tuple[Any, list[bytes]] | None:
+    """Return what an opaque value consists of, as a task's argument."""
+    if value is None:
+        return None
+    parcel = Parcel.of(value)
+    return parcel.header, [bytes(frame) for frame in parcel.frames]

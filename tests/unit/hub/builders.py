@@ -1,0 +1,219 @@
+"""Short ways to say what happens to a hub, and what it should command: blocks, sites, their reports, and a stage.
+
+Several keys are written as one string, ``"x y"``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from daskfed.hub import events as ev
+from daskfed.hub.core import HubCore
+from daskfed.hub.ledger import BlockState, KeyState
+from daskfed.hub.placement import Policy
+from daskfed.messages import (
+    PROTOCOL_VERSION,
+    Attempt,
+    BlockKind,
+    BlockLost,
+    BlockRecalled,
+    BlockSpec,
+    BlockStarted,
+    CancelBlock,
+    Constraint,
+    Import,
+    Key,
+    KeysFailed,
+    KeysMade,
+    MadeKey,
+    Message,
+    RecallBlock,
+    ReleaseKeys,
+    RunBlock,
+    SiteHello,
+    SiteStatus,
+)
+
+Commands = list[ev.Command]
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def block(
+    name: str,
+    outputs: str,
+    needs: str = "",
+    *,
+    kind: BlockKind = BlockKind.GRAPH,
+    ntasks: int = 1,
+    prefixes: tuple[tuple[str, int], ...] = (),
+    label: str = "",
+    **constraint: Any,
+) -> BlockSpec:
+    """Return a block; without ``prefixes`` it is expected to take no time at all."""
+    return BlockSpec(
+        id=name, client="c", owner="ann", kind=kind, inputs=keys(needs), outputs=keys(outputs), ntasks=ntasks,
+        prefixes=prefixes, constraint=Constraint(**constraint), label=label,
+    )  # fmt: skip
+
+
+def keys(names: str) -> tuple[Key, ...]:
+    """Return the keys in a string."""
+    return tuple(names.split())
+
+
+def hello(site: str, **changes: Any) -> SiteHello:
+    """Return the hello of a site without labels and resources."""
+    plain: dict[str, Any] = {
+        "incarnation": f"{site}-1", "protocol": PROTOCOL_VERSION, "labels": (), "environments": ("default",),
+        "resources": (), "data_address": "", "dashboard": "", "versions": (),
+    }  # fmt: skip
+    return SiteHello(site=site, **{**plain, **changes})
+
+
+def status(threads: int = 1, **changes: Any) -> SiteStatus:
+    """Return the report of an idle site with one worker."""
+    plain = {"workers": 1, "memory_limit": 10**9, "memory_used": 0, "running": 0, "queued": 0}
+    return SiteStatus(threads=threads, **{**plain, **changes})
+
+
+# -- what is commanded -------------------------------------------------------------------------------------------------
+
+
+def run(site: str, spec: BlockSpec, *imports: Import, n: int = 1, expected_s: float = 0.0) -> ev.TellSite:
+    """Return the order to run a block as attempt ``n``."""
+    return ev.TellSite(site, RunBlock(spec, Attempt(0, n), imports, expected_s))
+
+
+def cancel(site: str, name: str, n: int = 1) -> ev.TellSite:
+    """Return the order to stop a block."""
+    return ev.TellSite(site, CancelBlock(name, Attempt(0, n)))
+
+
+def recall(site: str, name: str, n: int = 1) -> ev.TellSite:
+    """Return the request to give a block back."""
+    return ev.TellSite(site, RecallBlock(name, Attempt(0, n)))
+
+
+def release(site: str, names: str) -> ev.TellSite:
+    """Return the order to release keys."""
+    return ev.TellSite(site, ReleaseKeys(keys(names)))
+
+
+def told(names: str, client: str = "c") -> ev.TellClient:
+    """Return the good news: these keys are in memory."""
+    return ev.TellClient(client, ev.Outcome.IN_MEMORY, keys(names))
+
+
+def told_failed(names: str, client: str = "c") -> ev.TellClient:
+    """Return the bad news: these keys failed."""
+    return ev.TellClient(client, ev.Outcome.FAILED, keys(names))
+
+
+def told_cancelled(names: str, client: str = "c", reason: str = "") -> ev.TellClient:
+    """Return the news that these keys were cancelled."""
+    return ev.TellClient(client, ev.Outcome.CANCELLED, keys(names), reason)
+
+
+def forget(names: str) -> ev.ForgetKeys:
+    """Return the command to drop what is stored for keys."""
+    return ev.ForgetKeys(keys(names))
+
+
+# -- what happens ------------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """A hub with sites, whose invariants are verified after every event."""
+
+    def __init__(self, *sites: str, policy: Policy | None = None, **report: Any) -> None:
+        self.core = HubCore(policy=policy)
+        self(ev.ClientJoined("c", "ann"))
+        for site in sites:
+            self.join(site, **report)
+
+    def __call__(self, *events: ev.Event) -> Commands:
+        """Give events to the core and return all its commands."""
+        commands: Commands = []
+        for event in events:
+            commands += self.core.handle(event, now=0.0)
+            self.core.check()
+        return commands
+
+    def join(self, site: str, greeting: SiteHello | None = None, **report: Any) -> Commands:
+        """A site joins and reports."""
+        joined = ev.SiteJoined(greeting or hello(site))
+        return self(joined, ev.FromSite(site, status(**report)))
+
+    def leave(self, site: str) -> Commands:
+        """A site is gone."""
+        return self(ev.SiteLeft(site, f"{site}-1"))
+
+    def drain(self, site: str) -> Commands:
+        """A site wants to leave."""
+        return self(ev.FromSite(site, status(draining=True)))
+
+    def submit(self, *blocks: BlockSpec, wanted: str, client: str = "c", wait: bool = False) -> Commands:
+        """A client submits a graph."""
+        return self(ev.BlocksSubmitted(client, blocks, keys(wanted), wait))
+
+    def desire(self, names: str, client: str = "c") -> Commands:
+        """A client wants keys."""
+        return self(ev.KeysDesired(client, keys(names)))
+
+    def drop(self, names: str, client: str = "c") -> Commands:
+        """A client releases keys."""
+        return self(ev.KeysReleased(client, keys(names)))
+
+    def scatter(self, site: str, names: str, nbytes: int = 8, client: str = "c") -> Commands:
+        """A client's data reached a site."""
+        return self(ev.KeysScattered(client, site, tuple((key, nbytes) for key in keys(names))))
+
+    def says(self, site: str, message: Message) -> Commands:
+        """A site reports."""
+        return self(ev.FromSite(site, message))
+
+    def started(self, name: str) -> Commands:
+        """The site of a block handed its tasks to the scheduler."""
+        return self.says(self.site_of(name), BlockStarted(name, self.attempt(name)))
+
+    def made(self, name: str, names: str, nbytes: int = 8) -> Commands:
+        """The site of a block made outputs of it."""
+        made = tuple(MadeKey(key, nbytes) for key in keys(names))
+        return self.says(self.site_of(name), KeysMade(name, self.attempt(name), made))
+
+    def failed(self, name: str, names: str) -> Commands:
+        """Outputs of a block raised."""
+        return self.says(self.site_of(name), KeysFailed(name, self.attempt(name), keys(names)))
+
+    def gave_back(self, name: str, given: bool = True) -> Commands:
+        """The site of a block answered a recall."""
+        return self.says(self.site_of(name), BlockRecalled(name, self.attempt(name), given))
+
+    def lost(self, name: str, reason: str = "its worker died") -> Commands:
+        """The site of a block cannot finish it."""
+        return self.says(self.site_of(name), BlockLost(name, self.attempt(name), reason))
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def block(self, name: str) -> BlockState:
+        """Return what the hub knows of a block."""
+        return self.core.ledger.blocks[name]
+
+    def key(self, name: Key) -> KeyState:
+        """Return what the hub knows of a key."""
+        return self.core.ledger.keys[name]
+
+    def site_of(self, name: str) -> str:
+        """Return where a block is."""
+        return str(self.block(name).site)
+
+    def attempt(self, name: str) -> Attempt:
+        """Return the present attempt of a block."""
+        return self.block(name).attempt
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is remembered."""
+        ledger = self.core.ledger
+        return not (ledger.keys or ledger.blocks or ledger.wants or self.core.dispatcher.queues)

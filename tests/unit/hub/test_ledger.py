@@ -1,0 +1,401 @@
+"""The ledger: what follows when interest ends and when things are lost, and the tables of legal moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from itertools import product
+
+import pytest
+
+from daskfed.errors import IllegalTransition
+from daskfed.hub import events as ev
+from daskfed.hub.ledger import Ledger
+from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase, next_block_phase, next_key_phase
+from daskfed.messages import Import, ImportFailed, KeyImported, KeysLost
+from tests.unit.hub.builders import (
+    Stage,
+    block,
+    cancel,
+    forget,
+    release,
+    run,
+    told,
+    told_cancelled,
+    told_failed,
+)
+
+UNRECOMPUTABLE = "its site is gone and it cannot be computed again"
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage("north", "south")
+
+
+class TestRelease:
+    def test_of_a_block_that_waits(self, stage: Stage) -> None:
+        stage.desire("x", client="d")
+        stage.submit(block("b", "y", "x"), wanted="y")
+        assert stage.drop("y") == [forget("y"), ev.ForgetBlock("b")]
+        assert stage.key("x").consumers == {}
+
+    def test_of_a_block_that_is_ready(self) -> None:
+        stage = Stage()
+        stage.submit(block("b", "x"), wanted="x")
+        assert stage.drop("x") == [forget("x"), ev.ForgetBlock("b")]
+        assert stage.join("north") == []
+        assert stage.empty
+
+    def test_of_a_block_that_runs(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        assert stage.drop("x") == [forget("x"), cancel("north", "b"), ev.ForgetBlock("b")]
+        assert stage.empty
+
+    def test_of_one_output_of_a_block_that_runs(self, stage: Stage) -> None:
+        stage.submit(block("b", "x y"), wanted="x y")
+        assert stage.drop("x") == [forget("x")]
+        assert stage.made("b", "x y") == [release("north", "x"), told("y")]
+        assert stage.drop("y") == [release("north", "y"), forget("y"), ev.ForgetBlock("b")]
+
+    def test_of_a_chain_while_its_first_block_runs(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), block("b", "y", "x"), wanted="y")
+        assert stage.drop("y") == [
+            forget("y"), ev.ForgetBlock("b"), forget("x"), cancel("north", "a"), ev.ForgetBlock("a")
+        ]  # fmt: skip
+        assert stage.empty
+
+    def test_of_a_key_that_an_unfinished_block_needs(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), wanted="x")
+        stage.made("a", "x")
+        stage.submit(block("b", "y", "x"), wanted="y")
+        assert stage.drop("x") == []
+        assert stage.made("b", "y") == [release("north", "x"), told("y"), forget("x"), ev.ForgetBlock("a")]
+
+    def test_of_a_key_that_is_being_imported(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        stage.submit(block("b", "y", "x", sites=("south",)), wanted="y")
+        stage.drop("x")
+        assert stage.drop("y") == [
+            forget("y"), cancel("south", "b"), ev.ForgetBlock("b"),
+            release("north", "x"), release("south", "x"), forget("x"),
+        ]  # fmt: skip
+        assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False)) == []
+        assert stage.empty
+
+    def test_copies_of_a_key_that_is_only_wanted_are_dropped(self, stage: Stage) -> None:
+        stage.join("west")
+        stage.scatter("north", "x")
+        stage.submit(block("b", "y", "x", sites=("south",)), block("d", "z", "x", sites=("west",)), wanted="y z")
+        stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False))
+        assert stage.made("b", "y") == [told("y")]
+        assert stage.drop("z") == [
+            forget("z"), cancel("west", "d"), ev.ForgetBlock("d"), release("south", "x"), release("west", "x")
+        ]  # fmt: skip
+        assert list(stage.key("x").holders) == ["north"]
+
+    def test_of_a_key_that_is_unknown(self, stage: Stage) -> None:
+        assert stage.drop("x") == []
+        assert stage.empty
+
+
+class TestCancel:
+    def test_it_ends_the_key_and_all_that_depends_on_it(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), block("b", "y", "x"), block("d", "z", "y"), wanted="x y z")
+        assert stage(ev.KeysCancelled("c", ("x",), reason="enough")) == [
+            told_cancelled("x y z", reason="enough"), forget("z"), ev.ForgetBlock("d"), forget("y"),
+            ev.ForgetBlock("b"), forget("x"), cancel("north", "a"), ev.ForgetBlock("a"),
+        ]  # fmt: skip
+        assert stage.empty
+
+    def test_what_others_want_goes_on_without_force(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        stage.desire("x", client="d")
+        assert stage(ev.KeysCancelled("c", ("x",))) == [told_cancelled("x")]
+        assert stage.made("b", "x") == [told("x", client="d")]
+
+    def test_force_ends_it_for_everybody(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        stage.desire("x", client="d")
+        assert stage(ev.KeysCancelled("c", ("x",), force=True)) == [
+            told_cancelled("x"), told_cancelled("x", client="d"), forget("x"), cancel("north", "b"),
+            ev.ForgetBlock("b"),
+        ]  # fmt: skip
+
+    def test_dependents_end_for_other_clients_too(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), wanted="x")
+        stage.submit(block("b", "y", "x"), wanted="y", client="d")
+        assert stage(ev.KeysCancelled("c", ("x",))) == [
+            told_cancelled("x"), told_cancelled("y", client="d"), forget("y"), ev.ForgetBlock("b"), forget("x"),
+            cancel("north", "a"), ev.ForgetBlock("a"),
+        ]  # fmt: skip
+
+    def test_of_a_key_in_memory_releases_it(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        stage.made("b", "x")
+        assert stage(ev.KeysCancelled("c", ("x",))) == [
+            release("north", "x"), told_cancelled("x"), forget("x"), ev.ForgetBlock("b")
+        ]  # fmt: skip
+
+    def test_of_unknown_keys_does_nothing(self, stage: Stage) -> None:
+        assert stage(ev.KeysCancelled("c", ("x",))) == []
+
+
+class TestLosses:
+    def test_a_block_whose_site_is_gone_runs_elsewhere(self, stage: Stage) -> None:
+        b = block("b", "x")
+        stage.submit(b, wanted="x")
+        assert stage.leave("north") == [run("south", b, n=2)]
+        assert stage.made("b", "x") == [told("x")]
+
+    def test_a_result_that_is_gone_is_made_again_with_all_that_it_takes(self, stage: Stage) -> None:
+        a, b = block("a", "x"), block("b", "y", "x")
+        stage.submit(a, b, wanted="x y")
+        stage.made("a", "x")
+        stage.made("b", "y")
+        assert stage.leave("north") == [run("south", a, n=2)]
+        assert stage.made("a", "x") == [told("x"), run("south", b, n=2)]
+        assert stage.made("b", "y") == [told("y")]
+
+    def test_only_what_is_gone_is_made_again(self, stage: Stage) -> None:
+        a, b = block("a", "x", sites=("north",)), block("b", "y", "x", sites=("south",))
+        stage.submit(a, b, wanted="x y")
+        stage.made("a", "x")
+        stage.made("b", "y")
+        assert stage.leave("north") == []  # a waits for its site
+        assert stage.join("north") == [run("north", a, n=2)]
+        assert stage.key("y").holders == {"south": ("b",)}
+
+    def test_a_result_whose_inputs_were_released_cannot_be_made_again(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), block("b", "y", "x"), wanted="y")
+        stage.made("a", "x")
+        stage.made("b", "y")
+        assert stage.leave("north") == [
+            ev.FailKeys(("y",), "SiteLostError", UNRECOMPUTABLE), told_failed("y")
+        ]  # fmt: skip
+
+    def test_what_needs_data_that_is_gone_fails_from_it(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        b = block("b", "y", "x", sites=("south",))
+        stage.submit(b, wanted="y")
+        assert stage.leave("north") == [
+            ev.FailKeys(("x",), "SiteLostError", UNRECOMPUTABLE), told_failed("x")
+        ]  # fmt: skip
+        imported = Import("x", "", 0, failed=True)
+        assert stage.says("south", ImportFailed("x", "north", "no such site")) == [
+            release("south", "x"), cancel("south", "b"), run("south", b, imported, n=2)
+        ]  # fmt: skip
+
+    def test_a_ready_block_waits_again_when_its_input_is_gone(self) -> None:
+        stage = Stage("north")
+        a, b = block("a", "x"), block("b", "y", "x", sites=("south",))
+        stage.submit(a, b, wanted="y", wait=True)
+        stage.made("a", "x")
+        assert stage.leave("north") == []
+        assert stage.join("south") == [run("south", a, n=2)]
+        assert stage.made("a", "x") == [run("south", b)]
+
+    def test_a_copy_that_arrives_after_the_original_is_gone_saves_it(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        stage.submit(block("b", "y", "x", sites=("south",)), wanted="y")
+        stage.leave("north")
+        assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False)) == [told("x")]
+        assert stage.made("b", "y") == [told("y")]
+        assert stage.drop("x") == [release("south", "x"), forget("x")]
+
+    def test_keys_that_a_site_lost_are_made_again(self, stage: Stage) -> None:
+        b = block("b", "x")
+        stage.submit(b, wanted="x")
+        stage.made("b", "x")
+        assert stage.says("north", KeysLost(("x", "unknown"))) == [run("north", b, n=2)]
+
+    def test_a_block_that_runs_starts_again_where_an_output_of_it_is_lost(self, stage: Stage) -> None:
+        b = block("b", "x y")
+        stage.submit(b, wanted="x y")
+        stage.made("b", "x")
+        assert stage.says("north", KeysLost(("x",))) == [cancel("north", "b"), run("north", b, n=2)]
+        assert stage.made("b", "x y") == [told("x y")]
+
+    def test_a_block_that_runs_is_left_alone_where_another_copy_of_its_output_is_lost(self, stage: Stage) -> None:
+        stage.submit(block("a", "x y"), wanted="x y")
+        stage.scatter("south", "x")
+        assert stage.leave("south") == []
+        assert stage.made("a", "x y") == [told("x y")]
+
+    def test_a_second_copy_that_is_lost_costs_nothing(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        stage.submit(block("b", "y", "x", sites=("south",)), wanted="y")
+        stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False))
+        assert stage.says("south", KeysLost(("x",))) == []
+        assert list(stage.key("x").holders) == ["north"]
+
+    def test_a_late_farewell_of_an_earlier_incarnation_is_ignored(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        assert stage(ev.SiteLeft("north", "north-0"), ev.SiteLeft("west", "west-1")) == []
+        assert stage.site_of("b") == "north"
+
+
+class TestClaims:
+    """Two blocks at one site may make the same key: it is there as long as one of them claims it."""
+
+    @pytest.fixture
+    def shared(self, stage: Stage) -> Stage:
+        stage.submit(block("a", "x w"), wanted="x w")
+        stage.submit(block("b", "x y"), wanted="y")
+        stage.made("a", "x")
+        stage.made("b", "x")
+        assert stage.key("x").holders == {"north": ("a", "b")}
+        return stage
+
+    def test_when_one_is_stopped_the_key_stays(self, shared: Stage) -> None:
+        shared.lost("b")
+        assert shared.key("x").holders == {"north": ("a",)}
+
+    def test_when_both_are_stopped_it_is_gone(self, shared: Stage) -> None:
+        shared.lost("b")
+        shared.lost("a")
+        assert (shared.key("x").phase, shared.key("x").holders) == (KeyPhase.PENDING, {})
+
+    def test_when_one_is_cancelled_the_key_stays(self, shared: Stage) -> None:
+        assert shared.drop("y") == [forget("y"), cancel("north", "b"), ev.ForgetBlock("b")]
+        assert shared.key("x").holders == {"north": ("a",)}
+
+    def test_data_that_was_brought_in_outlives_the_block_that_made_it_too(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        stage.submit(block("b", "x y"), wanted="y")
+        stage.made("b", "x")
+        stage.lost("b")
+        assert stage.key("x").holders == {"north": ("data",)}
+
+
+Story = Callable[[Stage], object]
+
+
+def ready(stage: Stage) -> None:
+    """Block b waits for a site, all its inputs there."""
+    stage.scatter("north", "x")
+    stage.submit(block("b", "y", "x", sites=("west",)), wanted="y", wait=True)
+
+
+def placed(stage: Stage) -> None:
+    """Block b is at north."""
+    stage.submit(block("b", "y"), wanted="y")
+
+
+def recalling(stage: Stage) -> None:
+    """Block b is at north, which wants to leave."""
+    placed(stage)
+    stage.drain("north")
+
+
+def done(stage: Stage) -> None:
+    """Block b made y."""
+    placed(stage)
+    stage.made("b", "y")
+
+
+def failed(stage: Stage) -> None:
+    """Block b did not."""
+    placed(stage)
+    stage.failed("b", "y")
+
+
+def waiting(stage: Stage) -> None:
+    """Block b waits for a key that is not there."""
+    stage.desire("x", client="d")
+    stage.submit(block("b", "y", "x"), wanted="y")
+
+
+def made_after_all(stage: Stage) -> None:
+    """Another block makes the key that failed."""
+    stage.submit(block("other", "y z"), wanted="z")
+    stage.made("other", "y")
+
+
+BLOCK_STORIES: dict[tuple[BlockPhase, str], tuple[Story, Story]] = {
+    (BlockPhase.WAITING, "inputs exist"): (waiting, lambda stage: stage.scatter("north", "x", client="d")),
+    (BlockPhase.READY, "input lost"): (ready, lambda stage: stage.leave("north")),
+    (BlockPhase.READY, "place"): (ready, lambda stage: stage.join("west")),
+    (BlockPhase.PLACED, "recall"): (placed, lambda stage: stage.drain("north")),
+    (BlockPhase.RECALLING, "given back"): (recalling, lambda stage: stage.gave_back("b")),
+    (BlockPhase.RECALLING, "too late"): (recalling, lambda stage: stage.gave_back("b", given=False)),
+    (BlockPhase.PLACED, "finished"): (placed, lambda stage: stage.made("b", "y")),
+    (BlockPhase.RECALLING, "finished"): (recalling, lambda stage: stage.made("b", "y")),
+    (BlockPhase.PLACED, "site lost"): (placed, lambda stage: stage.leave("north")),
+    (BlockPhase.RECALLING, "site lost"): (recalling, lambda stage: stage.leave("north")),
+    (BlockPhase.DONE, "output lost"): (done, lambda stage: stage.leave("north")),
+    (BlockPhase.WAITING, "cancel"): (waiting, lambda stage: stage.drop("y")),
+    (BlockPhase.READY, "cancel"): (ready, lambda stage: stage.drop("y")),
+    (BlockPhase.PLACED, "cancel"): (placed, lambda stage: stage.drop("y")),
+    (BlockPhase.RECALLING, "cancel"): (recalling, lambda stage: stage.drop("y")),
+    (BlockPhase.DONE, "forget"): (done, lambda stage: stage.drop("y")),
+}
+
+KEY_STORIES: dict[tuple[KeyPhase, str], tuple[Story, Story]] = {
+    (KeyPhase.PENDING, "made"): (placed, lambda stage: stage.made("b", "y")),
+    (KeyPhase.PENDING, "failed"): (placed, lambda stage: stage.failed("b", "y")),
+    (KeyPhase.HELD, "lost"): (done, lambda stage: stage.leave("north")),
+    (KeyPhase.FAILED, "made"): (failed, made_after_all),
+    (KeyPhase.PENDING, "release"): (placed, lambda stage: stage.drop("y")),
+    (KeyPhase.HELD, "release"): (done, lambda stage: stage.drop("y")),
+    (KeyPhase.FAILED, "release"): (failed, lambda stage: stage.drop("y")),
+}
+
+
+class TestTables:
+    @pytest.mark.parametrize("row", BLOCK_MOVES, ids=lambda row: f"{row[0].value}, {row[1]}")
+    def test_every_move_of_a_block_is_made(self, stage: Stage, row: tuple[BlockPhase, str]) -> None:
+        before, step = BLOCK_STORIES[row]
+        before(stage)
+        moves = stage.core.ledger.story("b")
+        assert phase_after(moves, BLOCK_MOVES, BlockPhase.WAITING) is row[0]
+        step(stage)
+        assert stage.core.ledger.story("b")[len(moves)] == row[1]
+
+    @pytest.mark.parametrize("row", KEY_MOVES, ids=lambda row: f"{row[0].value}, {row[1]}")
+    def test_every_move_of_a_key_is_made(self, stage: Stage, row: tuple[KeyPhase, str]) -> None:
+        before, step = KEY_STORIES[row]
+        before(stage)
+        moves = stage.core.ledger.story("y")
+        assert phase_after(moves, KEY_MOVES, KeyPhase.PENDING) is row[0]
+        step(stage)
+        assert stage.core.ledger.story("y")[len(moves)] == row[1]
+
+    def test_no_other_move_is_legal(self) -> None:
+        for phase, move in product(BlockPhase, {move for _, move in BLOCK_MOVES}):
+            if (phase, move) not in BLOCK_MOVES:
+                with pytest.raises(IllegalTransition, match=f"block 'b' is {phase.value}: it cannot '{move}'"):
+                    next_block_phase(phase, move, "b")
+        for phase, move in product(KeyPhase, {move for _, move in KEY_MOVES}):
+            if (phase, move) not in KEY_MOVES:
+                with pytest.raises(IllegalTransition, match=f"key 'x' is {phase.value}: it cannot '{move}'"):
+                    next_key_phase(phase, move, "x")
+
+    def test_an_illegal_move_tells_the_story_so_far(self, stage: Stage) -> None:
+        done(stage)
+        with pytest.raises(IllegalTransition, match=r"its story: \['inputs exist', 'place', 'finished'\]"):
+            stage.core.ledger.move_block(stage.block("b"), "place")
+        with pytest.raises(IllegalTransition, match=r"key 'y' is held: it cannot 'failed'; its story: \['made'\]"):
+            stage.core.ledger.move_key(stage.key("y"), "failed")
+
+
+def phase_after(moves: list[str], table: dict[tuple[Enum, str], Enum], start: Enum) -> Enum:
+    """Return where these moves lead."""
+    phase = start
+    for move in moves:
+        phase = table[phase, move]
+    return phase
+
+
+class TestCommands:
+    def test_what_is_for_one_receiver_is_merged_and_an_order_keeps_its_place(self) -> None:
+        ledger = Ledger(epoch=0)
+        ledger.tell(("c", "d"), ev.Outcome.IN_MEMORY, "x")
+        ledger.tell(("c",), ev.Outcome.IN_MEMORY, "y")
+        ledger.release_at("north", "x")
+        ledger.command(ev.ForgetBlock("b"))
+        ledger.release_at("north", "y")
+        assert ledger.flush() == [
+            release("north", "x"), told("x y"), told("x", client="d"), ev.ForgetBlock("b"), release("north", "y")
+        ]  # fmt: skip
+        assert ledger.flush() == []
