@@ -205,6 +205,8 @@ def _site_arguments(
 def _security(tls: dict[str, str | None]) -> Any:
     if not any(tls.values()):
         return None
+    if not all(tls.values()):
+        raise click.UsageError("TLS needs all of --tls-ca-file, --tls-cert and --tls-key")
     from distributed.security import Security
 
     ca, cert, key = tls["tls_ca_file"], tls["tls_cert"], tls["tls_key"]

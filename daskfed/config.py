@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ class SiteOptions(BaseModel):
 
 def site_options(name: str, given: Mapping[str, Any]) -> SiteOptions:
     """Return the checked options of the site ``name``; raises ConfigurationError naming the site and the option."""
-    if not name or not isinstance(name, str) or "/" in name or "=" in name:
-        raise ConfigurationError(f"{name!r} cannot name a site: use letters, digits, '-' and '.', no '/' or '='")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigurationError(f"{name!r} cannot name a site: use letters, digits, '-', '_' and '.'")
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"site {name!r}: expected a dict of options, got {given!r}")
     try:
-        options = SiteOptions(**given)
+        options = SiteOptions.model_validate(dict(given))
     except ValidationError as exc:
         raise ConfigurationError(f"site {name!r}: " + "; ".join(map(_in_words, exc.errors()))) from None
     if options.directory is not None and not options.directory.is_dir():
@@ -54,7 +55,7 @@ def _in_words(error: Any) -> str:
 
 def parse_labels(pairs: tuple[str, ...]) -> dict[str, str]:
     """Return labels given as ``name=value``; raises ConfigurationError where one is not."""
-    bad = [pair for pair in pairs if "=" not in pair]
+    bad = [pair for pair in pairs if pair.find("=") < 1]
     if bad:
         raise ConfigurationError(f"label {bad[0]!r} must be written name=value")
     return dict(pair.split("=", 1) for pair in pairs)

@@ -10,7 +10,7 @@ The protocol version goes up with every change that an older peer would not unde
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -124,10 +124,15 @@ class CancelBlock(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseKeys(Message):
-    """The federation no longer needs these keys at this site."""
+    """The federation no longer needs these keys at this site.
+
+    A report that some block made one of them may cross this message: then the hub counts on that key again.
+    ``seen`` tells the two apart.
+    """
 
     op: ClassVar[str] = "release-keys"
     keys: tuple[Key, ...]
+    seen: int | None = field(default=None, compare=False)  # KeysMade and KeysFailed of the site so far; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,10 +281,9 @@ class Learned(Message):
 
 MESSAGES: dict[str, type[Message]] = {cls.op: cls for cls in Message.__subclasses__()}
 
-_NESTED: dict[str, type[Any]] = {
-    "block": BlockSpec,
-    "attempt": Attempt,
-    "constraint": Constraint,
+_NESTED: dict[tuple[type[Any], str], type[Any]] = {
+    (RunBlock, "block"): BlockSpec,
+    (BlockSpec, "constraint"): Constraint,
 }
 _NESTED_EACH: dict[str, type[Any]] = {"imports": Import}
 
@@ -299,7 +303,7 @@ def decode(plain: dict[str, Any]) -> Message:
     """
     values = dict(plain)
     op = values.pop("op", None)
-    cls = MESSAGES.get(op)
+    cls = MESSAGES.get(op) if isinstance(op, str) else None
     if cls is None:
         raise ValueError(f"unknown message {op!r}: the peer speaks another version than {PROTOCOL_VERSION}")
     try:
@@ -330,8 +334,8 @@ def _plain(value: Any) -> Any:
 
 def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
     for name, value in values.items():
-        if isinstance(value, dict) and name in _NESTED:
-            values[name] = _rebuild(_NESTED[name], dict(value))
+        if (cls, name) in _NESTED:
+            values[name] = _rebuild(_NESTED[cls, name], dict(value))
         elif name == "attempt":
             values[name] = Attempt(*value)
         elif name in _NESTED_EACH:

@@ -11,7 +11,7 @@ from _common import median, timed, verdict
 import daskfed
 
 REPEATS = 5
-OPTIONS = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+OPTIONS = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0"}
 
 
 def graph(chunks: int = 60) -> da.Array:

@@ -52,9 +52,13 @@ class Client(distributed.Client):
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
-        self._stream_handlers |= {"fed-sites": self._handle_sites, "fed-refused": self._handle_refused}
 
     # -- connecting --------------------------------------------------------------------------------------------------
+
+    def start(self, **kwargs: Any) -> None:
+        """Connect; called by the constructor."""
+        self._stream_handlers |= {"fed-sites": self._handle_sites, "fed-refused": self._handle_refused}
+        super().start(**kwargs)
 
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
         elsewhere = self.cluster or self.scheduler_file or self._start_arg or self.scheduler
@@ -104,7 +108,11 @@ class Client(distributed.Client):
 
     def explain(self, key: Any) -> Any:
         """Return why a key (or future) waits, or where and why it ran: phase, why, sites, nbytes, block, site."""
-        return self.sync(self.scheduler.fed_explain, key=getattr(key, "key", key))
+        return self.sync(self._explain, getattr(key, "key", key))
+
+    async def _explain(self, key: Key) -> dict[str, Any]:
+        facts = await self.scheduler.fed_explain(key=key)
+        return {name: list(value) if isinstance(value, tuple) and name != "key" else value for name, value in facts.items()}
 
     async def fetch_progress(self, keys: Iterable[Key]) -> dict[str, dict[str, int]]:
         """Return ``all`` and ``remaining`` tasks behind keys of this client, per key prefix."""

@@ -12,6 +12,7 @@ a key from outside is known to be. Both are numbers here, 0 stands for "no const
 
 from __future__ import annotations
 
+import operator
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -20,7 +21,7 @@ from typing import Any
 
 from dask.sizeof import sizeof
 
-from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask
+from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask, Task
 from daskfed.errors import ConfigurationError
 from daskfed.messages import Constraint, Key
 
@@ -58,6 +59,10 @@ class Placements:
             self.areas.append(self._area_numbers.setdefault(where, len(self._area_numbers)))
         return number
 
+    def sites(self, area: int) -> tuple[str, ...]:
+        """Return the sites that an area stands for."""
+        return list(self._area_numbers)[area][0]
+
     def is_free(self, number: int) -> bool:
         """Whether tasks of this placement may run at every site, in every environment and on every worker."""
         one = self.constraints[number]
@@ -82,6 +87,7 @@ class Nodes:
     size: list[int]  # number of its tasks; where copies of sources are many, they count as well
     inputs: list[list[int]]  # nodes whose results it needs, ascending
     users: list[list[int]]  # nodes that need its results
+    is_part: list[bool]  # it only takes a part of its one input; told only where there are constraints
     placement: list[int]  # number of its placement
     area: list[int]  # number of the area that it is bound to, or where its inputs from outside are
     placements: Placements
@@ -110,8 +116,8 @@ def contract(
     size = [len(keys) for keys in members]
     if len(shared) > copies(cap):
         size = [sum(1 + len(shared & graph[key].dependencies) for key in keys) for keys in members]
-    free, anywhere = [FREE] * len(members), [ANYWHERE] * len(members)
-    nodes = Nodes(members, size, inputs, users_of(inputs), free, anywhere, Placements(), shared)
+    whole, free, anywhere = [False] * len(members), [FREE] * len(members), [ANYWHERE] * len(members)
+    nodes = Nodes(members, size, inputs, users_of(inputs), whole, free, anywhere, Placements(), shared)
     if constraints:
         _bind(nodes, graph, constraints)
     return nodes
@@ -284,16 +290,21 @@ def ready_order(inputs: list[list[int]], users: list[list[int]]) -> list[int]:
 
 
 def _bind(nodes: Nodes, graph: Mapping[Key, GraphNode], constraints: Mapping[Key, Constraint]) -> None:
-    """Set the placements and areas of all nodes."""
+    """Set what only matters where there are constraints: placements, areas, and which nodes take parts."""
     placements = nodes.placements
     for number, keys in enumerate(nodes.members):
         if len(keys) == 1:
             own = constraints.get(keys[0])
             placement = FREE if own is None else placements.number(own)
+            nodes.is_part[number] = len(nodes.inputs[number]) == 1 and _takes_part(graph[keys[0]])
         else:
             placement = _common_placement(placements, keys, constraints)
         nodes.placement[number] = placement
         nodes.area[number] = placements.areas[placement] or _area_outside(placements, keys, graph, constraints)
+
+
+def _takes_part(node: GraphNode) -> bool:
+    return isinstance(node, Task) and node.func is operator.getitem
 
 
 def _common_placement(placements: Placements, keys: list[Key], constraints: Mapping[Key, Constraint]) -> int:

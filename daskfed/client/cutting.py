@@ -32,6 +32,7 @@ class Piece:
     stage: int  # its inputs come from pieces of lower stages
     rank: int  # order in which the client would like pieces to run: the lowest of dask's order
     priorities: dict[Key, int]  # place of each task in dask's order of the whole graph
+    near: tuple[str, ...] = ()  # sites that most of its data is bound to, or goes to: a hint, not a constraint
 
 
 def cut(
@@ -106,6 +107,7 @@ class _Assembly:
             stage=self.stages.stage[members[0]],
             rank=self.rank[keys[0]],
             priorities={key: self.rank[key] for key in keys},
+            near=self.stages.nodes.placements.sites(self.stages.area[members[0]]),
         )
 
     def _order(self, key: Key) -> tuple[int, str]:

@@ -84,7 +84,9 @@ class Federation(Cluster):
         try:
             self.hub = await Hub(**self._hub_options).start_at(self._listen)
             await asyncio.wait_for(self._start_sites(), self._start_timeout)
-            self.scheduler_comm = rpc(self.hub.address, connection_args=self.hub.connection_args)
+            security = self.security
+            connection_args = security.get_connection_args("client") if security else {}
+            self.scheduler_comm = rpc(self.hub.address, connection_args=connection_args)
             await super()._start()
         except BaseException as exc:
             await self._close()
@@ -183,14 +185,13 @@ class Federation(Cluster):
     async def _close(self) -> None:
         if self.status is Status.closed:
             return
+        await super()._close()
         await asyncio.gather(*(process.close() for process in self._processes.values()), return_exceptions=True)
         for agent in self._agents.values():
             with suppress(OSError):
                 await agent.close()
-        await super()._close()
         if self.hub is not None:
             await self.hub.close()
-        self.status = Status.closed
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)

@@ -48,7 +48,8 @@ async def _follow(bar: Any, client: Any) -> None:
 
 async def _response(bar: Any, client: Any) -> dict[str, Any]:
     states = [client.futures[key] for key in bar.keys if key in client.futures]
-    counts = await client.fetch_progress(bar.keys)
+    asked = asyncio.run_coroutine_threadsafe(client.fetch_progress(bar.keys), client.loop.asyncio_loop)
+    counts = await asyncio.wrap_future(asked)  # the bar may run on an event loop of its own
     response: dict[str, Any] = dict(counts)
     if not isinstance(bar, MultiProgressBar):
         response = {name: sum(each.values()) for name, each in counts.items()}

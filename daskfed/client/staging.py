@@ -44,7 +44,7 @@ class Stages:
         self._weight = [1.0 / len(users) if users else 1.0 for users in nodes.users]
         self._wide = wide_nodes(nodes, limits)
         self._prelude = prelude(nodes, self._wide)
-        self._many_areas = any(self.area)
+        self._bound = any(nodes.placement) or any(self.area)
         self._ready: list[int] = []
         self._later: list[int] = []  # nodes that do not follow in this stage
         self._packed = False  # the units of this stage are pieces now: they only grow
@@ -129,7 +129,7 @@ class Stages:
         if len(here) < len(needs) and self._is_drawn_down(node):
             return None
         units = sorted(set(map(self.units.leader, here)))
-        if not all(self._admits(unit, node) for unit in units):
+        if self._bound and not all(self._admits(unit, node) for unit in units):
             return None
         if len(units) == 1:
             return units[0] if self._has_room(units[0], node, here) else None
@@ -144,7 +144,7 @@ class Stages:
 
     def _strongest(self, node: int, needs: list[int]) -> tuple[int, float]:
         """Return the unit or piece with most of these inputs, by weight, and that weight; in the node's area if any."""
-        if self._many_areas:
+        if self._bound:
             needs = [need for need in needs if self.area[need] == self.area[node]] or needs
         pull: dict[int, float] = {}
         for need in needs:
@@ -154,7 +154,7 @@ class Stages:
 
     def _mix(self, needs: list[int]) -> int:
         bits = 0
-        if self._many_areas:
+        if self._bound:
             for need in needs:
                 bits |= 1 << self.area[need]
         return bits
@@ -179,11 +179,12 @@ class Stages:
 
     def _united(self, units: list[int], node: int) -> int | None:
         """Join units that have an input of ``node``, where that leaves them small enough."""
-        alike = len({self.units.placement[unit] for unit in units}) == 1
-        size = sum(self.units.size[unit] for unit in units) + self.units.size[node]
-        openers = sum(self.units.openers[unit] for unit in units)
+        size, openers = self.units.size[node], 0
+        for unit in units:
+            size += self.units.size[unit]
+            openers += self.units.openers[unit]
         small = size <= self.limits.least or (size <= self.limits.unit and openers <= 2 * self._share)
-        if alike and small:
+        if small and len({self.units.placement[unit] for unit in units}) == 1:
             return self.units.unite(units)
         for unit in units:
             self.units.waits[unit] = min(self.units.waits[unit], node)

@@ -128,7 +128,6 @@ class Coordination:
 
     def site_gone(self, site: str) -> None:
         """Let go of all that tasks at ``site`` got out of Variables and Queues."""
-        self._view.sites.discard(site)
         for client in {c for c in (*self._view.held, *self.variables.unconfirmed) if c.startswith(f"{site}/")}:
             self.client_gone(client)
             self._view.remove_client(client)
@@ -139,7 +138,6 @@ class Coordination:
         ``op`` is an RPC or stream op of coordination, or ``client-releases-keys``; a ``client`` in ``kwargs`` is an id
         known at the site only. Raises ValueError for any other op, and whatever the op raises.
         """
-        self._view.sites.add(site)
         if "client" in kwargs:
             kwargs = {**kwargs, "client": f"{site}/{kwargs['client']}"}
         if op == RELEASE:
@@ -166,9 +164,11 @@ class _SchedulerView:
         self.loop = host.loop
         self.plugins: dict[str, Any] = {}
         self.held: dict[str, set[Key]] = defaultdict(set)  # by clients that are not connected ones
-        self.sites: set[str] = set()  # whose tasks have used coordination
-        self.clients = _Clients(self)
         self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def clients(self) -> Container[str]:
+        return self.host.clients
 
     @property
     def tasks(self) -> Mapping[Key, TaskView]:
@@ -202,16 +202,6 @@ class _SchedulerView:
     def close(self) -> None:
         for task in self._background:
             task.cancel()
-
-
-class _Clients:
-    """The ids of everybody who may still say something: connected clients, and those of tasks at a site."""
-
-    def __init__(self, view: _SchedulerView) -> None:
-        self.view = view
-
-    def __contains__(self, client: str) -> bool:
-        return client in self.view.host.clients or client.partition("/")[0] in self.view.sites
 
 
 class _Variables(VariableExtension):

@@ -192,6 +192,7 @@ class HubCore:
 
     def _site_joined(self, event: ev.SiteJoined) -> None:
         self.dispatcher.add_site(event.hello)
+        self.ledger.reports[event.hello.site] = 0
 
     def _site_left(self, event: ev.SiteLeft) -> None:
         site = self.sites.get(event.site)
@@ -202,12 +203,14 @@ class HubCore:
             self.ledger.return_block(block, "site lost")
         self.dispatcher.update()
         self.dispatcher.remove_site(event.site)
+        del self.ledger.reports[event.site]
         for state in list(self.ledger.keys.values()):
             self.ledger.lose_key_at(state, event.site)
 
     def _from_site(self, event: ev.FromSite) -> None:
         site = self.sites.get(event.site)
         if site is not None:
+            self.ledger.reports[event.site] += isinstance(event.message, (KeysMade, KeysFailed))
             self._from_site_handlers[type(event.message)](site, event.message)
 
     def _site_status(self, site: SiteState, message: SiteStatus) -> None:

@@ -16,12 +16,17 @@ UNFINISHED = (BlockPhase.WAITING, BlockPhase.READY, *PLACED)
 
 def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
     """Verify every invariant of the hub; raises AssertionError naming the first that is broken."""
+    unfinished = {name for name, block in ledger.blocks.items() if block.phase in UNFINISHED}
+    producing = dict.fromkeys(ledger.blocks, 0)
     for state in ledger.keys.values():
-        _check_key(ledger, state)
-        places = {*state.holders, *state.importing, *state.failed_at}
-        assert places <= dispatcher.sites.keys(), f"key {state.key!r} is at {places}, of which some are gone"
-    for block in ledger.blocks.values():
-        _check_block(ledger, dispatcher, block)
+        _check_key(ledger, dispatcher, state, unfinished)
+        if state.producer in producing:
+            producing[state.producer] += 1
+    for name, block in ledger.blocks.items():
+        assert block.live == producing[name], f"block {name} counts {block.live} live outputs of {producing[name]}"
+        assert block.phase is not BlockPhase.GONE, f"block {name} is gone and still known"
+    for name in unfinished:
+        _check_block(ledger, dispatcher, ledger.blocks[name])
     for client, keys in ledger.wants.items():
         assert all(client in ledger.keys[key].wanted_by for key in keys), f"{client} wants a key that does not know it"
     for site in dispatcher.sites.values():
@@ -30,42 +35,37 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
         assert site.ntasks == sum(b.spec.ntasks for b in placed), f"{site.name} miscounts its tasks"
 
 
-def _check_key(ledger: Ledger, state: KeyState) -> None:
-    name = repr(state.key)
-    assert state.wanted_by or state.consumers, f"key {name} lives though nobody needs it"
-    assert bool(state.holders) == (state.phase is KeyPhase.HELD), f"key {name} is {state.phase} at {state.holders}"
-    assert not state.importing & state.holders.keys(), f"key {name} is brought to a site that holds it"
+def _check_key(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, unfinished: set[str]) -> None:
+    key = state.key
+    assert state.wanted_by or state.consumers, f"key {key!r} lives though nobody needs it"
+    assert bool(state.holders) == (state.phase is KeyPhase.HELD), f"key {key!r} is {state.phase} at {state.holders}"
+    for places in (state.holders, state.importing, state.failed_at):
+        for place in places:
+            assert place in dispatcher.sites, f"key {key!r} is at {place}, which is gone"
+    for place in state.importing:
+        assert place not in state.holders, f"key {key!r} is brought to {place}, which holds it"
     for consumer in state.consumers:
-        block = ledger.blocks.get(consumer)
-        assert block is not None and block.phase in UNFINISHED, f"key {name} is kept for {consumer}, which ended"
+        assert consumer in unfinished, f"key {key!r} is kept for {consumer}, which ended"
     for client in state.wanted_by:
-        assert state.key in ledger.wants[client], f"key {name} is wanted by {client}, who does not know it"
+        assert key in ledger.wants[client], f"key {key!r} is wanted by {client}, who does not know it"
     if state.phase is KeyPhase.PENDING and state.producer is not None:
-        producer = ledger.blocks.get(state.producer)
-        assert producer is not None and producer.phase in UNFINISHED, f"key {name} waits for {state.producer}: ended"
+        assert state.producer in unfinished, f"key {key!r} waits for {state.producer}, which ended"
 
 
 def _check_block(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> None:
-    name = block.spec.id
-    assert block.phase is not BlockPhase.GONE, f"block {name} is gone and still known"
-    assert block.live == sum(_is_producer(ledger, block, key) for key in block.spec.outputs), f"block {name}: live"
-    if block.phase not in UNFINISHED:
-        return
-    inputs = [ledger.keys[key] for key in block.spec.inputs]
-    assert all(name in state.consumers for state in inputs), f"block {name} is no consumer of an input"
-    missing = sum(state.phase is KeyPhase.PENDING for state in inputs)
+    name, missing = block.spec.id, 0
+    for key in block.spec.inputs:
+        state = ledger.keys[key]
+        missing += state.phase is KeyPhase.PENDING
+        assert name in state.consumers, f"block {name} is no consumer of its input {key!r}"
     assert block.missing == missing, f"block {name} counts {block.missing} missing inputs of {missing}"
+    assert block.live, f"block {name} is unfinished though nothing of it is needed"
     if block.phase is BlockPhase.READY:
         assert missing == 0, f"block {name} is ready and lacks inputs"
     if block.phase in PLACED:
         site = dispatcher.sites[str(block.site)]
         assert name in site.blocks, f"block {name} is placed at {site.name}, which does not count it"
         assert block.open_outputs, f"block {name} is placed and has nothing left to make"
-
-
-def _is_producer(ledger: Ledger, block: BlockState, key: Key) -> bool:
-    state = ledger.keys.get(key)
-    return state is not None and state.producer == block.spec.id
 
 
 def explain(ledger: Ledger, dispatcher: Dispatcher, key: Key) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Ledger:
         self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
         self.ready: list[BlockState] = []  # became ready since the dispatcher last looked
         self.unplaced: list[tuple[str, BlockState]] = []  # (site, block) that left its site since then
+        self.reports: dict[str, int] = {}  # site -> KeysMade and KeysFailed of it that were taken in
         self.stories: deque[tuple[object, str]] = deque(maxlen=STORY_LENGTH)
         self._out: list[Command] = []
         self._tells: dict[tuple[str, Outcome, str], list[Key]] = {}
@@ -126,7 +127,7 @@ class Ledger:
 
     def _merge(self) -> None:
         for site, keys in self._releases.items():
-            self._out.append(TellSite(site, ReleaseKeys(tuple(keys))))
+            self._out.append(TellSite(site, ReleaseKeys(tuple(keys), self.reports.get(site, 0))))
         for (client, outcome, reason), keys in self._tells.items():
             self._out.append(TellClient(client, outcome, tuple(keys), reason))
         if self._forgotten:

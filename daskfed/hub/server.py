@@ -21,7 +21,7 @@ from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
 from daskfed.comm.control import ControlStream
-from daskfed.comm.opaque import OpaqueServer, relays_errors
+from daskfed.comm.opaque import OpaqueError, OpaqueServer, relays_errors
 from daskfed.hub import events as ev
 from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import attach
@@ -226,9 +226,8 @@ class Hub(Hosting, OpaqueServer):
             self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
 
     async def _tell_watcher(self, comm: Comm) -> None:
-        identity = await self.gateway.identity(n_workers=-1)
-        with suppress(OSError):
-            await comm.write([("add", identity)])
+        with suppress(OSError, OpaqueError):  # a site that goes away meanwhile is told about again
+            await comm.write([("add", await self.gateway.identity(n_workers=-1))])
 
     async def park_channel(self, comm: Comm, site: str, incarnation: str, token: str) -> Status:
         """Keep a channel that a site dialled, for calls to it."""

@@ -26,9 +26,9 @@ from distributed.comm.addressing import get_address_host, unparse_host_port
 from distributed.comm.core import Comm
 from distributed.core import Status
 
-from daskfed.comm.opaque import OpaqueError, OpaqueServer
+from daskfed.comm.opaque import OpaqueServer
 from daskfed.errors import DaskfedError, TransferError
-from daskfed.messages import PROTOCOL_VERSION, CloseSite, Key, Message, SiteHello
+from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers, forward_to_hub
 from daskfed.site.ports import HubPort, RemoteHub
@@ -92,23 +92,30 @@ class Agent:
         """Start the cluster and connect to its scheduler; raises SiteStartError, and leaves nothing behind then."""
         try:
             await self.cluster.start()
-            host = get_address_host(self.cluster.scheduler_address)
-            scheme = "tcp" if self.cluster.scheduler_address.startswith("inproc") else _scheme(self.cluster)
-            await self._door.listen(f"{scheme}://{unparse_host_port(host, 0)}")
-            await self._door.start()
+            await self._open_door()
             self._session = await self._new_session()
             self._watcher = asyncio.create_task(self._watch_cluster(), name="watch cluster")
         except BaseException:
             await self.close()
             raise
 
+    async def _open_door(self) -> None:
+        """Listen where the site's workers reach the scheduler too."""
+        address, security = self.cluster.scheduler_address, self.cluster.security
+        scheme = "tls" if address.startswith("tls://") else "tcp"
+        listen_args = security.get_listen_args("scheduler") if security is not None else {}
+        await self._door.listen(f"{scheme}://{unparse_host_port(get_address_host(address), 0)}", **listen_args)
+        await self._door.start()
+
     async def _new_session(self) -> Session:
+        security = self.cluster.security
         session = Session(
             self.cluster.scheduler_address,
             self._door.address,
             self._door_token,
             on_stop=self._end,
             on_scheduler_lost=lambda: self._end("the site's scheduler is gone"),
+            connection_args=security.get_connection_args("client") if security is not None else None,
         )
         await session.start()
         await session.register_plugin(ForwardCoordination(self._door.address, self._door_token, session.client))
@@ -119,7 +126,7 @@ class Agent:
         self._end("the site's cluster has ended")
 
     async def joined(self) -> None:
-        """Join the hub and tell it what there is; raises ConnectionRefused with its reason, OSError if it is not there."""
+        """Join the hub and tell it what there is; raises ConnectionRefused with its reason, OSError if it is gone."""
         if isinstance(self._hub, str):
             await self._register()
             self._keeper = asyncio.create_task(self._keep_joined(), name="keep joined")
@@ -288,7 +295,7 @@ class Agent:
         await port.call("announce-keys", site=self.name, keys=list(sizes.items()), token=port.federation)
 
     async def bring_keys(self, keys: Collection[Key]) -> None:
-        """Have the hub bring keys here, and wait until the scheduler knows them; raises TransferError if it does not."""
+        """Have the hub bring keys here and wait until the scheduler knows them; raises TransferError if not."""
         port = self._joined_port()
         await port.call("bring-keys", site=self.name, keys=list(keys), token=port.federation)
         try:
@@ -314,10 +321,6 @@ class Agent:
         if self._port is None:
             raise ConnectionError(f"site {self.name!r} has not joined a hub")
         return self._port
-
-
-def _scheme(cluster: ClusterAdapter) -> str:
-    return "tcp"
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import cloudpickle
+from distributed.security import Security
 from distributed.utils import import_term
 
 from daskfed import errors
@@ -37,6 +38,7 @@ class ClusterAdapter(Protocol):
 
     scheduler_address: str
     dashboard: str
+    security: Security | None  # credentials for its scheduler; None if it needs none
 
     async def start(self) -> None:
         """Start scheduler and workers; raises SiteStartError saying what was wrong and what to do."""
@@ -153,6 +155,15 @@ async def _settled(result: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
+def credentials(cluster: Any) -> dict[str, Any]:
+    """Return the TLS settings of a cluster, as keywords of ``distributed.Security``; empty if it uses none."""
+    security = getattr(cluster, "security", None)
+    if not getattr(security, "tls_ca_file", None):
+        return {}
+    roles = [f"tls_{role}_{part}" for role in ("client", "scheduler", "worker") for part in ("cert", "key")]
+    return {name: getattr(security, name) for name in ("require_encryption", "tls_ca_file", *roles)}
+
+
 async def call_cluster(cluster: Any, method: str, kwargs: Mapping[str, Any]) -> Any:
     """Call ``scale``, ``adapt`` or ``logs`` of a cluster; raises ConfigurationError where it has no such thing."""
     names = {"scale": "scale", "adapt": "adapt", "logs": "get_logs"}
@@ -172,6 +183,7 @@ class InProcessCluster:
         self.spec = spec
         self.scheduler_address = ""
         self.dashboard = ""
+        self.security: Security | None = None
         self._cluster: Any = None
         self._ended = asyncio.Event()
 
@@ -180,6 +192,8 @@ class InProcessCluster:
         self._cluster = await start_cluster(self.spec)
         self.scheduler_address = self._cluster.scheduler_address
         self.dashboard = self._cluster.dashboard_link or ""
+        if found := credentials(self._cluster):
+            self.security = Security(**found)
 
     async def call(self, method: str, kwargs: Mapping[str, Any]) -> Any:
         """Call ``scale``, ``adapt`` or ``logs``; raises ConfigurationError."""
@@ -206,6 +220,7 @@ class HostedCluster:
         self.spec = spec
         self.scheduler_address = ""
         self.dashboard = ""
+        self.security: Security | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
@@ -233,6 +248,7 @@ class HostedCluster:
             await self.close()
             raise _error(told, SiteStartError)
         self.scheduler_address, self.dashboard = told["scheduler_address"], told["dashboard"]
+        self.security = Security(**told["security"]) if told["security"] else None
         self._reader = asyncio.create_task(self._read_replies(), name="read from cluster host")
 
     async def call(self, method: str, kwargs: Mapping[str, Any]) -> Any:

@@ -73,6 +73,7 @@ class SiteCore:
         self.stories: deque[tuple[object, str]] = deque(maxlen=STORY_LENGTH)
         self._queue: list[tuple[tuple[int, int], str, Attempt]] = []
         self._arrivals = 0
+        self._reports = 0  # KeysMade and KeysFailed that were told so far
         self._out: list[ev.Command] = []
         self._releases: list[Key] = []
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
@@ -228,7 +229,7 @@ class SiteCore:
         failures = []
         for key in list(block.kept):
             state = self.keys[key]
-            state.made_by.discard(block.spec.id)
+            state.made_by.pop(block.spec.id, None)
             if state.phase is KeyPhase.FAILED and not self._needed(state):
                 failures.append(key)
             self._settle(state)
@@ -247,15 +248,16 @@ class SiteCore:
         for key in message.keys:
             if (state := self.keys.get(key)) is not None:
                 state.hub = state.announce = False
-                self._disown(state)
+                self._disown(state, message.seen)
                 self._settle(state)
 
-    def _disown(self, state: KeyState) -> None:
-        """Note that none of the blocks which made a key holds it any more."""
-        for name in sorted(state.made_by):
-            self.blocks[name].kept.pop(state.key, None)
-            self._forget_if_released(self.blocks[name])
-        state.made_by.clear()
+    def _disown(self, state: KeyState, seen: int | None = None) -> None:
+        """Note that a key need not be here for the blocks whose report of it was among the first ``seen`` ones."""
+        for name, report in sorted(state.made_by.items()):
+            if seen is None or report <= seen:
+                del state.made_by[name]
+                self.blocks[name].kept.pop(state.key, None)
+                self._forget_if_released(self.blocks[name])
 
     def _copy_keys(self, message: CopyKeys) -> None:
         for each in message.imports:
@@ -396,6 +398,7 @@ class SiteCore:
                 for name in self._close_output(state):
                     reports.setdefault(name, []).append(MadeKey(state.key, state.nbytes))
         for name, keys in reports.items():
+            self._report(name, [made.key for made in keys])
             self._tell(KeysMade(name, self.blocks[name].attempt, tuple(keys)))
         self._after_report(reports, touched)
 
@@ -421,6 +424,7 @@ class SiteCore:
             for name in self._close_output(state):
                 reports.setdefault(name, []).append(state.key)
         for name, keys in reports.items():
+            self._report(name, keys)
             self._tell(KeysFailed(name, self.blocks[name].attempt, tuple(keys)))
         self._after_report(reports, failed)
 
@@ -443,10 +447,15 @@ class SiteCore:
         names = sorted(state.makers)
         for name in names:
             self.blocks[name].open.pop(state.key, None)
-            self.blocks[name].kept[state.key] = None
-            state.made_by.add(name)
         state.makers.clear()
         return names
+
+    def _report(self, name: str, keys: Iterable[Key]) -> None:
+        """Number a report, and note that the hub may count on its keys from now on."""
+        self._reports += 1
+        for key in keys:
+            self.blocks[name].kept[key] = None
+            self.keys[key].made_by[name] = self._reports
 
     def _after_report(self, blocks: Iterable[str], keys: Iterable[KeyState]) -> None:
         for name in blocks:

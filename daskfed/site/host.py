@@ -2,7 +2,7 @@
 
 It reads lines of JSON on standard input and answers on standard output. The first line says what to start::
 
-    {"pickle": "<base64>", "timeout_s": 60}  ->  {"scheduler_address": ..., "dashboard": ...}
+    {"pickle": "<base64>", "timeout_s": 60}  ->  {"scheduler_address": ..., "dashboard": ..., "security": {}}
     {"id": 1, "method": "scale", "kwargs": {"n": 2}}  ->  {"id": 1, "result": ...}
 
 or ``{"error": ..., "kind": ...}`` instead, where ``kind`` names a class of :mod:`daskfed.errors`.
@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from daskfed.errors import DaskfedError, SiteStartError
-from daskfed.site.clusters import ClusterSpec, call_cluster, start_cluster
+from daskfed.site.clusters import ClusterSpec, call_cluster, credentials, start_cluster
 
 CLOSE_TIMEOUT_S = 8.0
 LINE_BYTES = 2**26
@@ -57,12 +57,20 @@ async def _serve(replies: TextIO) -> None:
         return
     except asyncio.CancelledError:
         return
-    _reply(replies, {"scheduler_address": cluster.scheduler_address, "dashboard": cluster.dashboard_link or ""})
+    _reply(replies, _about(cluster))
     serving = asyncio.ensure_future(_serve_calls(cluster, queue, replies))
     await ended
     serving.cancel()
     with suppress(Exception):
         await asyncio.wait_for(cluster.close(), CLOSE_TIMEOUT_S)
+
+
+def _about(cluster: Any) -> dict[str, Any]:
+    return {
+        "scheduler_address": cluster.scheduler_address,
+        "dashboard": getattr(cluster, "dashboard_link", None) or "",
+        "security": credentials(cluster),
+    }
 
 
 async def _start(spec: ClusterSpec) -> Any:

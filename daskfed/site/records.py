@@ -21,7 +21,7 @@ class KeyState:
     announce: bool = False  # the hub waits for a KeyImported
     arrival: Fetched | None = None  # how it was fetched
     makers: set[str] = field(default_factory=set)  # submitted blocks that are to report it
-    made_by: set[str] = field(default_factory=set)  # blocks that have reported it, and for which the hub may hold it
+    made_by: dict[str, int] = field(default_factory=dict)  # blocks that have reported it -> number of the report
     users: set[str] = field(default_factory=set)  # unfinished blocks that need it
 
 

@@ -23,8 +23,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
-from distributed import SchedulerPlugin
 from distributed.comm.core import CommClosedError
+from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from daskfed.messages import Key

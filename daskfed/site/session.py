@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from dask.utils import apply
@@ -26,11 +26,12 @@ from daskfed.data.fetch import by_value, fetch_import, open_import, raise_import
 from daskfed.data.parcels import Parcel
 from daskfed.data.transfer import Arrival, Fetcher, Source
 from daskfed.errors import TransferError
-from daskfed.messages import KeysFailed, KeysMade, Key, Learned, MadeKey, Message, RunBlock, SiteStatus
+from daskfed.messages import Key, KeysFailed, KeysMade, Learned, MadeKey, Message, RunBlock, SiteStatus
 from daskfed.site import events as ev
 from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
 from daskfed.site.reporting import SiteReporter
+from daskfed.site.states import AT_SCHEDULER
 from daskfed.site.wire import Report, SchedulerWire
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 INLINE_BYTES = 32 * 1024  # imports up to this size travel inside their fetch task
 IMPORT_PRIORITY = 1000  # fetch tasks are short, and others wait for them
 ARRIVALS_S = 0.001  # keys that arrive within this time are given to the scheduler together
-POLL_S = 0.01
+SCATTER_TIMEOUT_S = 30
 GATHER_TRIES = 20
 GATHER_PAUSE_S = 0.1  # while a key that the site holds is on its way from a lost worker to another
 TASK_FUNCTIONS = {function: by_value(function) for function in (open_import, fetch_import, raise_import)}
@@ -72,7 +73,7 @@ class Session:
         self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
         self.source = Source(self.gather_values, self._expected_nbytes)
         self.status = SiteStatus(0, 0, 0, 0, 0, 0)
-        self.draining = False
+        self.closed = False
         self.parcels: dict[Key, Parcel] = {}  # imports that have not landed on a worker yet
         self.port: HubPort | None = None
         self._fetcher: Fetcher | None = None
@@ -105,8 +106,19 @@ class Session:
         await self._fetcher.start()
         self.send_status()
 
+    def drain(self) -> None:
+        """Tell the hub that the site wants to leave: it hands the keys over and then ends the site."""
+        self.status = replace(self.status, draining=True)
+        self.send_status()
+
+    def scheduler_knows(self, keys: Collection[Key]) -> bool:
+        """Say whether the scheduler knows all of these keys, made or not yet."""
+        states = [self.core.keys.get(key) for key in keys]
+        return all(state is not None and state.phase in AT_SCHEDULER for state in states)
+
     async def close(self) -> None:
         """Drop everything: transfers, and at the scheduler whatever was asked for."""
+        self.closed = True
         if self._fetcher is not None:
             await self._fetcher.close()
         await self.wire.close()
@@ -135,10 +147,16 @@ class Session:
             self._tell(Learned(tuple(map(tuple, learned["durations"])), tuple(map(tuple, learned["sizes"]))))
 
     def _take_status(self, told: Mapping[str, Any]) -> None:
-        names = ("workers", "threads", "memory_limit", "memory_used", "running", "queued")
-        round_trip_s = getattr(self.port, "round_trip_s", 0.0)
-        values = {name: int(told[name]) for name in names}
-        self.status = SiteStatus(**values, draining=self.draining, round_trip_s=round_trip_s)
+        self.status = SiteStatus(
+            workers=told["workers"],
+            threads=told["threads"],
+            memory_limit=told["memory_limit"],
+            memory_used=told["memory_used"],
+            running=told["running"],
+            queued=told["queued"],
+            draining=self.status.draining,
+            round_trip_s=getattr(self.port, "round_trip_s", 0.0),
+        )
         self._got_status.set()
         self.send_status()
 
@@ -149,7 +167,8 @@ class Session:
 
     def _take_arrivals(self) -> None:
         arrivals, self._arrivals = self._arrivals, []
-        self.take([self._arrived(arrival) for arrival in arrivals])
+        if not self.closed:
+            self.take([self._arrived(arrival) for arrival in arrivals])
 
     def _arrived(self, arrival: Arrival) -> ev.Fetched | ev.FetchFailed:
         key, parcel = arrival.key, arrival.parcel
@@ -260,7 +279,8 @@ class Session:
         if busy:
             raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
         await self.wire.quiet(data)
-        await self.ask_scheduler("scatter", data=data, workers=None, client=self.client, broadcast=broadcast, timeout=30)
+        how = {"workers": None, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}
+        await self.ask_scheduler("scatter", data=data, client=self.client, **how)
         return await self.hold(data)
 
     async def hold(self, keys: Collection[Key]) -> dict[Key, int]:

@@ -73,9 +73,9 @@ class SchedulerWire:
         comm.name = "Agent->Scheduler"
         await comm.write({"op": "register-client", "client": self.client, "reply": False, "versions": get_versions()})
         (first, *rest) = await comm.read()
-        if first.get("op") != "stream-start" or "error" in first:
+        if first.get("op") != "stream-start" or first.get("error"):
             await comm.close()
-            raise SiteStartError(f"the scheduler at {self.address} refused the agent: {first.get('error', first)}")
+            raise SiteStartError(f"the scheduler at {self.address} refused the agent: {first.get('error') or first}")
         self._stream.start(comm)
         self._reader = asyncio.create_task(self._read(comm, rest), name="read from scheduler")
 

@@ -9,9 +9,9 @@ It keeps the rules of Dask's scheduler (``distributed.scheduler``, 2026.8.0) tha
 - a key that erred stays so as long as it is known;
 - a running task cannot be stopped: its thread is free only when it ends.
 
-The agent's plugin in that scheduler adds rules: a fetch task that has reached memory or was released is pure data (never
-run again, and forgotten as soon as it is released); one that comes for a known key which is not there takes the place
-of that key's old task; and a graph leaves no tasks behind that nobody will ever need.
+The agent's plugin in that scheduler adds rules: a fetch task that has reached memory or was released is pure data
+(never run again, and forgotten as soon as it is released); one that comes for a known key which is not there takes the
+place of that key's old task; and a graph leaves no tasks behind that nobody will ever need.
 
 A task's value is a checksum of its key and its inputs' values, so that any mix-up shows in the result.
 """
@@ -120,7 +120,7 @@ class FakeScheduler:
     def __init__(self, clock: VirtualClock, threads: int, tell: Callable[[SchedulerEvent], None]) -> None:
         self.tasks: dict[Key, FakeTaskState] = {}
         self.slowness = 1.0  # factor on the duration of tasks
-        self.tasks_run = 0
+        self.settled = 0  # tasks that reached memory or erred
         self.closed = False
         self._clock = clock
         self._tell = tell
@@ -288,6 +288,7 @@ class FakeScheduler:
 
     def _to_memory(self, task: FakeTaskState) -> None:
         task.state = State.MEMORY
+        self.settled += 1
         for waiter in task.waiters.values():
             waiter.waiting_on.pop(task.key, None)
             if waiter.state is State.WAITING and not waiter.waiting_on:
@@ -303,6 +304,7 @@ class FakeScheduler:
         if task.state is not State.PROCESSING:
             heirs = {key: each for key, each in task.dependents.items() if each.state is not State.MEMORY}
         task.state = State.ERRED
+        self.settled += 1
         task.run += 1
         task.waiting_on = {}
         self._leave_deps(task)
@@ -373,7 +375,6 @@ class FakeScheduler:
 
     def _finish(self, task: FakeTaskState, spec: FakeTask, run: int, inputs: list[int | Failure | None]) -> None:
         self._idle_threads += 1
-        self.tasks_run += 1
         if self.closed:
             return
         if task.run == run and task.state is State.PROCESSING:

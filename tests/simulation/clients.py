@@ -61,16 +61,16 @@ class ClientNode:
     # -- acting -------------------------------------------------------------------------------------------------
 
     def _act(self) -> None:
-        self._submit()
+        keys = list(self.sim.universe.tasks)
+        self.submit(tuple(dict.fromkeys(self._rng.choice(keys) for _ in range(self._rng.choice([1, 5, 15])))))
         for _ in range(self._rng.randrange(4)):
             self._plan(self._rng.expovariate(1.0), self._change_its_mind)
         self._submissions -= 1
         if self._submissions:
             self._plan(self._rng.expovariate(0.5), self._act)
 
-    def _submit(self) -> None:
-        keys = list(self.sim.universe.tasks)
-        wanted = tuple(dict.fromkeys(self._rng.choice(keys) for _ in range(self._rng.choice([1, 5, 20, 40]))))
+    def submit(self, wanted: tuple[Key, ...]) -> None:
+        """Submit a graph for the keys ``wanted``, which may refer to keys that it holds."""
         usable = [key for key, told in self.held.items() if told in (None, *SETTLED) and key not in wanted]
         given = frozenset(key for key in usable if self._rng.random() < 0.7)
         graph = self._cutter.cut(self.name, wanted, given)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from itertools import groupby
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
     from tests.simulation.federation import Simulation
 
 STATUS_S = 2.0  # between two reports of a site
-LOAD_S = 0.1  # between two counts of the scheduler's unfinished tasks
+LOAD_S = 0.25  # between two counts of the scheduler's unfinished tasks
 RPC_TIMEOUT_S = 1.0  # after which a transfer from a site that is cut off fails
+LOST_INPUT = "lost dependencies"
 
 DORMANT = (State.RELEASED, State.ERRED)
 """States of tasks that cost nothing; Dask forgets to forget ancestors of a key that it knew with other dependencies."""
@@ -77,6 +79,7 @@ class SiteNode:
         self._rng = rng
         self._delay_s = rng.choice([0.0005, 0.005])  # between agent and scheduler, each way
         self._releasing: Counter[Key] = Counter()  # releases that the scheduler has not answered yet
+        self._batch: list[SchedulerEvent | tuple[Key, ...]] = []  # events on their way from the scheduler
         self._submitted = 0
         self._seen_attempts: set[tuple[str, Attempt]] = set()
         self._maker: dict[Key, tuple[str, Attempt]] = {}  # last block that was to make a key here
@@ -153,7 +156,7 @@ class SiteNode:
         return SiteStatus(1, self.threads, 2**33, 2**20, 0, queued, self.draining, round_trip_s=0.02)
 
     def _learn(self) -> None:
-        fresh = self.scheduler.tasks_run - self._ran
+        fresh = self.scheduler.settled - self._ran
         if fresh:
             self._ran += fresh
             seconds = fresh * 0.1 * self.scheduler.slowness
@@ -254,23 +257,33 @@ class SiteNode:
     # -- from the scheduler -------------------------------------------------------------------------------------
 
     def _from_scheduler(self, event: SchedulerEvent | tuple[Key, ...]) -> None:
-        self.sim.clock.call_later(self._delay_s, self._hear, event)
+        if not self._batch:
+            self.sim.clock.call_later(self._delay_s, self._hear_batch)
+        self._batch.append(event)
 
-    def _hear(self, event: SchedulerEvent | tuple[Key, ...]) -> None:
-        if isinstance(event, tuple):
-            self._releasing.subtract(event)
+    def _hear_batch(self) -> None:
+        batch, self._batch = self._batch, []
+        for kind, events in groupby(batch, key=_kind):
+            self._hear(kind, list(events))
+
+    def _hear(self, kind: Any, events: list[Any]) -> None:
+        if kind is tuple:  # the scheduler has answered releases
+            for keys in events:
+                self._releasing.subtract(keys)
             self._releasing = +self._releasing
-        elif isinstance(event, Cancelled):
-            self.sim.require(event.reason != "lost dependencies", "a block ran without an input", self.name, event)
-            self._handle(ev.KeysForgotten(tuple(key for key in event.keys if not self._releasing[key])))
-        elif self._releasing[event.key]:
-            return
-        elif isinstance(event, InMemory):
-            self._handle(ev.KeysReady((MadeKey(event.key, event.nbytes),)))
-        elif isinstance(event, Erred):
-            erred = ev.KeysErred((event.key,), event.failure.transfer)
-            self.transfer_errors += event.failure.transfer
-            self._handle(erred, {"exception": event.failure.origin, "traceback": None})
+        elif kind is Cancelled:
+            for event in events:
+                self.sim.require(event.reason != LOST_INPUT, "a block ran without an input", self.name, event)
+                self._handle(ev.KeysForgotten(tuple(key for key in event.keys if not self._releasing[key])))
+        elif fresh := [event for event in events if not self._releasing[event.key]]:
+            if kind is InMemory:
+                self._handle(ev.KeysReady(tuple(MadeKey(event.key, event.nbytes) for event in fresh)))
+            else:
+                self._hear_failure(kind, tuple(event.key for event in fresh))
+
+    def _hear_failure(self, failure: Failure, keys: tuple[Key, ...]) -> None:
+        self.transfer_errors += failure.transfer
+        self._handle(ev.KeysErred(keys, failure.transfer), {"exception": failure.origin, "traceback": None})
 
     def _count_load(self) -> None:
         if self.stopped or self.sim.over:
@@ -332,3 +345,8 @@ class SiteNode:
         if self.connection is not None and not self.connection.idle:
             left.append(f"{self.name}: messages are under way")
         return left
+
+
+def _kind(event: SchedulerEvent | tuple[Key, ...]) -> Any:
+    """Return what events have in common that the agent passes on in one piece."""
+    return event.failure if isinstance(event, Erred) else type(event)

@@ -55,13 +55,10 @@ class Universe:
                 stack.extend(self.tasks[key].deps)
         return [key for key in self.tasks if key in found]
 
-    def downstream(self, keys: Iterable[Key]) -> set[Key]:
-        """Return ``keys`` and all that depends on them."""
-        found = set(keys)
-        for key, task in self.tasks.items():
-            if any(dep in found for dep in task.deps):
-                found.add(key)
-        return found
+    def sinks(self) -> tuple[Key, ...]:
+        """Return the keys that no task depends on."""
+        used = {dep for task in self.tasks.values() for dep in task.deps}
+        return tuple(key for key in self.tasks if key not in used)
 
 
 def random_universe(rng: Random, ntasks: int) -> Universe:

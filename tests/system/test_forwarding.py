@@ -249,11 +249,18 @@ def take_and_keep(name: str) -> None:
     distributed.get_worker().kept = Variable(name).get(timeout=10)
 
 
+def clients_that_want(key: Any, dask_scheduler: Any) -> set[str]:
+    return {client.client_key for client in dask_scheduler.tasks[key].who_wants}
+
+
 def test_what_a_task_keeps_is_held_until_its_client_is_gone() -> None:
     async def test(fed: Federation) -> None:
         key = await fed.at("north", put_future, "v")
         await fed.at("south", take_and_keep, "v")
         await until(lambda: key in taken_by_tasks(fed))
+        north = fed.agents["north"].here
+        clients = await north.run_on_scheduler(clients_that_want, key)
+        assert clients == {north.id}  # the task that put it lets go of it at the site
         await fed.agents["south"].here.restart()
         await until(lambda: key not in taken_by_tasks(fed))
 
@@ -276,6 +283,7 @@ def say(text: str) -> None:
 def test_errors_come_back_and_events_go_up() -> None:
     async def test(fed: Federation) -> None:
         for site in SITES:
+            await fed.agents[site].register()  # again: events are not to come twice
             assert await fed.at(site, fail_to_get, "nothing") == "TimeoutError"
             with pytest.raises(RuntimeError, match="Semaphore or Lock `gone` not known"):
                 await fed.at(site, use_unknown_lock)

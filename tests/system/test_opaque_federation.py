@@ -25,7 +25,7 @@ from daskfed import Client, at
 
 pytestmark = pytest.mark.system
 
-OPTIONS = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+OPTIONS = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
 
 
 class Canary:

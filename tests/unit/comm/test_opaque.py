@@ -8,6 +8,7 @@ import pickle
 import ssl
 import struct
 import subprocess
+import sys
 import tracemalloc
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import Enum
@@ -352,7 +353,8 @@ def test_an_error_passes_two_opaque_servers_and_arrives_as_what_it_was(scheme: s
     run(main)
 
 
-def test_a_cancelled_call_does_not_leave_its_reply_to_the_next() -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_cancelled_call_does_not_leave_its_reply_to_the_next(scheme: str) -> None:
     async def main() -> None:
         async with Shelf() as shelf, OpaquePool() as pool:
             started = asyncio.Event()
@@ -363,7 +365,7 @@ def test_a_cancelled_call_does_not_leave_its_reply_to_the_next() -> None:
                 return "late"
 
             shelf.handlers["slow"] = slow
-            await shelf.listen("tcp://127.0.0.1:0")
+            await shelf.listen(scheme)
             call = asyncio.create_task(pool.call(shelf.address, "slow"))
             await started.wait()
             call.cancel()
@@ -402,12 +404,14 @@ GARBAGE = {
     "no frames": hello() + struct.pack("QQ", 8, 0),
     "a payload that is not there": hello() + wire([marked(Serialized=7)]),
     "a payload named twice": hello() + wire([msgpack.packb([{"__Pickled__": 1}] * 2), PICKLED, b""]),
+}
+NOT_FOR_A_SERVER = {
     "a message that is no dict": hello() + wire([msgpack.packb([1])]),
     "an op that is a payload": hello() + wire([msgpack.packb({"op": {"__Pickled__": 1}}), PICKLED, b""]),
 }
 
 
-@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+@pytest.mark.parametrize("garbage", (GARBAGE | NOT_FOR_A_SERVER).values(), ids=GARBAGE | NOT_FOR_A_SERVER)
 def test_garbage_ends_its_own_connection_only(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL + 1)
 
@@ -425,6 +429,43 @@ def test_garbage_ends_its_own_connection_only(garbage: bytes, caplog: pytest.Log
                 assert await good.get() == {"value": 1}
             async with rpc(shelf.address) as late:
                 assert await late.get() == {"value": 1}
+
+    run(main)
+
+
+@pytest.mark.parametrize("what", [what for what, garbage in GARBAGE.items() if garbage.startswith(hello())])
+def test_what_is_no_message_is_reported_as_that(what: str) -> None:
+    failures: asyncio.Queue[Exception] = asyncio.Queue()
+
+    async def handler(comm: Any) -> None:
+        comm.max_message_bytes = 2**20
+        try:
+            await comm.read()
+        except Exception as exc:
+            failures.put_nowait(exc)
+            assert comm.closed()
+
+    async def main() -> None:
+        listener = await listen_opaque("tcp://127.0.0.1:0", handler)
+        port = int(listener.contact_address.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GARBAGE[what])
+        await asyncio.wait_for(reader.read(), 5)
+        assert isinstance(failures.get_nowait(), MalformedMessage)
+        writer.close()
+        listener.stop()
+
+    run(main)
+
+
+def test_a_server_lets_nobody_speak_for_others_or_supply_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = [folder for folder in sys.path if "dask-scratch-space" not in folder]  # of stock servers in this process
+    monkeypatch.setattr(sys, "path", list(path))
+
+    async def main() -> None:
+        async with Shelf() as shelf:
+            assert "connection_stream" not in shelf.handlers
+            assert sys.path == path
 
     run(main)
 

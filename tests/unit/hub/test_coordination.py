@@ -126,6 +126,18 @@ def test_a_taker_that_goes_away_does_not_block_the_variable() -> None:
     run("tcp://127.0.0.1:0", test)
 
 
+def test_a_confirmation_that_nobody_waits_for_is_taken_as_a_wish() -> None:
+    async def test(hub: SmallHub, one: Client, two: Client) -> None:
+        future = await one.scatter(1)
+        await Variable("v", client=one).set(future)
+        confirmation = {"op": "variable-future-received-confirm", "name": "v", "key": future.key, "token": "forgotten"}
+        two._send_to_scheduler(confirmation)
+        await until(lambda: hub.wanted[two.id] == {future.key})
+        assert two.id in hub.clients  # its stream lives
+
+    run("tcp://127.0.0.1:0", test)
+
+
 def test_a_queue_passes_values_and_futures_in_order(address: str) -> None:
     async def test(hub: SmallHub, one: Client, two: Client) -> None:
         mine, theirs = await Queue("q", client=one), await Queue("q", client=two)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from itertools import product
+from typing import TypeVar
 
 import pytest
 
@@ -12,7 +13,7 @@ from daskfed.errors import IllegalTransition
 from daskfed.hub import events as ev
 from daskfed.hub.ledger import Ledger
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase, next_block_phase, next_key_phase
-from daskfed.messages import Import, ImportFailed, KeyImported, KeysLost
+from daskfed.messages import Import, ImportFailed, KeyImported, KeysLost, ReleaseKeys
 from tests.unit.hub.builders import (
     Stage,
     block,
@@ -25,6 +26,7 @@ from tests.unit.hub.builders import (
     told_failed,
 )
 
+Phase = TypeVar("Phase", bound=Enum)
 UNRECOMPUTABLE = "its site is gone and it cannot be computed again"
 
 
@@ -366,10 +368,10 @@ class TestTables:
             if (phase, move) not in BLOCK_MOVES:
                 with pytest.raises(IllegalTransition, match=f"block 'b' is {phase.value}: it cannot '{move}'"):
                     next_block_phase(phase, move, "b")
-        for phase, move in product(KeyPhase, {move for _, move in KEY_MOVES}):
-            if (phase, move) not in KEY_MOVES:
-                with pytest.raises(IllegalTransition, match=f"key 'x' is {phase.value}: it cannot '{move}'"):
-                    next_key_phase(phase, move, "x")
+        for at, move in product(KeyPhase, {move for _, move in KEY_MOVES}):
+            if (at, move) not in KEY_MOVES:
+                with pytest.raises(IllegalTransition, match=f"key 'x' is {at.value}: it cannot '{move}'"):
+                    next_key_phase(at, move, "x")
 
     def test_an_illegal_move_tells_the_story_so_far(self, stage: Stage) -> None:
         done(stage)
@@ -379,7 +381,7 @@ class TestTables:
             stage.core.ledger.move_key(stage.key("y"), "failed")
 
 
-def phase_after(moves: list[str], table: dict[tuple[Enum, str], Enum], start: Enum) -> Enum:
+def phase_after(moves: list[str], table: dict[tuple[Phase, str], Phase], start: Phase) -> Phase:
     """Return where these moves lead."""
     phase = start
     for move in moves:
@@ -388,6 +390,17 @@ def phase_after(moves: list[str], table: dict[tuple[Enum, str], Enum], start: En
 
 
 class TestCommands:
+    def test_a_release_says_how_many_reports_of_the_site_were_taken_in(self, stage: Stage) -> None:
+        stage.submit(block("b", "x y z"), block("d", "w"), wanted="x w")
+        stage.made("b", "x")
+        stage.started("d")
+        stage.failed("d", "w")
+        messages = [c.message for c in stage.drop("x w") if isinstance(c, ev.TellSite)]
+        assert [(m.keys, m.seen) for m in messages if isinstance(m, ReleaseKeys)] == [(("w",), 2), (("x",), 2)]
+        assert stage.core.ledger.reports == {"north": 2, "south": 0}
+        stage.leave("south")
+        assert stage.core.ledger.reports == {"north": 2}
+
     def test_what_is_for_one_receiver_is_merged_and_an_order_keeps_its_place(self) -> None:
         ledger = Ledger(epoch=0)
         ledger.tell(("c", "d"), ev.Outcome.IN_MEMORY, "x")
