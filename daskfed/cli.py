@@ -101,7 +101,7 @@ async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, st
 
     agent = Agent(
         name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
-        security=security,
+        resources=options.resources, security=security,
     )  # fmt: skip
     try:
         await agent.start()
@@ -119,8 +119,9 @@ async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
 
     cluster = ClusterSpec.packed(spec["pickled"])
     agent = Agent(
-        spec["name"], cluster, hub=spec["hub"], labels=spec["labels"], environments=tuple(spec["environments"])
-    )
+        spec["name"], cluster, hub=spec["hub"], labels=spec["labels"], environments=tuple(spec["environments"]),
+        resources=spec["resources"],
+    )  # fmt: skip
     try:
         await agent.start()
         await agent.joined()

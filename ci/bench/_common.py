@@ -55,7 +55,8 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def hub_and_sites(names: tuple[str, ...], **options: Any) -> Iterator[tuple[str, dict[str, subprocess.Popen[bytes]]]]:
     """Run a hub and sites, each in processes of their own; yields the hub's address and the processes by role."""
     address = f"tcp://127.0.0.1:{free_port()}"
-    given = json.dumps({"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0", **options})
+    quiet = {"dashboard_address": ":0", "scheduler_kwargs": {"dashboard": False}}
+    given = json.dumps({"n_workers": 1, "threads_per_worker": 1, **quiet, **options})
     python = (sys.executable, "-m", "daskfed")
     with contextlib.ExitStack() as stack:
         processes = {"hub": stack.enter_context(running(*python, "hub", "--listen", address))}

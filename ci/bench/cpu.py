@@ -13,18 +13,23 @@ from _common import cpu_s, hub_and_sites, median, roles_of_site, stock_cluster, 
 
 import daskfed
 
-REPEATS = 3
+REPEATS = 1
+
+
+SIDE = int(sys.argv[1]) if len(sys.argv) > 1 else 52  # chunks along each side
 
 
 def graph() -> da.Array:
-    """Return an array computation of about 10,000 tasks after fusion."""
-    x = da.random.random((740, 740), chunks=10)
+    """Return an array computation of about 10,000 tasks."""
+    x = da.random.random((SIDE * 10, SIDE * 10), chunks=10)
     return (x - x.mean(axis=0)).mean()
 
 
 def spent(roles: dict[str, psutil.Process], client: Any) -> dict[str, float]:
     """Return the CPU seconds that each role spends on the graph, after a warm-up on a small one."""
-    da.ones(100, chunks=10).sum().compute()
+    for site in client.sites() if isinstance(client, daskfed.Client) else (None,):
+        with daskfed.at(site) if site else contextlib.nullcontext():
+            (da.random.random((100, 100), chunks=10).mean(axis=0) + 1).sum().compute()
     x = graph()
     before = {role: cpu_s(process) for role, process in roles.items()}
     x.compute()

@@ -12,7 +12,8 @@ from typing import Any
 
 import dask
 import distributed
-from dask.utils import format_bytes, parse_bytes
+from dask.base import tokenize
+from dask.utils import format_bytes, funcname, parse_bytes
 from distributed.client import Future
 from toolz import merge
 
@@ -135,14 +136,18 @@ class Client(distributed.Client):
         """Submit a call; as ``distributed.Client.submit``, with ``site=`` and ``environment=``.
 
         ``site`` is a name, a label ``name=value``, or a list of them; where ``func`` itself has a parameter of that
-        name, it gets it.
+        name, it gets it. The same call bound to another site has another key: what it finds there differs.
         """
-        with _annotated(func, kwargs):
+        with _annotated(func, kwargs) as bound:
+            if bound and _names_itself(kwargs):
+                kwargs["key"] = f"{bound}-{tokenize(func, kwargs, *args)}"
             return super().submit(func, *args, **kwargs)
 
     def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
         """Map a function over sequences; as ``distributed.Client.map``, with ``site=`` and ``environment=``."""
-        with _annotated(func, kwargs):
+        with _annotated(func, kwargs) as bound:
+            if bound and _names_itself(kwargs):
+                kwargs["key"] = bound
             return super().map(func, *iterables, **kwargs)  # type: ignore[no-any-return]
 
     def _graph_to_futures(
@@ -294,7 +299,10 @@ class Client(distributed.Client):
 
 
 class _annotated:
-    """Annotate what is submitted inside with the ``site`` and ``environment`` taken out of ``kwargs``."""
+    """Annotate what is submitted inside with the ``site`` and ``environment`` taken out of ``kwargs``.
+
+    Gives the start of keys for calls of ``func`` that are bound so, empty if they are not bound.
+    """
 
     def __init__(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         annotations: dict[str, Any] = {}
@@ -303,12 +311,21 @@ class _annotated:
         if "environment" in kwargs and not _takes(func, "environment"):
             annotations["environment"] = kwargs.pop("environment")
         self._context = dask.annotate(**annotations)
+        self._func = func
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> str:
         self._context.__enter__()
+        current = dask.get_annotations()
+        bound = current.get("sites"), current.get("environment")
+        return f"{funcname(self._func)}-0{tokenize(bound)}" if any(bound) else ""
 
     def __exit__(self, *exc_info: Any) -> None:
         self._context.__exit__(*exc_info)
+
+
+def _names_itself(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the key of a call is made from what it calls."""
+    return kwargs.get("key") is None and kwargs.get("pure", True) and not (kwargs.get("actor") or kwargs.get("actors"))
 
 
 def _takes(func: Callable[..., Any], name: str) -> bool:

@@ -20,6 +20,7 @@ from daskfed.errors import ConfigurationError, UnknownSiteError
 from daskfed.messages import Constraint
 
 EMPTY = Constraint()
+WORKER_SCHEME = "fed://"  # of a worker's address across sites: fed://site/host:port
 
 SiteChoice: TypeAlias = Callable[[Mapping[str, Any]], Iterable[str] | str]
 Sites: TypeAlias = str | Iterable[str] | SiteChoice | None
@@ -103,10 +104,14 @@ def environment_name(value: Any) -> str:
 def constraint_of(annotations: Mapping[str, Any]) -> Constraint:
     """Return the constraint that annotations of one task express; others than constraints are left alone.
 
+    Workers given by their addresses across sites (``fed://site/host:port``) bind to their sites as well.
+
     Raises ConfigurationError where a value is of the wrong type.
     """
     given = {_DASK_NAMES.get(name, name): value for name, value in annotations.items() if value is not None}
     given = {name: _READERS[name](name, value) for name, value in given.items() if name in _READERS}
+    if "workers" in given and "sites" not in given and not given.get("allow_other_workers"):
+        given["sites"] = _sites_of(given["workers"])
     return Constraint(**given) if given else EMPTY
 
 
@@ -114,7 +119,7 @@ def annotations_of(constraint: Constraint) -> dict[str, Any]:
     """Return the part of a constraint that a site's own Dask scheduler understands, as annotations."""
     given: dict[str, Any] = {}
     if constraint.workers:
-        given["workers"] = list(constraint.workers)
+        given["workers"] = [name for worker in constraint.workers for name in _names_at_site(worker)]
         if constraint.allow_other_workers:
             given["allow_other_workers"] = True
     if constraint.resources:
@@ -178,7 +183,22 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _workers(name: str, value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(map(str, value))
+    return (str(value),) if isinstance(value, (str, int)) else tuple(map(str, value))
+
+
+def _sites_of(workers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sites of workers that are all given by their addresses across sites; nothing if one is not."""
+    if not all(worker.startswith(WORKER_SCHEME) for worker in workers):
+        return ()
+    return tuple(dict.fromkeys(worker.removeprefix(WORKER_SCHEME).split("/")[0] for worker in workers))
+
+
+def _names_at_site(worker: str) -> list[Any]:
+    """Return what the scheduler of its site may know a worker as; names that no worker has do no harm there."""
+    if worker.startswith(WORKER_SCHEME):
+        address = worker.removeprefix(WORKER_SCHEME).partition("/")[2]
+        return [f"tcp://{address}", f"tls://{address}"]
+    return [int(worker), worker] if worker.isdecimal() else [worker]
 
 
 def _resources(name: str, value: Any) -> tuple[tuple[str, float], ...]:

@@ -112,7 +112,10 @@ class Federation(Cluster):
         assert self.hub is not None
         spec = ClusterSpec.of(options, in_process=True)
         port = LocalHub(self.hub, name)
-        agent = Agent(name, spec, hub=port, labels=options.labels, environments=tuple(options.environments))
+        agent = Agent(
+            name, spec, hub=port, labels=options.labels, environments=tuple(options.environments),
+            resources=options.resources,
+        )  # fmt: skip
         self._agents[name] = agent
         await agent.start()
         self.hub.add_site(LocalSite(agent))

@@ -3,9 +3,10 @@
 Dask's dataframes ignore annotations: a collection holds an expression, which the planner rewrites (columns and filters
 move into the reader, partitions are dropped, readers of several files are joined) before any task exists. An
 expression here is *pinned* by changing its class: a subclass, made on the fly, that differs only in that its tasks
-carry a note (:mod:`daskfed.client.notes`) and that the note is part of its name. Every rewriting of Dask makes the new
-expression as ``type(self)(...)``, so it is pinned too, and every ``isinstance`` test still holds. What is pinned are
-readers, and operations on single partitions (``map_partitions``, arithmetic, filters), that are built inside ``at``.
+carry a note (:mod:`daskfed.client.notes`) and that the note is part of its name. Dask rewrites an expression either as
+``type(self)(...)``, which is pinned too, or puts others in its place, which are then pinned; and every ``isinstance``
+test still holds. Pinned is the expression of each collection that is built inside ``at``: readers, and every operation
+but repartitioning. What the planner makes up by itself (a selection of columns, say) may run anywhere.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.base import tokenize
-from dask.dataframe.dask_expr import _expr as frame_expr
-from dask.dataframe.dask_expr.io import io as frame_io
 
 from daskfed.client.notes import Note, put_note
-from daskfed.dask_private import GraphNode, convert_legacy_graph
+from daskfed.client.stock import dataframes
+from daskfed.dask_private import Expr
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -53,17 +53,34 @@ class Pinned(_Base):
         return put_note(super()._task(name, index), self._note)
 
     def _layer(self) -> dict[Key, Any]:
-        layer = super()._layer()
-        if not all(isinstance(node, GraphNode) for node in layer.values()):
-            layer = convert_legacy_graph(layer)
-        return {key: put_note(node, self._note) for key, node in layer.items()}
+        return {key: put_note(node, self._note) for key, node in super()._layer().items()}
+
+    def _lower(self) -> Any:
+        """Pin what the planner puts in the place of this expression."""
+        out = super()._lower()
+        return out if out is None else self._spread(out)
+
+    def _simplify_down(self) -> Any:
+        out = super()._simplify_down()
+        return out if out is None else self._spread(out)
+
+    def _spread(self, expr: Any) -> Any:
+        """Pin the expressions that are new, those from which this one was made stay as they are."""
+        known: set[str] = set()
+        stack = list(self.dependencies())
+        while stack:
+            node = stack.pop()
+            if node._name not in known:
+                known.add(node._name)
+                stack.extend(node.dependencies())
+        return _pinned_above(expr, known, self._note)
 
     def _tune_up(self, parent: Any) -> Any:
         """Pin the reader of several files that Dask puts in the place of a reader of one."""
         out = super()._tune_up(parent)
         if out is None:
             return None
-        for kind in (frame_io.FusedIO, frame_io.FusedParquetIO):
+        for kind in (dataframes().FusedIO, dataframes().FusedParquetIO):
             joined = kind(self)
             out = out.substitute(joined, pinned(joined, self._note))
         return out
@@ -76,22 +93,30 @@ class Pinned(_Base):
 
 def pinned(expr: Any, note: Note) -> Any:
     """Return an expression pinned by a note; one that is pinned already stays as it is."""
-    if isinstance(expr, Pinned):
-        return expr
+    if isinstance(expr, Pinned) or type(expr) is dataframes().Repartition:
+        return expr  # repartitioning asks for exactly its own class, and is replaced before there are tasks
     return _pinned_class(type(expr), note)(*expr.operands)
 
 
 def pinned_new(expr: Any, note: Note) -> Any:
-    """Return the expression of a new collection, pinned where that can be done without changing the plan.
+    """Return the expression of a new collection, pinned.
 
     A wrapper that Dask puts around a reader (the conversion of strings) does not hide the reader.
     """
-    if isinstance(expr, frame_expr.ArrowStringConversion):
+    if isinstance(expr, dataframes().ArrowStringConversion):
         reader = expr.operands[0]
         expr = expr.substitute(reader, pinned_new(reader, note))
-    if isinstance(expr, (frame_io.IO, frame_expr.Blockwise)):
-        return pinned(expr, note)
-    return expr
+    return pinned(expr, note)
+
+
+def _pinned_above(expr: Any, known: set[str], note: Note) -> Any:
+    """Return an expression pinned down to those that are known by name."""
+    if not isinstance(expr, Expr) or expr._name in known or isinstance(expr, Pinned):
+        return expr
+    operands = [_pinned_above(operand, known, note) for operand in expr.operands]
+    if any(new is not old for new, old in zip(operands, expr.operands, strict=True)):
+        expr = type(expr)(*operands)
+    return pinned(expr, note)
 
 
 def _pinned_class(base: type, note: Note) -> type:

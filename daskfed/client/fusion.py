@@ -94,7 +94,7 @@ def barriers(tasks: Mapping[Key, GraphNode], notes: Mapping[Key, Note]) -> list[
     found = []
     for key in toposort(needs, dependencies=needs):
         inputs = [belongs[dep] for dep in needs[key] if belongs[dep] is not None]
-        own = notes.get(key)
+        own: Any = notes.get(key)
         if own is None and inputs:
             own = inputs[0] if all(note == inputs[0] for note in inputs[1:]) else object()
         belongs[key] = own

@@ -199,7 +199,10 @@ def _needed(tasks: Mapping[Key, GraphNode], wanted: Collection[Key]) -> Tasks:
 
 
 def _without_aliases(tasks: Tasks, notes: dict[Key, Note], wanted: set[Key]) -> tuple[Tasks, dict[Key, Note]]:
-    """Let a task take the key of its alias where nothing else refers to it: it saves a task that runs nothing."""
+    """Let a task take the key of its alias where nothing else refers to it: it saves a task that runs nothing.
+
+    Another alias is bound as its target is, or it would carry a copy to another site.
+    """
     aliases = [key for key, node in tasks.items() if isinstance(node, Alias)]
     if not aliases:
         return tasks, notes
@@ -215,6 +218,12 @@ def _without_aliases(tasks: Tasks, notes: dict[Key, Note], wanted: set[Key]) -> 
             tasks[key] = _moved(tasks.pop(target), key)
             if target in notes:
                 notes[key] = notes.pop(target)
+    for key in aliases:
+        target = key
+        while target not in notes and isinstance(node := tasks.get(target), Alias):
+            target = node.target
+        if target in notes:
+            notes[key] = notes[target]
     return tasks, notes
 
 

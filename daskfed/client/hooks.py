@@ -21,7 +21,7 @@ from dask.utils import ensure_dict
 
 from daskfed.client import fusion
 from daskfed.client.notes import bake
-from daskfed.client.stock import imported, without_annotations
+from daskfed.client.stock import dataframes, flattening_for_from_dask_array, imported, without_annotations
 
 _frames_hooked = False
 
@@ -46,12 +46,9 @@ def _hook_frames() -> None:
     global _frames_hooked
     if _frames_hooked or not all(map(importlib.util.find_spec, ("pandas", "pyarrow"))):
         return
-    import dask.dataframe.io.io as readers
-    from dask.dataframe.dask_expr._collection import FrameBase
-
     from daskfed.client.frames import pinned_new
 
-    stock_init = FrameBase.__init__
+    stock_init = dataframes().FrameBase.__init__
 
     def __init__(self: Any, expr: Any) -> None:
         note = get_annotations()
@@ -59,8 +56,8 @@ def _hook_frames() -> None:
             expr = pinned_new(expr, note)
         without_annotations(stock_init, self, expr)
 
-    FrameBase.__init__ = __init__
-    readers.ensure_dict = _flattened
+    dataframes().FrameBase.__init__ = __init__
+    flattening_for_from_dask_array().ensure_dict = _flattened
     _frames_hooked = True
 
 

@@ -70,13 +70,15 @@ def put_note(node: Any, note: Note) -> Any:
         return Task(node.key, Noted(_give, note), DataNode(None, node.value), _data_producer=True)
     if type(node) is Task:
         return _rebuilt(node, Noted(node.func, note), node.args, node.kwargs)
+    if type(node) is tuple and node and callable(node[0]):  # how Dask used to write a task, and sometimes still does
+        return (Noted(node[0], note), *node[1:])
     return node
 
 
 def has_note(node: Any) -> bool:
     """Whether a task has a note in it, or a task inside it has."""
     if not Noted.ever or not isinstance(node, Task):
-        return False
+        return type(node) is tuple and bool(node) and isinstance(node[0], Noted)
     return isinstance(node.func, Noted) or any(map(has_note, _inner(node)))
 
 

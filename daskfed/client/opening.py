@@ -24,8 +24,9 @@ def open_at(client: Any, function: Callable[..., Any], *args: Any, site: str, **
     """Call ``function(*args, **kwargs)`` at a site and return what it opened, with every task of it bound to the site.
 
     ``site`` is a name; a label or several names will do where all of these sites see the same files. Other constraints
-    come from the ``at`` around the call. Lazy objects are Dask collections and xarray objects, also in lists, tuples and
-    dicts; a Dataset that was opened without chunks comes in the chunks of its file. Anything else is returned as a value.
+    come from the ``at`` around the call. Lazy objects are Dask collections and xarray objects, also in lists, tuples
+    and dicts; a Dataset that was opened without chunks comes in the chunks of its file. Anything else is returned as a
+    value.
 
     An asynchronous client returns an awaitable. Raises what ``function`` raises there, with a note that says where it
     ran, and ConfigurationError where the object cannot be unpickled here.
@@ -53,9 +54,10 @@ def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
     try:
         pickle.dumps(function)
     except Exception:
-        module, name = getattr(function, "__module__", None), getattr(function, "__name__", "")
-        if module not in (None, "__main__") and getattr(sys.modules.get(module), name, None) is function:
-            return Named(module, name)
+        name = getattr(function, "__name__", "")
+        for module in (getattr(function, "__module__", None), "dask.array", "dask.dataframe"):
+            if module != "__main__" and getattr(sys.modules.get(module or ""), name, None) is function:
+                return Named(str(module), name)
     return function
 
 

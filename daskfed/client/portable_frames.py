@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import dask
 from dask.base import key_split
-from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr.io import io as frame_io
-from dask.dataframe.dask_expr.io.parquet import ReadParquet
 
 from daskfed.client.frames import pinned
 from daskfed.client.notes import Note
-from daskfed.client.portable import rekeyed_tasks
+from daskfed.client.rekeying import rekeyed_key, rekeyed_tasks
+from daskfed.client.stock import dataframes
 from daskfed.dask_private import Expr, convert_legacy_graph
 
-_LABELS = {"read_parquet": "read-parquet"}
 
+class Part:
+    """What one partition is read from; opaque to everything but its reader, and hashed by name."""
 
-class PartReader:
-    """Reads one partition with the expression of a reader, which is unpickled only where the data are."""
-
-    _opened: dict[str, Any] = {}  # token -> expression, in this process
-
-    def __init__(self, reader: Any) -> None:
-        self.token = reader.deterministic_token
-        # Without what it knows of the files: that is large, for one of the readers it cannot be pickled, and a worker
-        # of the site finds it out again.
-        known = reader._parameters.index("_dataset_info_cache")
-        operands = [None if i == known else operand for i, operand in enumerate(reader.operands)]
-        self.pickled = pickle.dumps((type(reader), *operands, self.token, {}))
-
-    def __call__(self, index: int, columns: list[str] | None = None) -> Any:
-        """Return the partition of this index, with some columns only."""
-        reader = self._opened.get(self.token)
-        if reader is None:
-            reader = Expr._reconstruct(*pickle.loads(self.pickled))
-            reader._dataset_info  # looks at the files, once for all partitions and choices of columns
-            self._opened[self.token] = reader
-        if columns is not None:
-            reader = reader.substitute_parameters({"columns": list(columns)})
-        return reader._filtered_task("part", index)()
+    def __init__(self, value: Any, token: str) -> None:
+        self.value, self.token = value, token
 
     def __dask_tokenize__(self) -> Any:
         return type(self).__name__, self.token
+
+
+class PieceReader:
+    """Reads partitions as Dask's reader of Parquet files through fsspec does, which plans them when it is built."""
+
+    def __init__(self, reader: Any) -> None:
+        self.token, self.function = reader.deterministic_token, reader._io_func
+
+    def __call__(self, part: Part, columns: list[str]) -> Any:
+        """Return some columns of a partition."""
+        return self.function.project_columns(list(columns))(part.value)
+
+    def __dask_tokenize__(self) -> Any:
+        return type(self).__name__, self.token
+
+    @staticmethod
+    def part(task: Any) -> Any:
+        """Return what a task of the reader reads."""
+        return task.args[0]
+
+
+class FragmentReader(PieceReader):
+    """Reads partitions as Dask's reader of Parquet files through Arrow does: the files as they were found, in order."""
+
+    def __init__(self, reader: Any) -> None:
+        task = reader._filtered_task("part", 0)
+        self.token, self.to_pandas, self.to_table = reader.deterministic_token, task.kwargs, dict(task.args[0].kwargs)
+        del self.to_table["fragment_wrapper"]
+        self.index = [name for name in self.to_table.pop("columns") if name not in reader.columns]
+
+    def __call__(self, part: Part, columns: list[str]) -> Any:
+        """Return some columns of a partition."""
+        names = [*columns, *self.index]
+        table = dataframes().fragment_to_table(fragment_wrapper=part.value, columns=names, **self.to_table)
+        return dataframes().table_to_pandas(table, **self.to_pandas)
+
+    @staticmethod
+    def part(task: Any) -> Any:
+        """Return what a task of the reader reads."""
+        return task.args[0].kwargs["fragment_wrapper"]
 
 
 def portable_frame(frame: Any, note: Note) -> Any:
@@ -53,9 +71,9 @@ def portable_frame(frame: Any, note: Note) -> Any:
     for leaf in list(_leaves(expr)):
         portable = _portable_reader(leaf)
         if portable is None:
-            return new_collection(pinned(_tasks_only(frame.expr, note), note))
+            return dataframes().new_collection(pinned(_tasks_only(frame.expr, note), note))
         expr = expr.substitute(leaf, pinned(portable, note))
-    return new_collection(expr)
+    return dataframes().new_collection(expr)
 
 
 def _leaves(expr: Any) -> Iterator[Any]:
@@ -65,7 +83,7 @@ def _leaves(expr: Any) -> Iterator[Any]:
         if node._name in seen:
             continue
         seen.add(node._name)
-        if isinstance(node, frame_io.IO) or not node.dependencies():
+        if isinstance(node, dataframes().IO) or not node.dependencies():
             yield node
         else:
             stack.extend(node.dependencies())
@@ -75,21 +93,25 @@ def _portable_reader(leaf: Any) -> Any:
     """Return an expression in the place of a reader; None where we do not know how."""
     if leaf.dependencies() or any(isinstance(operand, Expr) for operand in leaf.operands):
         return None
-    if isinstance(leaf, ReadParquet):
-        return _part_reader(leaf)
-    if isinstance(leaf, frame_io.FromMapProjectable):
-        return leaf.substitute_parameters({"user_meta": frame_io.FromMap._meta.func(leaf)})
-    if isinstance(leaf, frame_io.FromMap):
+    if type(leaf) is dataframes().ReadParquetPyarrowFS:
+        return _read_by_part(leaf, FragmentReader)
+    if type(leaf) is dataframes().ReadParquetFSSpec and not leaf._plan["empty"]:
+        return _read_by_part(leaf, PieceReader)
+    if isinstance(leaf, dataframes().FromMapProjectable):
+        return leaf.substitute_parameters({"user_meta": dataframes().meta_of_all_columns(leaf)})
+    if isinstance(leaf, dataframes().FromMap):
         return leaf.substitute_parameters({"user_meta": leaf._meta})
-    return leaf if isinstance(leaf, frame_io.FromPandas) else None
+    return leaf if isinstance(leaf, dataframes().FromPandas) else None
 
 
-def _part_reader(leaf: Any) -> Any:
+def _read_by_part(leaf: Any, kind: type[PieceReader]) -> Any:
     whole = leaf.substitute_parameters({"columns": None, "_series": False, "_partitions": None})
-    indices = list(leaf._partitions)
-    return frame_io.FromMapProjectable(
-        func=PartReader(whole),
-        iterables=[indices],
+    token = whole.deterministic_token
+    reader = kind(whole)
+    parts = [Part(reader.part(whole._filtered_task("part", i)), f"{token}-{i}") for i in leaf._partitions]
+    return dataframes().FromMapProjectable(
+        func=reader,
+        iterables=[parts],
         columns=leaf.operand("columns"),
         args=[],
         kwargs={},
@@ -97,17 +119,17 @@ def _part_reader(leaf: Any) -> Any:
         user_meta=whole._meta,
         enforce_metadata=False,
         user_divisions=leaf.divisions,
-        label=_LABELS.get(leaf._funcname, leaf._funcname),
+        label="read-parquet",
         _series=leaf.operand("_series"),
     )
 
 
 def _tasks_only(expr: Any, note: Note) -> Any:
     """Return an expression that holds nothing but the tasks of another, with keys of their own."""
-    plan = expr.optimize(fuse=False)
+    with dask.config.set({"dataframe.shuffle.method": "tasks"}):  # others need a disk or a barrier that all share
+        plan = expr.optimize(fuse=False)
     tasks = convert_legacy_graph(plan.__dask_graph__())
     seed = repr(sorted(note.items()))
-    named = {key: rekeyed_tasks({key: tasks[key]}, [key], seed) for key in plan.__dask_keys__()}
-    keys = [next(iter(named[key])) for key in plan.__dask_keys__()]
-    divisions = plan.divisions
-    return frame_io.FromGraph(rekeyed_tasks(tasks, tasks, seed), plan._meta, divisions, keys, key_split(plan._name))
+    keys = [rekeyed_key(key, seed) for key in plan.__dask_keys__()]
+    layer = rekeyed_tasks(tasks, tasks, seed)
+    return dataframes().FromGraph(layer, plan._meta, plan.divisions, keys, key_split(plan._name))

@@ -42,7 +42,7 @@ import msgpack
 from dask.utils import parse_timedelta
 from distributed.comm.addressing import unparse_host_port
 from distributed.comm.core import CommClosedError
-from distributed.core import ConnectionPool, Server
+from distributed.core import ConnectionPool, Server, Status
 from tornado.iostream import IOStream, StreamClosedError
 
 from ..dask_private import (
@@ -594,6 +594,8 @@ class OpaquePool(ConnectionPool):
 
     async def call(self, address: str, /, op: str, **kwargs: Any) -> Any:
         """Call ``op`` at ``address`` over a pooled comm; see :func:`call_opaque`, and :func:`connect_opaque`."""
+        if self.status is not Status.running:
+            raise CommClosedError(f"no call of {op!r} at {address}: this end is closed")
         comm = await self.connect(address)
         try:
             return await call_opaque(comm, op, **kwargs)

@@ -121,6 +121,10 @@ class Fetcher:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def forget(self, site: str) -> None:
+        """Ask the hub anew where a site is, the next time that something is fetched from it."""
+        self._addresses.pop(site, None)
+
     async def close(self) -> None:
         """Give up what is under way."""
         for task in list(self._tasks):
@@ -139,6 +143,7 @@ class Fetcher:
 
     async def _direct(self, request: _Request) -> str | None:
         """Fetch over a direct connection; returns None where there is none, else why keys are still pending."""
+        known = request.source in self._addresses
         try:
             address = await self._address_of(request.source)
         except (OSError, OpaqueError) as exc:
@@ -148,8 +153,10 @@ class Fetcher:
         try:
             comm = await self._pool.connect(address)
         except (OSError, ValueError):
+            self.forget(request.source)
+            if known:  # it may have another address since it was asked for
+                return await self._direct(request)
             self._unreachable[request.source] = time.monotonic() + UNREACHABLE_S
-            self._addresses.pop(request.source, None)
             return None
         return await self._receive_from(comm, address, request)
 

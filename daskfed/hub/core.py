@@ -82,6 +82,7 @@ class HubCore:
 
         Raises IllegalTransition where an event asks for a move that the tables do not have: always a bug.
         """
+        self.ledger.now = now
         self._handlers[type(event)](event)
         self.dispatcher.place()
         return self.ledger.flush()

@@ -101,6 +101,7 @@ class Dispatcher:
         self.links = LinkBook()
         self.sites: dict[str, SiteState] = {}
         self.queues: dict[Constraint, list[tuple[Order, str]]] = {}
+        self.resting: list[tuple[float, Order, str]] = []  # (until, order, block) that are ready but failed before
         self._eligible: dict[Constraint, list[SiteState]] = {}
 
     # -- membership --------------------------------------------------------------------------------------------------
@@ -129,8 +130,12 @@ class Dispatcher:
         for name, block in self.ledger.unplaced:
             self._take_off(name, block)
         for block in self.ledger.ready:
-            queue = self.queues.setdefault(placement_part(block.spec.constraint), [])
-            heapq.heappush(queue, (block.order, block.spec.id))
+            heapq.heappush(self.resting, (block.rests_until, block.order, block.spec.id))
+        while self.resting and self.resting[0][0] <= self.ledger.now:
+            _, order, name = heapq.heappop(self.resting)
+            if (block := self.ledger.blocks.get(name)) is not None:
+                queue = self.queues.setdefault(placement_part(block.spec.constraint), [])
+                heapq.heappush(queue, (order, name))
         self.ledger.unplaced, self.ledger.ready = [], []
 
     def _take_off(self, name: str, block: BlockState) -> None:

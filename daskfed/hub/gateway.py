@@ -78,10 +78,14 @@ class Gateway:
     async def _workers(self) -> dict[str, Any]:
         replies = await self._ask_all("identity", n_workers=-1)
         return {
-            address_at(site, address): {**info, "site": site}
+            self._shown(site, address): {**info, "site": site}
             for site, reply in replies.items()
             for address, info in reply["workers"].items()
         }
+
+    def _shown(self, site: str, worker: str) -> str:
+        """Return a worker's address as clients see it: plain where there is and will be one site, as in stock Dask."""
+        return worker if self.hub.fixed and len(self.hub.ports) == 1 else address_at(site, worker)
 
     async def _ask_all(self, op: str, **kwargs: Any) -> dict[str, Any]:
         """Call an op of every site's scheduler; a site that is gone meanwhile is left out."""
@@ -141,7 +145,7 @@ class Gateway:
     async def worker_logs(self, n: int | None = None, workers: Any = None, nanny: bool = False) -> dict[str, Any]:
         """Return the logs of all workers."""
         replies = await self._ask_all("worker_logs", n=n, nanny=nanny)
-        return {address_at(site, worker): log for site, reply in replies.items() for worker, log in reply.items()}
+        return {self._shown(site, worker): log for site, reply in replies.items() for worker, log in reply.items()}
 
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""
@@ -167,14 +171,14 @@ class Gateway:
         found: dict[Key, list[str]] = {key: [] for key in asked}
         for site, reply in (await self._ask_all("who_has", keys=asked)).items():
             for key, workers in reply.items():
-                found[key].extend(address_at(site, worker) for worker in workers)
+                found[key].extend(self._shown(site, worker) for worker in workers)
         return found
 
     async def has_what(self, workers: Any = None) -> dict[str, list[Key]]:
         """Return worker -> keys that it holds."""
         replies = await self._ask_all("has_what")
         found = ((site, worker, keys) for site, reply in replies.items() for worker, keys in reply.items())
-        return {address_at(site, worker): list(keys) for site, worker, keys in found}
+        return {self._shown(site, worker): list(keys) for site, worker, keys in found}
 
     async def nbytes(self, keys: Collection[Key] | None = None, summary: bool = True) -> dict[Any, int]:
         """Return key -> bytes; or with ``summary`` key prefix -> bytes."""

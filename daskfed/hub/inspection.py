@@ -104,6 +104,8 @@ def _why_not_yet(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> s
         return f"its block waits for {len(missing)} input(s), first {missing[0]!r}"
     if block.phase in PLACED:
         return f"its block is at {block.site}, {'with the scheduler' if block.started else 'not started yet'}"
+    if (rest_s := block.rests_until - ledger.now) > 0:
+        return f"{block.failures} sites could not run its block, which rests for {rest_s:.1f} s before the next tries"
     hellos = [site.hello for site in dispatcher.sites.values()]
     if (problem := unmet(block.spec.constraint, hellos)) is not None:
         return problem

@@ -18,6 +18,8 @@ from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_
 from daskfed.messages import Attempt, BlockSpec, CancelBlock, Key, ReleaseKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
+FIRST_REST_S = 0.1  # a block whose second attempt failed rests so long, and twice as long after each further one
+LONGEST_REST_S = 5.0
 
 Order: TypeAlias = tuple[bool, int, int]
 """Blocks are placed in this order: (no whole graph, -priority, arrival)."""
@@ -56,6 +58,7 @@ class BlockState:
     open_outputs: set[Key] = field(default_factory=set)  # not yet reported in this attempt
     live: int = 0  # outputs that it is the producer of and that still live
     failures: int = 0  # attempts that ended through no fault of its tasks
+    rests_until: float = 0.0  # not to be placed again before, since it failed more than once
     expected_s: float = 0.0  # estimated seconds of one thread
     started: bool = False  # its tasks are with the site's scheduler
     wait: bool = False  # wait where no site meets its constraint
@@ -69,6 +72,7 @@ class Ledger:
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        self.now = 0.0  # seconds, as of the present event
         self.keys: dict[Key, KeyState] = {}
         self.blocks: dict[str, BlockState] = {}
         self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
@@ -218,8 +222,6 @@ class Ledger:
         self.move_block(block, "finished")
         self._leave_site(block)
         self._unlink(block)
-        if block.live == 0:
-            self._forget(block)
 
     def fail_block(self, block: BlockState, kind: str, reason: str) -> None:
         """Fail the open outputs of a block that cannot run, with an error of the hub's own."""
@@ -247,6 +249,8 @@ class Ledger:
         """Stop the present attempt of a placed block, through no fault of its tasks, and place it again."""
         self.command(TellSite(str(block.site), CancelBlock(block.spec.id, block.attempt)))
         block.failures += 1
+        if block.failures > 1:
+            block.rests_until = self.now + min(FIRST_REST_S * 2 ** (block.failures - 2), LONGEST_REST_S)
         self.return_block(block, "site lost")
         self._disclaim(block)
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
-from distributed.comm.core import Comm
+from distributed.comm.core import Comm, CommClosedError
 from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
@@ -72,19 +73,26 @@ class RemoteHub:
         self.connection_args = dict(connection_args or {})
         self.epoch = 0
         self.federation = ""
-        self.round_trip_s = 0.0
+        self._round_trips: deque[float] = deque(maxlen=5)  # seconds
         self._pool = OpaquePool(limit=64, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
         self._tasks: set[asyncio.Task[None]] = set()
         self._stream: ControlStream | None = None
         self._channels: Channels | None = None
         self.lost = asyncio.Event()  # the connection has ended
 
+    @property
+    def round_trip_s(self) -> float:
+        """Seconds for a message there and its answer, the best of the last few."""
+        return min(self._round_trips, default=0.0)
+
     async def register(self, hello: SiteHello, agent: AgentSide, deliver: Deliver) -> None:
         """Join the hub; raises ConnectionRefused with its reason, OSError where nobody answers."""
         comm = await connect_opaque(self.address, timeout=CONNECT_TIMEOUT_S, **self.connection_args)
         comm.name = "Agent->Hub"
+        started = time.monotonic()
         await comm.write({"op": "register-site", "hello": encode(hello), "token": "", "reply": False})
         reply = await comm.read()
+        self._round_trips.append(time.monotonic() - started)
         if not isinstance(reply, dict) or reply.get("status") != "OK":
             await comm.close()
             reason = reply.get("reason") if isinstance(reply, dict) else None
@@ -123,7 +131,7 @@ class RemoteHub:
             with suppress(OSError, OpaqueError):
                 started = time.monotonic()
                 await self.call("echo", data=None)
-                self.round_trip_s = time.monotonic() - started
+                self._round_trips.append(time.monotonic() - started)
             await asyncio.sleep(ROUND_TRIP_EVERY_S)
 
     def send(self, message: Message, payload: Any = None) -> None:
@@ -220,6 +228,8 @@ class Channels:
             answer = await self.agent.call(op, **request)
         except OpaqueError as exc:
             answer = exc.reply()
+        except CommClosedError:
+            raise  # the scheduler is gone, and with it the site: the channel ends, which tells the hub so
         except Exception as exc:
             logger.exception("the hub's call %r failed", op)
             answer = error_message(exc, status="uncaught-error")

@@ -76,7 +76,7 @@ class Session:
         self.closed = False
         self.parcels: dict[Key, Parcel] = {}  # imports that have not landed on a worker yet
         self.port: HubPort | None = None
-        self._fetcher: Fetcher | None = None
+        self.fetcher: Fetcher | None = None
         self._payloads: dict[str, Any] = {}
         self._errors: dict[Key, dict[str, Any]] = {}  # of failed imports
         self._arrivals: list[Arrival] = []
@@ -102,9 +102,13 @@ class Session:
     async def join(self, port: HubPort, directory: Any, connection_args: dict[str, Any] | None = None) -> None:
         """Begin to work for the hub behind ``port``; ``directory`` says where other sites are."""
         self.port = port
-        self._fetcher = Fetcher(directory, port.federation, self._take_arrival, connection_args)
-        await self._fetcher.start()
+        self.fetcher = Fetcher(directory, port.federation, self._take_arrival, connection_args)
+        await self.fetcher.start()
+        self.status = replace(self.status, round_trip_s=self._round_trip_s())
         self.send_status()
+
+    def _round_trip_s(self) -> float:
+        return getattr(self.port, "round_trip_s", 0.0)  # a hub in the same process has none
 
     def drain(self) -> None:
         """Tell the hub that the site wants to leave: it hands the keys over and then ends the site."""
@@ -119,8 +123,8 @@ class Session:
     async def close(self) -> None:
         """Drop everything: transfers, and at the scheduler whatever was asked for."""
         self.closed = True
-        if self._fetcher is not None:
-            await self._fetcher.close()
+        if self.fetcher is not None:
+            await self.fetcher.close()
         await self.wire.close()
         await self.pool.close()
 
@@ -155,7 +159,7 @@ class Session:
             running=told["running"],
             queued=told["queued"],
             draining=self.status.draining,
-            round_trip_s=getattr(self.port, "round_trip_s", 0.0),
+            round_trip_s=self._round_trip_s(),
         )
         self._got_status.set()
         self.send_status()
@@ -220,8 +224,8 @@ class Session:
     def _start_fetches(self) -> None:
         fetches, self._fetches = self._fetches, defaultdict(list)
         for source, sized in fetches.items():
-            assert self._fetcher is not None
-            self._fetcher.fetch(source, sized)
+            assert self.fetcher is not None
+            self.fetcher.fetch(source, sized)
 
     def _submit_imports(self) -> None:
         imports, self._imports = self._imports, []

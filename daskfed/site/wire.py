@@ -28,6 +28,7 @@ from daskfed.messages import Key, MadeKey
 from daskfed.site import events as ev
 
 SEND_INTERVAL = "2ms"
+CLOSE_TIMEOUT_S = 2.0
 POLL_S = 0.005
 SAME_ERROR_BYTES = 2**16  # larger errors are not compared with each other
 
@@ -65,7 +66,7 @@ class SchedulerWire:
         self.connection_args = dict(connection_args or {})
         self._stream = BatchedSend(interval=SEND_INTERVAL)
         self._reader: asyncio.Task[None] | None = None
-        self._reading = _Reading(client)
+        self._reading = Reading(client)
 
     async def connect(self) -> None:
         """Register at the scheduler; raises OSError where it cannot be reached, SiteStartError where it refuses."""
@@ -85,8 +86,9 @@ class SchedulerWire:
             self._reader.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reader
-        with suppress(OSError):
-            await self._stream.close(timeout=1)
+        with suppress(OSError, TimeoutError):
+            await asyncio.wait_for(self._stream.close(), CLOSE_TIMEOUT_S)
+        self._stream.abort()
 
     async def _read(self, comm: Any, batch: Collection[dict[str, Any]]) -> None:
         try:
@@ -154,7 +156,7 @@ def _plain_fields() -> dict[str, Any]:
     }
 
 
-class _Reading:
+class Reading:
     """Turns batches of the scheduler's messages into reports, and keeps the marks. No I/O."""
 
     def __init__(self, client: str) -> None:

@@ -171,6 +171,11 @@ class FakeScheduler:
         self._transitions()
         self._start()
 
+    def scatter(self, key: Key, value: int, nbytes: int) -> None:
+        """Put data on a worker and want it."""
+        data = self.tasks[key] = FakeTaskState(key, None, (0, 0), State.MEMORY)
+        data.value, data.nbytes, data.wanted = value, nbytes, True
+
     def gather(self, key: Key) -> int | Failure:
         """Return the value of a key; raises KeyError where it is not in memory."""
         task = self.tasks[key]

@@ -31,6 +31,7 @@ class ClientNode:
         self._submissions = submissions
         self._delay_s = rng.choice([0.001, 0.02, 0.1])
         self._under_way = 0  # actions that it planned
+        self.crashed = False
 
     @property
     def acting(self) -> bool:
@@ -47,6 +48,11 @@ class ClientNode:
         self.held.clear()
         self._say(self.sim.hub.handle, ev.ClientLeft(self.name))
 
+    def crash(self) -> None:
+        """Stop without a word."""
+        self.crashed = True
+        self.held.clear()
+
     def _say(self, action: Callable[..., None], *args: Any) -> None:
         self.sim.clock.call_later(self._delay_s, action, *args)
 
@@ -56,12 +62,13 @@ class ClientNode:
 
     def _carry_out(self, action: Callable[[], None]) -> None:
         self._under_way -= 1
-        action()
+        if not self.crashed:
+            action()
 
     # -- acting -------------------------------------------------------------------------------------------------
 
     def _act(self) -> None:
-        keys = list(self.sim.universe.tasks)
+        keys = self.sim.universe.computed()
         self.submit(tuple(dict.fromkeys(self._rng.choice(keys) for _ in range(self._rng.choice([1, 5, 15])))))
         for _ in range(self._rng.randrange(4)):
             self._plan(self._rng.expovariate(1.0), self._change_its_mind)

@@ -9,7 +9,7 @@ from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
 from daskfed.hub.stores import Stores
-from daskfed.messages import Key, KeysFailed, Message, RunBlock, SiteHello
+from daskfed.messages import BlockStarted, Key, KeysFailed, Learned, Message, RunBlock, SiteHello, SiteStatus
 from daskfed.testing.scheduler import Failure
 from daskfed.testing.transport import Connection
 from tests.simulation.coverage import Follower
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.simulation.federation import Simulation
 
 TICK_S = 1.0
+QUIET = (BlockStarted, Learned, SiteStatus)
 
 
 class HubNode:
@@ -32,11 +33,12 @@ class HubNode:
         self.blocks = Follower("hub block", BLOCK_MOVES, BlockPhase.WAITING)
         self.keys = Follower("hub key", KEY_MOVES, KeyPhase.PENDING)
         self.dropped_reports = 0
+        self.crashed = False
         self._tells_due: dict[tuple[str, Key], int] = {}  # how often a client may yet be told that a key is there
         sim.clock.call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
-        if not self.sim.over:
+        if not (self.sim.over or self.crashed):
             self.handle(ev.Tick())
             self.sim.clock.call_later(TICK_S, self._tick)
 
@@ -56,8 +58,15 @@ class HubNode:
 
     def site_left(self, site: str, incarnation: str) -> None:
         """A site's connection ended for good."""
-        self.links.pop(site).close()
-        self.handle(ev.SiteLeft(site, incarnation))
+        if not self.crashed:
+            self.links.pop(site).close()
+            self.handle(ev.SiteLeft(site, incarnation))
+
+    def crash(self) -> None:
+        """Stop without a word."""
+        self.crashed = True
+        for link in self.links.values():
+            link.close()
 
     # -- the core -----------------------------------------------------------------------------------------------
 
@@ -65,7 +74,8 @@ class HubNode:
         """Give one event to the core, verify it, and do what it commands."""
         self.sim.log("hub", event)
         commands = self.core.handle(event, self.sim.clock.now)
-        self.core.check()
+        if commands or not _quiet(event):
+            self.core.check()
         self._follow_stories()
         touched: dict[str, None] = {}
         for command in commands:
@@ -136,6 +146,12 @@ class HubNode:
             if block.id not in known:
                 self.stores.forget_block(block.id)
 
+    def scatter(self, client: str, site: str, keys: tuple[Key, ...]) -> None:
+        """Put data of a client on a worker of a site."""
+        self._expect_tells(client, keys)
+        self.sim.sites[site].scatter(keys)
+        self.handle(ev.KeysScattered(client, site, tuple((key, 8) for key in keys)))
+
     def desire(self, client: str, keys: tuple[Key, ...]) -> None:
         """A client wants keys that another client submitted."""
         known = tuple(key for key in keys if key in self.core.ledger.keys)
@@ -169,3 +185,8 @@ class HubNode:
         for name in state.holders if state is not None else ():
             return self.sim.sites[name].value(key)
         return None
+
+
+def _quiet(event: ev.Event) -> bool:
+    """Say whether an event that led to no command has changed nothing that the invariants are about."""
+    return isinstance(event, ev.Tick) or (isinstance(event, ev.FromSite) and isinstance(event.message, QUIET))

@@ -57,9 +57,11 @@ DORMANT = (State.RELEASED, State.ERRED)
 class SiteNode:
     """One site."""
 
-    def __init__(self, sim: Simulation, n: int, rng: Random) -> None:
+    def __init__(self, sim: Simulation, n: int, rng: Random, incarnation: int = 1) -> None:
         self.sim = sim
+        self.n = n
         self.name = f"s{n}"
+        self.incarnation = str(incarnation)
         self.label = f"zone={'ab'[n % 2]}"
         self.stays = sim.plan.drains_at[n] is None
         self.joined = False  # the hub knows it
@@ -91,7 +93,7 @@ class SiteNode:
 
     def join(self) -> None:
         """Dial the hub."""
-        session = f"{self.name}/1/0"
+        session = f"{self.name}/{self.incarnation}/{self.sim.hub.core.ledger.epoch}"
         handlers = (self._to_hub_shell, self._from_hub)
         self.connection = connect(self.sim.clock, self._rng, self._weather, session, handlers, self.sim.cores.link)
         self.sim.hub.links[self.name] = self.connection
@@ -103,7 +105,7 @@ class SiteNode:
 
     def _hello(self) -> SiteHello:
         name, value = self.label.split("=")
-        return SiteHello(self.name, "1", PROTOCOL_VERSION, ((name, value),), ("default",), (), "", "", ())
+        return SiteHello(self.name, self.incarnation, PROTOCOL_VERSION, ((name, value),), ("default",), (), "", "", ())
 
     def drain(self) -> None:
         """Tell the hub that this site wants to leave."""
@@ -122,12 +124,16 @@ class SiteNode:
         if self.connection is not None:
             self.connection.mend()
 
-    def _stop(self) -> None:
+    def crash(self) -> None:
+        """Stop without a word."""
         self.stopped = True
         self.scheduler.closed = True
-        self.bytes.clear()
-        self.payloads.clear()
-        self.sim.clock.call_later(self._weather.delay_s[1], self.sim.hub.site_left, self.name, "1")
+        if self.connection is not None:
+            self.connection.ends[1].close()
+
+    def _stop(self) -> None:
+        self.stopped = self.scheduler.closed = True
+        self.sim.clock.call_later(self._weather.delay_s[1], self.sim.hub.site_left, self.name, self.incarnation)
 
     # -- the hub ------------------------------------------------------------------------------------------------
 
@@ -170,7 +176,8 @@ class SiteNode:
             return
         self.sim.log(self.name, event)
         commands = self.core.handle(event, self.sim.clock.now)
-        self.core.check()
+        if commands or not isinstance(event, ev.Load):  # a count that leads to no command changes no book
+            self.core.check()
         self._follow_stories()
         for command in commands:
             self.sim.log(self.name, command, out=True)
@@ -248,11 +255,13 @@ class SiteNode:
         except KeyError:
             return None
 
-    def scatter(self, key: Key, value: int) -> None:
+    def scatter(self, keys: tuple[Key, ...]) -> None:
         """Put data on a worker, as the agent does for the hub."""
-        data = FakeTask(key, (), seconds=0.0, nbytes=8, fetch=lambda: value)
-        self.scheduler.update_graph({key: data}, [key])
-        self._handle(ev.KeysScattered((MadeKey(key, 8),)))
+        for key in keys:
+            value = self.sim.universe.outcome[key]
+            assert isinstance(value, int)
+            self.scheduler.scatter(key, value, nbytes=8)
+        self._handle(ev.KeysScattered(tuple(MadeKey(key, 8) for key in keys)))
 
     # -- from the scheduler -------------------------------------------------------------------------------------
 

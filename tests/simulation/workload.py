@@ -22,6 +22,7 @@ class Universe:
     """All tasks that a history may ever run, and what each must yield."""
 
     tasks: dict[Key, FakeTask]
+    data: tuple[Key, ...]  # those of them that a client brings: they are never run
     outcome: dict[Key, int | frozenset[Key]] = field(init=False)  # the value, or the tasks whose failure it may show
 
     def __post_init__(self) -> None:
@@ -46,8 +47,8 @@ class Universe:
         return value == expected
 
     def closure(self, keys: Iterable[Key], given: frozenset[Key] = frozenset()) -> list[Key]:
-        """Return ``keys`` and their ancestors in topological order, not looking behind the keys ``given``."""
-        stack, found = list(keys), set[Key]()
+        """Return ``keys`` and their ancestors in topological order, without data and what lies behind ``given``."""
+        stack, found, given = list(keys), set[Key](), given | set(self.data)
         while stack:
             key = stack.pop()
             if key not in found and key not in given:
@@ -55,18 +56,25 @@ class Universe:
                 stack.extend(self.tasks[key].deps)
         return [key for key in self.tasks if key in found]
 
-    def sinks(self) -> tuple[Key, ...]:
-        """Return the keys that no task depends on."""
-        used = {dep for task in self.tasks.values() for dep in task.deps}
-        return tuple(key for key in self.tasks if key not in used)
+    def computed(self) -> list[Key]:
+        """Return all keys but the data."""
+        return [key for key in self.tasks if key not in self.data]
+
+    def some(self, rng: Random, count: int) -> tuple[Key, ...]:
+        """Return random keys that need at least ``count`` tasks, or all tasks where there are not as many."""
+        keys, chosen = self.computed(), dict[Key, None]()
+        while len(self.closure(chosen)) < min(count, len(keys)):
+            chosen[rng.choice(keys)] = None
+        return tuple(chosen)
 
 
 def random_universe(rng: Random, ntasks: int) -> Universe:
     """Return a random graph: mostly local edges, some far ones, a few tasks that fail, a few large results."""
-    tasks: dict[Key, FakeTask] = {}
-    keys: list[Key] = []
+    data: tuple[Key, ...] = ("data-0", "data-1")
+    tasks = {key: FakeTask(key) for key in data}
+    keys = list(data)
     failing = rng.choice([0.0, 0.01, 0.04])
-    width = rng.choice([10, 30, 80])
+    width = rng.choice([8, 20, 60])
     for n in range(ntasks):
         prefix = PREFIXES[n % len(PREFIXES)]
         key: Key = ("x", n) if prefix == "x" else f"{prefix}-{n}"
@@ -75,11 +83,11 @@ def random_universe(rng: Random, ntasks: int) -> Universe:
         nbytes = rng.choice([8, 1000, 10**6])
         tasks[key] = FakeTask(key, deps, seconds, nbytes, fails=rng.random() < failing)
         keys.append(key)
-    return Universe(tasks)
+    return Universe(tasks, data)
 
 
 def _some_earlier(rng: Random, keys: list[Key], width: int) -> tuple[Key, ...]:
-    chosen = [rng.choice(keys if rng.random() < 0.1 else keys[-width:]) for _ in range(rng.choice([1, 1, 2, 3]))]
+    chosen = [rng.choice(keys if rng.random() < 0.1 else keys[-width:]) for _ in range(rng.choice([1, 2, 2, 3, 4]))]
     return tuple(dict.fromkeys(chosen))
 
 
@@ -126,7 +134,7 @@ class Cutter:
         return Submission(tuple(blocks), payloads, wanted)
 
     def _colour(self, order: list[Key]) -> dict[Key, tuple[int, int]]:
-        colours = self._rng.choice([1, 3, 6, 12])
+        colours = self._rng.choice([1, 2, 3, 6])
         home: dict[Key, tuple[int, int]] = {}
         for key in order:
             colour = self._rng.randrange(colours)

@@ -145,7 +145,7 @@ def alive(pid: int) -> bool:
 def test_a_block_runs_and_its_outputs_are_held_until_they_are_released(sites: Sites) -> None:
     async def check() -> None:
         hub, north = sites.hub, sites.north
-        assert dict(north.hello.labels) == {"test": "yes"}
+        assert dict(north.hello.labels) == {"test": "north"}
         assert {"dask", "distributed", "python"} <= dict(north.hello.versions).keys()
         status = await north.told_of(SiteStatus)
         assert (status.workers, status.threads, status.draining) == (1, 1, False)
@@ -187,6 +187,7 @@ def test_keys_move_from_site_to_site(sites: Sites, relayed: bool) -> None:
     async def check() -> None:
         hub, north, south = sites.hub, sites.north, sites.south
         hub.hide_addresses = relayed
+        sites.agents[1].session.fetcher.forget("north")
         hub.run_block(north, {"small": (operator.add, 1, 2), "big": (numbers, BIG), "nothing": (numbers, 0)})
         await asyncio.gather(*(north.outcome(key) for key in ("small", "big", "nothing")))
         sizes = {"small": 28, "big": 8 * BIG, "nothing": 0}
@@ -240,7 +241,7 @@ def test_a_failing_task_fails_what_depends_on_it_at_every_site(sites: Sites) -> 
 
 def test_an_import_that_nobody_has_is_reported_and_its_block_given_back(sites: Sites) -> None:
     async def check() -> None:
-        hub, north, south = sites.hub, sites.north, sites.south
+        hub, south = sites.hub, sites.south
         for source in ("north", "nowhere"):
             hub.run_block(south, {"y": (operator.add, Needs("x"), 1)}, imports=(Import("x", source, 28),))
             failed = await south.told_of(ImportFailed)
@@ -286,11 +287,11 @@ def test_the_hub_calls_the_scheduler_and_the_cluster_through_channels(sites: Sit
             await north.call("scheduler_rpc", scheduler_op="retire_workers", kwargs={"nonsense": 1})
         calls = [north.call("scheduler_rpc", scheduler_op="who_has", kwargs={"keys": ["d"]}) for _ in range(20)]
         assert {len(found["d"]) for found in await asyncio.gather(*calls)} == {1}
+        logs = await north.call("cluster", method="logs", kwargs={})
+        assert any("worker" in log.lower() for log in logs.values())
         for n in (2, 1):
             assert await north.call("cluster", method="scale", kwargs={"n": n}) is None
             await north.wait_for(lambda message, n=n: isinstance(message, SiteStatus) and message.workers == n)
-        logs = await north.call("cluster", method="logs", kwargs={})
-        assert any("worker" in log.lower() for log in logs.values())
         with pytest.raises(OpaqueError, match="rockets"):
             await north.call("cluster", method="rockets", kwargs={})
 

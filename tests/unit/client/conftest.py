@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,37 @@ import pytest
 CODE = """
 import os, pickle, sys, cloudpickle
 os.chdir(sys.argv[1])
-given, answer = sys.argv[2:]
-with open(given, "rb") as file:
-    function, args, kwargs = pickle.load(file)
-try:
-    result = (True, function(*args, **kwargs))
-except BaseException as exc:
-    result = (False, exc)
-with open(answer, "wb") as file:
-    cloudpickle.dump(result, file)
+for line in sys.stdin:
+    given, answer = line.split()
+    with open(given, "rb") as file:
+        function, args, kwargs = pickle.load(file)
+    try:
+        result = (True, function(*args, **kwargs))
+    except BaseException as exc:
+        result = (False, exc)
+    with open(answer, "wb") as file:
+        cloudpickle.dump(result, file)
+    print("done", file=sys.__stdout__, flush=True)
 """
 
 
 class SiteFolder:
-    """A site's folder, and a way to run something in it; hidden, its path leads nowhere in the meantime."""
+    """A site's folder, and a process in it; while it is hidden, its path leads nowhere."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir()
         self.path = path
         self.name = path.name
+        command = [sys.executable, "-W", "ignore", "-c", CODE, str(path)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function in a process of its own, in this folder; raises what it raises."""
-        given, answer = self.path.parent / "given", self.path.parent / "answer"
+        """Call a function in the process; raises what it raises."""
+        assert self.process.stdin and self.process.stdout
+        given, answer = self.path.parent / f"{self.name}.given", self.path.parent / f"{self.name}.answer"
         given.write_bytes(cloudpickle.dumps((function, args, kwargs)))
-        command = [sys.executable, "-W", "ignore", "-c", CODE, str(self.path), str(given), str(answer)]
-        subprocess.run(command, check=True, timeout=100)
+        print(given, answer, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
         done, result = cloudpickle.loads(answer.read_bytes())
         if not done:
             raise result
@@ -51,10 +56,16 @@ class SiteFolder:
         away = self.path.with_name(self.name + ".away")
         os.rename(*((away, self.path) if away.exists() else (self.path, away)))
 
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate(timeout=60)
 
-@pytest.fixture
-def site_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, SiteFolder]:
-    """Return two empty sites; the test itself runs in a third folder."""
-    (tmp_path / "client").mkdir()
-    monkeypatch.chdir(tmp_path / "client")
-    return {name: SiteFolder(tmp_path / name) for name in ("north", "south")}
+
+@pytest.fixture(scope="module")
+def site_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SiteFolder]]:
+    """Return two empty sites; the tests run in another folder."""
+    root = tmp_path_factory.mktemp("sites")
+    sites = {name: SiteFolder(root / name) for name in ("north", "south")}
+    yield sites
+    for site in sites.values():
+        site.close()

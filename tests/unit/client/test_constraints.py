@@ -49,7 +49,9 @@ def test_site_selectors(given: Any, selected: tuple[str, ...]) -> None:
     assert site_selectors(given) == selected
 
 
-@pytest.mark.parametrize("wrong", ["", "  ", "=era5", "scratch=", [], (), ["north", 3], 7, b"north", {"north": 1}, None])
+@pytest.mark.parametrize(
+    "wrong", ["", "  ", "=era5", "scratch=", [], (), ["north", 3], 7, b"north", {"north": 1}, None]
+)
 def test_what_is_no_site_is_refused_by_name(wrong: Any) -> None:
     with pytest.raises(ConfigurationError) as failed:
         site_selectors(wrong)
@@ -185,7 +187,7 @@ def test_no_constraint() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sites": 3}, {"environment": ""}, {"resources": ["GPU"]}, {"retries": "many"}, {"priority": None or "x"}]
+    "wrong", [{"sites": 3}, {"environment": ""}, {"resources": ["GPU"]}, {"retries": "many"}, {"priority": "x"}]
 )
 def test_a_wrong_annotation_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):

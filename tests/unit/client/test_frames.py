@@ -19,6 +19,7 @@ import pytest
 from daskfed.client.constraints import at
 from daskfed.client.frames import Pinned
 from daskfed.client.graphs import MaterialisedGraph
+from daskfed.dask_private import Alias
 from daskfed.messages import Key
 from tests.unit.client.graph_tools import (
     NORTH,
@@ -168,6 +169,37 @@ def test_what_is_built_inside_later_does_not_move_the_reader(folder: Path) -> No
     assert {graph.constraints[key].environment for key in roots(graph)} == {None}
     mapped = [key for key, constraint in graph.constraints.items() if constraint.environment == "gpu"]
     assert len(mapped) == len(roots(graph)) and {sites_of(graph, key) for key in mapped} == {()}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda df: df.groupby("s").x.mean(),
+        lambda df: df.groupby("s").apply(lambda part: part.x.max(), meta=("x", float)),
+        lambda df: df.merge(df[["i"]], on="i"),
+        lambda df: df.sort_values("x"),
+        lambda df: df.x.rolling(3).sum(),
+        lambda df: df.x.cumsum().sum(),
+        lambda df: df.describe(),
+        lambda df: dd.get_dummies(df.categorize("s")),
+    ],
+)
+def test_operations_that_are_built_inside_are_bound(build: Callable[[Any], Any]) -> None:
+    with at("north"):
+        df = dd.from_pandas(TABLE, npartitions=4)
+    with at("south"):
+        result = build(df)
+    graph = opened(result)
+    assert_bound(graph, [key for key in roots(graph) if name_of(key).startswith("frompandas")], NORTH)
+    tasks = [key for key, node in graph.tasks.items() if not isinstance(node, Alias)]  # an alias is where its target is
+    elsewhere = {name_of(key).split("-")[0] for key in tasks if sites_of(graph, key) != SOUTH}
+    assert elsewhere <= {"frompandas", "getitem", "repartitiontofewer"}  # the planner selects columns, concatenates
+    (ours,), stock = computed(result), build(dd.from_pandas(TABLE, npartitions=4)).compute(scheduler="sync")
+    assert rows(ours) == rows(stock)
+
+
+def rows(result: Any) -> list[str]:
+    return sorted(map(repr, np.asarray(result).tolist())) if np.ndim(result) else [repr(result)]
 
 
 def test_a_plain_annotation_of_dask_counts_too(folder: Path) -> None:

@@ -400,6 +400,15 @@ def test_aliases_vanish_where_only_they_refer_to_a_task() -> None:
     assert dask.get({**graph.tasks, "gone": 5}, ["d", "e", "f"]) == (6, 5, 6)
 
 
+def test_an_alias_that_stays_is_bound_as_its_target_is() -> None:
+    with at("north"):
+        x = dask.delayed(add)(1, 1)
+    tasks = {**x.dask.to_dict(), "a": Alias("a", x.key), "b": Alias("b", "a"), "c": Task("c", add, *map(TaskRef, "ab"))}
+    layered = HighLevelGraph.merge(x.dask, {key: tasks[key] for key in "abc"})
+    graph = materialise(HLGExpr(layered), ["a", "b", "c", x.key])
+    assert [sites_of(graph, key) for key in (x.key, "a", "b", "c")] == [NORTH, NORTH, NORTH, ()]
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[distributed.Client]:
     with distributed.Client(

@@ -128,6 +128,7 @@ class Stage:
 
     def __init__(self, *sites: str, policy: Policy | None = None, **report: Any) -> None:
         self.core = HubCore(policy=policy)
+        self.now = 0.0
         self(ev.ClientJoined("c", "ann"))
         for site in sites:
             self.join(site, **report)
@@ -136,9 +137,14 @@ class Stage:
         """Give events to the core and return all its commands."""
         commands: Commands = []
         for event in events:
-            commands += self.core.handle(event, now=0.0)
+            commands += self.core.handle(event, self.now)
             self.core.check()
         return commands
+
+    def later(self, seconds: float) -> Commands:
+        """Time goes by."""
+        self.now += seconds
+        return self(ev.Tick())
 
     def join(self, site: str, greeting: SiteHello | None = None, **report: Any) -> Commands:
         """A site joins and reports."""

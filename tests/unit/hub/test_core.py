@@ -272,6 +272,11 @@ class TestScatter:
         stage.desire("x")
         assert stage.scatter("south", "x") == [told("x")]
 
+    def test_a_block_that_could_make_it_too_does_not_live_for_it(self, stage: Stage) -> None:
+        stage.scatter("south", "x")
+        stage.submit(block("b", "x y"), wanted="y")
+        assert stage.drop("y") == [forget("y"), cancel("north", "b"), ev.ForgetBlock("b")]
+
     def test_the_same_data_at_a_second_site_is_a_replica(self, stage: Stage) -> None:
         stage.scatter("south", "x")
         assert stage.scatter("north", "x") == []
@@ -318,6 +323,13 @@ class TestFailures:
         assert stage.failed("b", "z") == [release("north", "z")]
         assert stage.made("b", "y") == [told("y")]
 
+    def test_a_shared_key_fails_once(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), wanted="x")
+        stage.submit(block("b", "y x", sites=("south",)), wanted="y")
+        assert stage.failed("a", "x") == [told_failed("x")]
+        assert stage.failed("b", "x") == []
+        assert stage.drop("x") == [release("north", "x"), release("south", "x"), forget("x"), ev.ForgetBlock("a")]
+
     def test_a_key_that_was_made_does_not_fail_any_more(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), wanted="x")
         stage.submit(block("b", "y x", sites=("south",)), wanted="y")
@@ -340,13 +352,26 @@ class TestTrouble:
         stage.submit(b, wanted="x y")
         stage.made("b", "x")
         assert stage.lost("b") == [cancel("north", "b"), run("north", b, n=2)]
-        assert stage.made("b", "x y") == [told("x y")]
+        assert stage.made("b", "y") == [told("y")]
+        assert stage.made("b", "x") == [told("x")]
+
+    def test_a_block_that_failed_more_than_once_rests_longer_each_time(self, stage: Stage) -> None:
+        b = block("b", "x")
+        stage.submit(b, wanted="x")
+        assert stage.lost("b") == [cancel("north", "b"), run("north", b, n=2)]
+        for n, rest_s in [(2, 0.1), (3, 0.2), (4, 0.4)]:
+            assert stage.lost("b") == [cancel("north", "b", n=n)]
+            assert stage.later(rest_s - 0.05) == []
+            assert "rests" in stage.core.explain("x")["why"]
+            assert stage.later(0.06) == [run("north", b, n=n + 1)]
 
     def test_after_too_many_attempts_all_its_keys_fail_for_one_reason(self, stage: Stage) -> None:
         b = block("b", "x y", label="read")
         stage.submit(b, wanted="x y")
-        for n in range(1, 10):
-            assert stage.lost("b") == [cancel("north", "b", n=n), run("north", b, n=n + 1)]
+        stage.lost("b")
+        for n in range(2, 10):
+            assert stage.lost("b") == [cancel("north", "b", n=n)]
+            assert stage.later(5.0) == [run("north", b, n=n + 1)]
         stage.made("b", "x")
         reason = "read: given up after 10 attempts: its worker died"
         assert stage.lost("b") == [

@@ -197,6 +197,18 @@ class TestLosses:
         assert stage.join("south") == [run("south", a, n=2)]
         assert stage.made("a", "x") == [run("south", b)]
 
+    def test_a_block_that_runs_without_an_input_that_is_gone_waits_for_it_when_it_is_given_back(
+        self, stage: Stage
+    ) -> None:
+        a, b = block("a", "x", sites=("north", "west")), block("b", "y", "x", sites=("south",))
+        stage.submit(a, b, wanted="x y")
+        stage.made("a", "x")
+        assert stage.leave("north") == []
+        assert stage.says("south", ImportFailed("x", "north", "cut")) == [release("south", "x"), cancel("south", "b")]
+        assert stage.join("west") == [run("west", a, n=2)]
+        again = run("south", b, Import("x", "west", 8), n=2)
+        assert stage.made("a", "x") == [told("x"), again]
+
     def test_a_copy_that_arrives_after_the_original_is_gone_saves_it(self, stage: Stage) -> None:
         stage.scatter("north", "x")
         stage.submit(block("b", "y", "x", sites=("south",)), wanted="y")

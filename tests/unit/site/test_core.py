@@ -78,7 +78,9 @@ def site() -> Site:
     return Site()
 
 
-def block(name: str, outputs: tuple[Key, ...], inputs: tuple[Key, ...] = (), *, ntasks: int = 1, **how: Any) -> BlockSpec:
+def block(
+    name: str, outputs: tuple[Key, ...], inputs: tuple[Key, ...] = (), *, ntasks: int = 1, **how: Any
+) -> BlockSpec:
     return BlockSpec(
         id=name, client="c", owner="u", kind=BlockKind.GRAPH, inputs=inputs, outputs=outputs, ntasks=ntasks,
         prefixes=(), constraint=Constraint(**how),
@@ -314,7 +316,8 @@ class TestImports:
 
     def test_a_failed_input_comes_as_a_task_that_raises(self, site: Site) -> None:
         spec = block("b", ("y",), ("x",))
-        assert site(run(spec, Import("x", "", 0, failed=True))) == [SubmitImport("x", "", failed=True), *submitted("b", "y")]
+        failed = Import("x", "", 0, failed=True)
+        assert site(run(spec, failed)) == [SubmitImport("x", "", failed=True), *submitted("b", "y")]
         assert site(KeysErred(("x",))) == []
         assert site(KeysErred(("y",))) == [TellHub(KeysFailed("b", FIRST, ("y",)))]
         assert site(ReleaseKeys(("x", "y"))) == [ReleaseAtScheduler(("x", "y"))]

@@ -1,0 +1,337 @@
+"""A session with a real scheduler and worker in this process: what Dask remembers of keys must not fool the site."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from distributed import Scheduler, Worker
+from distributed.protocol.serialize import serialize
+
+from daskfed.comm.opaque import OpaqueServer
+from daskfed.dask_private import LLGExpr, Serialized, Task, TaskRef
+from daskfed.data.parcels import Parcel, pack
+from daskfed.messages import (
+    Attempt,
+    BlockKind,
+    BlockLost,
+    BlockSpec,
+    CancelBlock,
+    CopyKeys,
+    Import,
+    ImportFailed,
+    Key,
+    KeyImported,
+    KeysFailed,
+    KeysLost,
+    KeysMade,
+    Learned,
+    Message,
+    ReleaseKeys,
+    RunBlock,
+    SiteStatus,
+)
+from daskfed.site.session import Session
+
+pytestmark = pytest.mark.system
+
+
+class Elsewhere:
+    """The hub and all other sites: remembers what it is told, and has the values in ``values``."""
+
+    epoch = 1
+    federation = "secret"
+
+    def __init__(self) -> None:
+        self.told: deque[tuple[Message, Any]] = deque()
+        self.values: dict[Key, Any] = {}
+
+    def send(self, message: Message, payload: Any = None) -> None:
+        self.told.append((message, payload))
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        raise AssertionError(op)
+
+    async def address_of(self, site: str) -> str:
+        return ""
+
+    async def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+        for key in keys:
+            if key in self.values:
+                for message in pack(key, Parcel.of(Serialized(*serialize(self.values[key])))):
+                    yield message
+        yield {"end": True, "error": "nobody has it"}
+
+
+class Site:
+    """A session, its scheduler, and the world around it."""
+
+    def __init__(self, session: Session, scheduler: Scheduler, world: Elsewhere) -> None:
+        self.session = session
+        self.scheduler = scheduler
+        self.world = world
+        self.blocks = 0
+
+    def send(self, message: Message) -> None:
+        self.session.take_message(message)
+
+    def run(self, graph: dict[Key, Any], *imports: Import, outputs: tuple[Key, ...] = ()) -> RunBlock:
+        """Run a graph of (function, *args), where TaskRefs are inputs."""
+        self.blocks += 1
+        tasks = {key: Task(key, function, *args) for key, (function, *args) in graph.items()}
+        inputs = {arg.key: None for _, *args in graph.values() for arg in args if isinstance(arg, TaskRef)}
+        needed = tuple(key for key in inputs if key not in graph)
+        spec = BlockSpec(f"b{self.blocks}", "c", "u", BlockKind.GRAPH, needed, outputs or tuple(graph), len(graph), ())
+        expr = LLGExpr(tasks, _determ_token=secrets.token_hex(8))
+        message = RunBlock(spec, Attempt(1, self.blocks), imports, 1.0)
+        payload = {"expr": Serialized(*serialize(expr)), "priorities": None}
+        self.session.take_message(message, {"block": payload})
+        return message
+
+    async def told(self, fits: Callable[[Message], bool]) -> Any:
+        async with asyncio.timeout(20):
+            while True:
+                self.session.core.check()
+                for entry in self.world.told:
+                    if fits(entry[0]):
+                        self.world.told.remove(entry)
+                        return entry[0]
+                await asyncio.sleep(0.002)
+
+    async def told_of(self, kind: type[Message]) -> Any:
+        return await self.told(lambda message: isinstance(message, kind))
+
+    async def made(self, key: Key) -> KeysMade:
+        def fits(message: Message) -> bool:
+            return isinstance(message, KeysMade) and key in [made.key for made in message.keys]
+
+        found: KeysMade = await self.told(fits)
+        return found
+
+    async def value(self, key: Key) -> Any:
+        """Return a value of this process, which stays as it is on the way."""
+        return (await self.session.gather_values([key]))[key].data
+
+    async def release(self, *keys: Key) -> None:
+        """Release keys and wait until the scheduler has heard of it."""
+        self.send(ReleaseKeys(keys))
+        await self.session.wire.quiet(keys)
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Site]:
+    world = Elsewhere()
+    door = OpaqueServer({})
+    await door.listen("inproc://")
+    await door.start()
+    scheduler = Scheduler(protocol="inproc://", dashboard=False, dashboard_address=":0")
+    async with scheduler, Worker(scheduler.address, nthreads=1):
+        session = Session(scheduler.address, door.address, "token", on_stop=print, on_scheduler_lost=lambda: None)
+        door.handlers["get-import"] = _import_handler(session)
+        await session.start()
+        await session.join(world, world)
+        yield Site(session, scheduler, world)
+        await session.close()
+    await door.close()
+
+
+def _import_handler(session: Session) -> Callable[..., Any]:
+    async def get_import(key: Key, token: str) -> dict[str, Any]:
+        assert token == "token"
+        return session.import_for_worker(key)
+
+    return get_import
+
+
+def check(story: Callable[[Site], Any]) -> None:
+    async def within() -> None:
+        async with running() as site:
+            await story(site)
+
+    asyncio.run(asyncio.wait_for(within(), 60))
+
+
+X, Y = TaskRef("x"), TaskRef("y")
+
+
+def slow_add(x: int, y: int) -> int:
+    time.sleep(0.2)
+    return x + y
+
+
+def fail() -> None:
+    raise ZeroDivisionError
+
+
+def test_a_key_that_was_made_here_before_and_is_imported_now_is_not_computed_again() -> None:
+    async def story(site: Site) -> None:
+        site.run({"x": (operator.add, 1, 2), "y": (operator.mul, X, 10)})
+        await site.made("y")
+        await site.release("x")
+        assert "x" in site.scheduler.tasks  # Dask remembers it, as y was made from it
+        site.world.values["x"] = 1000
+        site.run({"z": (operator.add, X, 1)}, Import("x", "north", 28))
+        await site.made("z")
+        assert await site.value("z") == 1001
+        assert (await site.told_of(KeyImported)).source == "north"
+
+    check(story)
+
+
+def test_a_key_that_was_imported_before_and_is_made_here_now_is_computed() -> None:
+    async def story(site: Site) -> None:
+        site.world.values["x"] = 1000
+        site.run({"y": (operator.add, X, 1)}, Import("x", "north", 28))
+        await site.made("y")
+        await site.release("x")
+        del site.world.values["x"]
+        site.run({"x": (operator.add, 1, 2), "z": (operator.add, X, 1)}, outputs=("z",))
+        await site.made("z")
+        assert await site.value("z") == 4
+
+    check(story)
+
+
+def test_a_key_that_failed_here_before_and_exists_elsewhere_now_is_brought_in() -> None:
+    async def story(site: Site) -> None:
+        site.run({"x": (fail,), "y": (operator.add, X, 1)})
+        for key in "xy":
+            await site.told(lambda message, key=key: isinstance(message, KeysFailed) and key in message.keys)
+        await site.release("x")
+        assert site.scheduler.tasks["x"].state == "erred"  # Dask remembers it for the sake of y
+        site.world.values["x"] = 1000
+        site.run({"z": (operator.add, X, 1)}, Import("x", "north", 28))
+        await site.made("z")
+        assert await site.value("z") == 1001
+
+    check(story)
+
+
+def test_a_large_import_is_fetched_from_the_agent_whose_memory_is_then_free() -> None:
+    async def story(site: Site) -> None:
+        site.world.values["x"] = "x" * 10**6
+        site.run({"n": (len, X)}, Import("x", "north", 10**6))
+        await site.made("n")
+        assert await site.value("n") == 10**6
+        assert site.session.parcels == {}
+
+    check(story)
+
+
+def test_an_import_that_the_agent_no_longer_has_is_no_fault_of_the_tasks() -> None:
+    async def story(site: Site) -> None:
+        site.session.import_for_worker = lambda key: {"status": "error", "reason": "dropped"}  # type: ignore[method-assign]
+        site.world.values["x"] = "x" * 10**6
+        site.run({"n": (len, X)}, Import("x", "north", 10**6))
+        lost = await site.told_of(BlockLost)
+        assert "'x'" in lost.reason and "could not be brought in" in lost.reason
+        assert (await site.told_of(ImportFailed)).key == "x"
+        assert site.session.parcels == {} and site.session.core.keys == {}
+
+    check(story)
+
+
+def test_an_import_that_has_landed_is_never_fetched_again() -> None:
+    async def story(site: Site) -> None:
+        site.world.values["x"] = 1000
+        site.send(CopyKeys((Import("x", "north", 28),)))
+        await site.told_of(KeyImported)
+        task = site.scheduler.tasks["x"]
+        assert task.state == "memory" and task.run_spec is None
+        (worker,) = site.scheduler.workers
+        await site.scheduler.remove_worker(worker, stimulus_id="test")
+        assert (await site.told_of(KeysLost)).keys == ("x",)
+
+    check(story)
+
+
+def test_a_block_that_uses_a_key_which_is_gone_is_given_back() -> None:
+    async def story(site: Site) -> None:
+        site.world.values["x"] = 1000
+        site.send(CopyKeys((Import("x", "north", 28),)))
+        await site.told_of(KeyImported)
+        site.scheduler.client_releases_keys(["x"], client=site.session.client)  # behind the agent's back
+        block = site.run({"y": (operator.add, X, 1)})
+        lost = await site.told_of(BlockLost)
+        assert (lost.block, lost.attempt) == (block.block.id, block.attempt)
+
+    check(story)
+
+
+def test_a_key_that_is_released_and_made_again_and_again_is_reported_once_each_time() -> None:
+    async def story(site: Site) -> None:
+        for i in range(50):
+            block = site.run({"x": (operator.add, 1, i)})
+            if i % 3 == 0:
+                await site.made("x")
+                site.send(ReleaseKeys(("x",)))
+            else:
+                await asyncio.sleep(0.001 * (i % 4))  # while it runs, or just when it is made
+                site.send(CancelBlock(block.block.id, block.attempt))
+        last = site.run({"x": (operator.add, 1, 1000)})
+        made = await site.told(lambda message: isinstance(message, KeysMade) and message.attempt == last.attempt)
+        assert made.block == last.block.id and await site.value("x") == 1001
+        site.world.told = deque(entry for entry in site.world.told if not isinstance(entry[0], SiteStatus | Learned))
+        assert not [message for message, _ in site.world.told if isinstance(message, BlockLost | KeysLost | KeysFailed)]
+
+    check(story)
+
+
+def test_a_report_that_is_overtaken_by_a_release_is_not_taken_for_that_of_the_next_attempt() -> None:
+    async def story(site: Site) -> None:
+        first = site.run({"x": (operator.add, 1, 2)})
+        while "x" not in site.scheduler.tasks or site.scheduler.tasks["x"].state != "memory":
+            await asyncio.sleep(0)
+        assert not site.session.core.holds("x")  # the report is still on its way
+        site.send(CancelBlock(first.block.id, first.attempt))
+        second = site.run({"x": (slow_add, 1, 1000)})
+        made = await site.made("x")
+        assert made.attempt == second.attempt and site.scheduler.tasks["x"].state == "memory"
+        assert await site.value("x") == 1001
+
+    check(story)
+
+
+def test_a_load_report_never_forgets_a_block() -> None:
+    async def story(site: Site) -> None:
+        for i in range(5):
+            site.run({(f"t{i}", j): (operator.add, i, j) for j in range(20)})
+        for i in range(5):
+            await site.told(lambda m, i=i: isinstance(m, KeysMade) and (f"t{i}", 19) in [made.key for made in m.keys])
+        async with asyncio.timeout(10):
+            while site.session.core.runway.tasks() or site.session.core.runway._unseen:
+                await asyncio.sleep(0.01)
+        assert site.session.core.runway.submitted == 5 and not site.session.core.runway.pending
+
+    check(story)
+
+
+def test_what_is_learnt_leaves_imports_out() -> None:
+    async def story(site: Site) -> None:
+        site.world.values["import-1"] = 1
+        site.run({("own", 1): (operator.add, TaskRef("import-1"), 2)}, Import("import-1", "north", 28))
+        learned = await site.told_of(Learned)
+        ((prefix, count, seconds),) = learned.durations
+        assert (prefix, count) == ("own", 1) and 0 <= seconds < 10
+        assert learned.sizes == (("own", 1, 28),)
+
+    check(story)
+
+
+def test_the_scheduler_forgets_everything_with_the_session() -> None:
+    async def story(site: Site) -> None:
+        site.run({"x": (operator.add, 1, 2)})
+        await site.made("x")
+        await site.session.close()
+        async with asyncio.timeout(10):
+            while site.scheduler.tasks or any("daskfed-reporter" in name for name in site.scheduler.plugins):
+                await asyncio.sleep(0.01)
+
+    check(story)
