@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import click
 
 from daskfed.config import DEFAULT_CLUSTER, SiteOptions, parse_labels, site_options
-from daskfed.errors import ConnectionRefused, DaskfedError
+from daskfed.errors import ConnectionRefused, DaskfedError, SiteLostError
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -69,9 +69,13 @@ def site(spec: str | None, **given: Any) -> None:
 @cli.command()
 @click.option("--hub", "hub_address", required=True, help="address of the hub")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
-def status(hub_address: str, as_json: bool) -> None:
+@click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
+@click.option("--tls-cert", type=click.Path(exists=True), help="certificate of this client")
+@click.option("--tls-key", type=click.Path(exists=True), help="key of this client")
+def status(hub_address: str, as_json: bool, **tls: str | None) -> None:
     """Show the sites of a federation and what they do."""
-    sites = _guarded(lambda: asyncio.run(_sites_of(hub_address)))
+    security = _security(tls)
+    sites = _guarded(lambda: asyncio.run(_sites_of(hub_address, security)))
     click.echo(json.dumps(sites, indent=1) if as_json else _table(sites))
 
 
@@ -103,43 +107,63 @@ async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, st
         name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
         resources=options.resources, security=security,
     )  # fmt: skip
-    try:
-        await agent.start()
-        await agent.joined()
-        click.echo(f"daskfed site {name} joined {hub}")
-        await _until(stop, agent.finished())
-    finally:
-        await agent.close()
+    await _serve_site(agent, f"daskfed site {name} joined {hub}", stop)
 
 
 async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
     """Run a site for a parent process: tell it on standard output how the start went, end when it ends."""
+    from distributed.security import Security
+
     from daskfed.site.agent import Agent
     from daskfed.site.clusters import ClusterSpec
 
-    cluster = ClusterSpec.packed(spec["pickled"])
     agent = Agent(
-        spec["name"], cluster, hub=spec["hub"], labels=spec["labels"], environments=tuple(spec["environments"]),
-        resources=spec["resources"],
+        spec["name"], ClusterSpec.packed(spec["pickled"]), hub=spec["hub"], labels=spec["labels"],
+        environments=tuple(spec["environments"]), resources=spec["resources"],
+        security=Security(**spec["security"]) if spec["security"] else None,
     )  # fmt: skip
+    watching = asyncio.create_task(_stop_without_parent(stop))
     try:
-        await agent.start()
-        await agent.joined()
-    except (DaskfedError, OSError) as exc:
+        await _serve_site(agent, json.dumps({"joined": spec["name"]}), stop)
+    except SiteLostError:
+        raise
+    except (DaskfedError, OSError) as exc:  # for the parent to raise
         click.echo(json.dumps({"error": str(exc), "kind": type(exc).__name__}))
-        await agent.close()
-        return
-    click.echo(json.dumps({"joined": spec["name"]}))
+    finally:
+        watching.cancel()
+
+
+async def _serve_site(agent: Any, announcement: str, stop: asyncio.Event) -> None:
+    """Start a site, announce that it joined, and end it when told to; raises SiteLostError where it cannot go on."""
     try:
-        await _until(stop, agent.finished(), asyncio.to_thread(sys.stdin.read))
+        if await _until(stop, _join(agent)):
+            click.echo(announcement)
+            if await _until(stop, agent.finished()) and not agent.failed:
+                click.echo(f"daskfed site {agent.name} ends: {agent.reason}", err=True)
     finally:
         await agent.close()
+    if agent.failed:
+        raise SiteLostError(f"site {agent.name} had to end: {agent.reason}")
 
 
-async def _sites_of(hub: str) -> dict[str, Any]:
+async def _join(agent: Any) -> None:
+    await agent.start()
+    await agent.joined()
+
+
+async def _stop_without_parent(stop: asyncio.Event) -> None:
+    """Ask the site to end when standard input does: the process that started it has ended."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await reader.read()
+    stop.set()
+
+
+async def _sites_of(hub: str, security: Any) -> dict[str, Any]:
     from daskfed.comm.opaque import call_opaque, connect_opaque
 
-    comm = await connect_opaque(hub, timeout=CONNECT_TIMEOUT_S)
+    connection_args = security.get_connection_args("client") if security is not None else {}
+    comm = await connect_opaque(hub, timeout=CONNECT_TIMEOUT_S, **connection_args)
     try:
         identity = await call_opaque(comm, "identity", n_workers=0)
         if identity.get("type") != "Hub":
@@ -170,11 +194,16 @@ def _on_signal(stop: asyncio.Event, number: int) -> None:
     stop.set()
 
 
-async def _until(stop: asyncio.Event, *others: Awaitable[Any]) -> None:
-    tasks = [asyncio.ensure_future(each) for each in (stop.wait(), *others)]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
+async def _until(stop: asyncio.Event, work: Awaitable[Any]) -> bool:
+    """Return whether ``work`` ended before it was to stop; raises what it raises. Else it is cancelled."""
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    ended = working.done()
+    for task in (working, stopping):
         task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    return ended
 
 
 def _guarded(work: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from distributed.core import Status, rpc
 from distributed.deploy import Cluster
+from distributed.security import Security
 
 from daskfed.client.launch import SiteProcess
 from daskfed.config import SiteOptions, site_options
@@ -33,7 +34,8 @@ class Federation(Cluster):
 
     ``sites`` maps a name to options: ``cluster`` (a Dask Cluster class or its dotted name), ``options`` (its keywords),
     ``labels``, ``environments``, ``resources``, ``directory`` (working directory of its workers). ``policy`` is a
-    placement policy or its name. ``fixed`` declares that no other site will join.
+    placement policy or its name. ``fixed`` declares that no other site will join. ``security`` is a Dask ``Security``,
+    or True for temporary certificates; ``listen`` is the hub's address, by default of this machine only.
 
     Raises ConfigurationError for a wrong option, SiteStartError where a Cluster class does not import, rejects its
     options or does not start; nothing is left running then.
@@ -43,7 +45,7 @@ class Federation(Cluster):
         self,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
         *,
-        listen: str = "tcp://127.0.0.1:0",
+        listen: str | None = None,
         policy: Policy | str | None = None,
         security: Any = None,
         fixed: bool = False,
@@ -54,11 +56,11 @@ class Federation(Cluster):
         name: str | None = None,
     ) -> None:
         self.site_options = {site: site_options(site, given) for site, given in (sites or {}).items()}
-        self._hub_options = {"policy": policy_named(policy), "security": security, "fixed": fixed}
-        self._listen = listen
+        self.security = Security.temporary() if security is True else security or None
+        self._hub_options = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
+        self._listen = listen or ("tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0")
         self._in_process = in_process
         self._start_timeout = start_timeout
-        self.security = security
         self.hub: Hub | None = None
         self._processes: dict[str, SiteProcess] = {}
         self._agents: dict[str, Agent] = {}
@@ -71,7 +73,9 @@ class Federation(Cluster):
     @classmethod
     def local(cls, *, loop: Any = None, asynchronous: bool = False, **options: Any) -> Federation:
         """Return the embedded default: a hub and one site, both in this process; ``options`` are LocalCluster's."""
-        security = options.pop("security", None)
+        security = options.get("security")
+        if security is True:
+            security = options["security"] = Security.temporary()
         sites = {LOCAL_SITE: {"options": options}}
         return cls(sites, fixed=True, in_process=True, security=security, loop=loop, asynchronous=asynchronous)
 
@@ -103,7 +107,7 @@ class Federation(Cluster):
         if self._in_process:
             await self._start_here(name, options)
         else:
-            self._processes[name] = process = SiteProcess(name, self.hub.address, options)
+            self._processes[name] = process = SiteProcess(name, self.hub.address, options, self.security)
             await process.start()
         while name not in self._ready_sites():
             await asyncio.sleep(POLL_S)

@@ -16,6 +16,7 @@ import cloudpickle
 from daskfed import errors
 from daskfed.config import SiteOptions
 from daskfed.errors import SiteStartError
+from daskfed.site.clusters import credentials
 
 CLOSE_TIMEOUT_S = 20.0
 
@@ -26,10 +27,11 @@ class SiteProcess:
     The child reads what it is from its standard input and then watches it: when the pipe closes, the parent is gone.
     """
 
-    def __init__(self, name: str, hub: str, options: SiteOptions) -> None:
+    def __init__(self, name: str, hub: str, options: SiteOptions, security: Any = None) -> None:
         self.name = name
         self.hub = hub
         self.options = options
+        self.security = security
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -57,7 +59,8 @@ class SiteProcess:
         plain = self.options.model_dump(mode="json", exclude={"cluster", "options"})
         opened = {"cluster": self.options.cluster, "options": self.options.options}
         packed = base64.b64encode(cloudpickle.dumps(opened)).decode()
-        return {"name": self.name, "hub": self.hub, **plain, "pickled": packed}
+        security = credentials(self)  # on a pipe, so keys need not be in files
+        return {"name": self.name, "hub": self.hub, **plain, "pickled": packed, "security": security}
 
     async def close(self) -> None:
         """Ask the site to end, and kill it if it does not within some seconds."""

@@ -192,8 +192,11 @@ class ClientSessions:
         self.hub.take(ev.KeysCancelled(client, tuple(keys), force, msg or reason))
 
     def report(self, client: str, key: Key) -> None:
-        """A client asks how a key stands."""
-        self.hub.take(ev.KeysDesired(client, (key,)))
+        """A client asks how a key stands; one that nobody knows is lost, as in stock Dask."""
+        if key in self.hub.core.ledger.keys:
+            self.hub.take(ev.KeysDesired(client, (key,)))
+        else:
+            self.tell(ev.TellClient(client, ev.Outcome.LOST, (key,)))
 
     # -- told to clients ---------------------------------------------------------------------------------------------
 

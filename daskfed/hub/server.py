@@ -252,12 +252,18 @@ class Hub(Hosting, OpaqueServer):
         try:
             return await self.coordination.serve_site(site, hub_op, dict(kwargs))
         finally:
-            announced = tuple(self.core.ledger.wants.get(_announcer(site), ()))
-            self.take(ev.KeysReleased(_announcer(site), announced))
+            self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
 
     def _check_token(self, token: str) -> None:
         if not hmac.compare_digest(token, self.secret):
             raise PermissionError("the token is not this federation's")
+
+
+def _keys_named(kwargs: Mapping[str, Any]) -> tuple[Key, ...]:
+    """Return the keys of the futures that a coordination op puts where others see them."""
+    one = kwargs.get("key")
+    several = [key for keys in kwargs.get("keys") or () if isinstance(keys, list | tuple) for key in keys]
+    return tuple(several) if one is None else (one, *several)
 
 
 def _announcer(site: str) -> str:

@@ -76,6 +76,7 @@ class Agent:
         self._ended = asyncio.Event()
         self._closed = False
         self.reason = ""  # why the site ended by itself
+        self.failed = False  # it ended though nobody asked for it
         self._handlers: dict[str, Callable[..., Any]] = {
             "gather": self._gather,
             "scatter_keys": self._scatter_keys,
@@ -102,9 +103,10 @@ class Agent:
     async def _open_door(self) -> None:
         """Listen where the site's workers reach the scheduler too."""
         address, security = self.cluster.scheduler_address, self.cluster.security
-        scheme = "tls" if address.startswith("tls://") else "tcp"
+        scheme = address.split("://", 1)[0]
+        where = "" if scheme == "inproc" else unparse_host_port(get_address_host(address), 0)
         listen_args = security.get_listen_args("scheduler") if security is not None else {}
-        await self._door.listen(f"{scheme}://{unparse_host_port(get_address_host(address), 0)}", **listen_args)
+        await self._door.listen(f"{scheme}://{where}", **listen_args)
         await self._door.start()
 
     async def _new_session(self) -> Session:
@@ -114,7 +116,7 @@ class Agent:
             self._door.address,
             self._door_token,
             on_stop=self._end,
-            on_scheduler_lost=lambda: self._end("the site's scheduler is gone"),
+            on_scheduler_lost=lambda: self._end("its scheduler is gone", failed=True),
             connection_args=security.get_connection_args("client") if security is not None else None,
         )
         await session.start()
@@ -123,7 +125,7 @@ class Agent:
 
     async def _watch_cluster(self) -> None:
         await self.cluster.finished()
-        self._end("the site's cluster has ended")
+        self._end("its cluster has ended", failed=True)
 
     async def joined(self) -> None:
         """Join the hub and tell it what there is; raises ConnectionRefused with its reason, OSError if it is gone."""
@@ -150,7 +152,11 @@ class Agent:
             logger.warning("site %s lost its hub at %s and tries to join it again", self.name, self._hub)
             await self._port.close()
             await self.session.close()
-            self._session = await self._new_session()
+            try:
+                self._session = await self._new_session()
+            except (OSError, DaskfedError) as exc:
+                self._end(f"the site's scheduler is gone: {exc}")
+                return
             await self._rejoin()
 
     async def _rejoin(self) -> None:
@@ -164,9 +170,9 @@ class Agent:
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, failed: bool = False) -> None:
         if not self._closed and not self._ended.is_set():
-            self.reason = reason
+            self.reason, self.failed = reason, failed
             logger.info("site %s ends: %s", self.name, reason)
             self._ended.set()
 

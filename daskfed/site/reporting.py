@@ -47,6 +47,7 @@ class SiteReporter(SchedulerPlugin):
         """Begin to report; called by the scheduler."""
         self.scheduler = scheduler
         self.importing: set[Key] = set()
+        self.failed_imports: set[Key] = set()  # that could not be brought to a worker
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
         self._told: tuple[int, int] | None = None
         self._learned: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
@@ -78,9 +79,11 @@ class SiteReporter(SchedulerPlugin):
         if finish == "memory":
             self._in_memory(key, kwargs.get("startstops") or ())
         elif finish in ENDS_IMPORT:
-            self.importing.discard(key)
             if finish == "erred":
                 self._erred(key)
+            else:
+                self.failed_imports.discard(key)
+            self.importing.discard(key)
 
     def _in_memory(self, key: Key, startstops: Collection[dict[str, Any]]) -> None:
         task = self.scheduler.tasks[key]
@@ -97,8 +100,10 @@ class SiteReporter(SchedulerPlugin):
 
     def _erred(self, key: Key) -> None:
         task = self.scheduler.tasks[key]
+        if key in self.importing and "TransferError" in str(task.exception_text)[:64]:
+            self.failed_imports.add(key)
         blame = task.exception_blame
-        if self._wanted(task) and blame is not None and "TransferError" in str(blame.exception_text)[:64]:
+        if blame is not None and blame.key in self.failed_imports and self._wanted(task):
             self._send({"op": "fed-erred", "key": key})
 
     def _wanted(self, task: Any) -> bool:

@@ -25,7 +25,7 @@ from daskfed.dask_private import LLGExpr, Task, gather_from_workers
 from daskfed.data.fetch import by_value, fetch_import, open_import, raise_import
 from daskfed.data.parcels import Parcel
 from daskfed.data.transfer import Arrival, Fetcher, Source
-from daskfed.errors import TransferError
+from daskfed.errors import SiteStartError, TransferError
 from daskfed.messages import Key, KeysFailed, KeysMade, Learned, MadeKey, Message, RunBlock, SiteStatus
 from daskfed.site import events as ev
 from daskfed.site.core import SiteCore
@@ -40,6 +40,7 @@ INLINE_BYTES = 32 * 1024  # imports up to this size travel inside their fetch ta
 IMPORT_PRIORITY = 1000  # fetch tasks are short, and others wait for them
 ARRIVALS_S = 0.001  # keys that arrive within this time are given to the scheduler together
 SCATTER_TIMEOUT_S = 30
+REPORT_TIMEOUT_S = 30.0
 GATHER_TRIES = 20
 GATHER_PAUSE_S = 0.1  # while a key that the site holds is on its way from a lost worker to another
 TASK_FUNCTIONS = {function: by_value(function) for function in (open_import, fetch_import, raise_import)}
@@ -91,7 +92,11 @@ class Session:
         await self.pool.start()
         await self.wire.connect()
         await self.register_plugin(SiteReporter(self.client))
-        await self._got_status.wait()
+        try:
+            await asyncio.wait_for(self._got_status.wait(), REPORT_TIMEOUT_S)
+        except TimeoutError:
+            problem = f"the scheduler at {self.scheduler_address} takes clients but does not report"
+            raise SiteStartError(problem) from None
 
     async def register_plugin(self, plugin: Any) -> None:
         """Register a plugin at the scheduler, which opens it; raises OpaqueError where it refuses."""

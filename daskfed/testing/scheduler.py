@@ -159,6 +159,7 @@ class FakeScheduler:
 
     def release(self, keys: Iterable[Key]) -> None:
         """Stop wanting keys."""
+        keys = tuple(keys)
         for key in keys:
             task = self.tasks.get(key)
             if task is None or not task.wanted:
@@ -169,6 +170,9 @@ class FakeScheduler:
             elif task.state is not State.ERRED and not task.waiters:
                 self._recommend(task, State.RELEASED)
         self._transitions()
+        for key in keys:
+            if (task := self.tasks.get(key)) is not None and task.spec is not None and task.spec.fetch is not None:
+                self._strip(task)
         self._start()
 
     def scatter(self, key: Key, value: int, nbytes: int) -> None:
@@ -235,6 +239,11 @@ class FakeScheduler:
                 self._recommend(dep, State.FORGOTTEN)
         task.deps, task.spec, task.lost_deps = {}, spec, False
         task.state, task.value = State.RELEASED, None
+
+    def _strip(self, task: FakeTaskState) -> None:
+        """A fetch task that is not needed and did not land, but is known for its dependents' sake, becomes data."""
+        if not task.wanted and not task.waiters and task.state in (State.RELEASED, State.ERRED):
+            task.state, task.value, task.spec = State.RELEASED, None, None
 
     def _add_deps(self, task: FakeTaskState, spec: FakeTask) -> None:
         for dep in spec.deps:
@@ -331,8 +340,6 @@ class FakeScheduler:
             self._recommend(task, State.FORGOTTEN)
         elif task.wanted or task.waiters:
             self._recommend(task, State.WAITING)
-        elif task.spec.fetch is not None:
-            task.spec = None
 
     def _to_forgotten(self, task: FakeTaskState) -> None:
         task.state, task.value = State.FORGOTTEN, None

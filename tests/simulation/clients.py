@@ -118,7 +118,8 @@ class ClientNode:
     def _borrow_some(self, keys: tuple[Key, ...]) -> None:
         """Take keys of another client, as through a published dataset."""
         others = [client for client in self.sim.clients.values() if client is not self]
-        for other in others[:1]:
+        if others:
+            other = self._rng.choice(others)
             keys = tuple(key for key, told in other.held.items() if told in SETTLED and key not in self.held)[:3]
             self.held |= dict.fromkeys(keys)
             self._say(self.sim.hub.desire, self.name, keys)

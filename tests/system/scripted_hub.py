@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import secrets
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distributed.comm.core import Comm, CommClosedError
@@ -15,7 +15,7 @@ from distributed.protocol.serialize import Serialized, serialize
 
 from daskfed.comm.control import ControlStream
 from daskfed.comm.opaque import OpaqueServer, call_opaque
-from daskfed.dask_private import LLGExpr, Task
+from daskfed.dask_private import LLGExpr, Task, TaskRef
 from daskfed.messages import (
     Attempt,
     BlockKind,
@@ -176,14 +176,14 @@ class ScriptedHub(OpaqueServer):
     def run_block(
         self,
         site: SiteLink,
-        graph: dict[Key, Any],
+        graph: Mapping[Any, Any],
         *,
         outputs: tuple[Key, ...] | None = None,
         imports: tuple[Import, ...] = (),
         errors: dict[Key, Any] | None = None,
     ) -> RunBlock:
         """Have a site run a graph of (function, *args), where an argument that is a key of ours is that key."""
-        expr, inputs = block_of(graph, {each.key for each in imports})
+        expr, inputs = block_of(graph)
         name = f"block-{next(self._blocks)}"
         spec = BlockSpec(name, "c", "u", BlockKind.GRAPH, inputs, outputs or tuple(graph), len(graph), ())
         message = RunBlock(spec, Attempt(1, 1), imports, 1.0)
@@ -196,11 +196,10 @@ class Needs(str):
     """The name of a key that a task needs."""
 
 
-def block_of(graph: dict[Key, Any], known: set[Key]) -> tuple[Any, tuple[Key, ...]]:
+def block_of(graph: Mapping[Any, Any]) -> tuple[Any, tuple[Key, ...]]:
     """Return the expression of a graph, and the keys that it needs from elsewhere."""
-    from dask._task_spec import TaskRef
-
-    tasks, inputs = {}, {}
+    tasks = {}
+    inputs: dict[Key, None] = {}
     for key, (function, *args) in graph.items():
         refs = [TaskRef(str(arg)) if isinstance(arg, Needs) else arg for arg in args]
         tasks[key] = Task(key, function, *refs)

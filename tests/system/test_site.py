@@ -79,6 +79,12 @@ class Sites:
         await asyncio.gather(*(agent.close() for agent in self.agents))
         await self.hub.close()
 
+    def forget_addresses(self) -> None:
+        for agent in self.agents:
+            assert agent.session.fetcher is not None
+            for other in self.agents:
+                agent.session.fetcher.forget(other.name)
+
     def close(self) -> None:
         self.run(self._close())
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -177,6 +183,10 @@ def test_a_block_runs_and_its_outputs_are_held_until_they_are_released(sites: Si
     sites.run(check())
 
 
+async def has_workers(site: SiteLink, n: int) -> None:
+    await site.wait_for(lambda message: isinstance(message, SiteStatus) and message.workers == n)
+
+
 async def gone(site: SiteLink, key: str) -> None:
     while (await site.call("scheduler_rpc", scheduler_op="who_has", kwargs={"keys": [key]}))[key]:
         await asyncio.sleep(0.01)
@@ -187,7 +197,7 @@ def test_keys_move_from_site_to_site(sites: Sites, relayed: bool) -> None:
     async def check() -> None:
         hub, north, south = sites.hub, sites.north, sites.south
         hub.hide_addresses = relayed
-        sites.agents[1].session.fetcher.forget("north")
+        sites.forget_addresses()
         hub.run_block(north, {"small": (operator.add, 1, 2), "big": (numbers, BIG), "nothing": (numbers, 0)})
         await asyncio.gather(*(north.outcome(key) for key in ("small", "big", "nothing")))
         sizes = {"small": 28, "big": 8 * BIG, "nothing": 0}
@@ -291,7 +301,7 @@ def test_the_hub_calls_the_scheduler_and_the_cluster_through_channels(sites: Sit
         assert any("worker" in log.lower() for log in logs.values())
         for n in (2, 1):
             assert await north.call("cluster", method="scale", kwargs={"n": n}) is None
-            await north.wait_for(lambda message, n=n: isinstance(message, SiteStatus) and message.workers == n)
+            await has_workers(north, n)
         with pytest.raises(OpaqueError, match="rockets"):
             await north.call("cluster", method="rockets", kwargs={})
 

@@ -115,6 +115,10 @@ class Site:
         found: KeysMade = await self.told(fits)
         return found
 
+    async def failed(self, key: Key) -> KeysFailed:
+        found: KeysFailed = await self.told(lambda message: isinstance(message, KeysFailed) and key in message.keys)
+        return found
+
     async def value(self, key: Key) -> Any:
         """Return a value of this process, which stays as it is on the way."""
         return (await self.session.gather_values([key]))[key].data
@@ -203,7 +207,7 @@ def test_a_key_that_failed_here_before_and_exists_elsewhere_now_is_brought_in() 
     async def story(site: Site) -> None:
         site.run({"x": (fail,), "y": (operator.add, X, 1)})
         for key in "xy":
-            await site.told(lambda message, key=key: isinstance(message, KeysFailed) and key in message.keys)
+            await site.failed(key)
         await site.release("x")
         assert site.scheduler.tasks["x"].state == "erred"  # Dask remembers it for the sake of y
         site.world.values["x"] = 1000
@@ -304,7 +308,7 @@ def test_a_load_report_never_forgets_a_block() -> None:
         for i in range(5):
             site.run({(f"t{i}", j): (operator.add, i, j) for j in range(20)})
         for i in range(5):
-            await site.told(lambda m, i=i: isinstance(m, KeysMade) and (f"t{i}", 19) in [made.key for made in m.keys])
+            await site.made((f"t{i}", 19))
         async with asyncio.timeout(10):
             while site.session.core.runway.tasks() or site.session.core.runway._unseen:
                 await asyncio.sleep(0.01)

@@ -224,6 +224,15 @@ class TestLateBinding:
         assert sent(stage.made("high", "xhigh")) == [("north", "late")]
         assert sent(stage.made("low", "xlow")) == [("north", "n")]
 
+    def test_priorities_count_between_blocks_of_different_constraints_too(self) -> None:
+        stage = Stage()
+        low, high = (
+            [long(f"low{n}") for n in range(2)],
+            [long(f"high{n}", sites=("north",), priority=1) for n in range(2)],
+        )
+        stage.submit(*low, *high, wanted=outputs([*low, *high]))
+        assert sent(stage.join("north")) == [("north", "high0"), ("north", "high1")]
+
     def test_a_late_block_of_higher_priority_goes_before_what_waits(self) -> None:
         stage, blocks = Stage("north"), [long(name) for name in "abd"]
         stage.submit(*blocks, wanted=outputs(blocks))
@@ -390,7 +399,13 @@ class TestLeaving:
         assert stage.says("west", imported("x", "north")) == [release("north", "x"), release("south", "x")]
         assert stage(ev.Tick()) == [close("north"), close("south")]
 
-    def test_a_site_may_change_its_mind(self) -> None:
+    def test_a_site_that_was_told_to_close_may_not_change_its_mind(self) -> None:
+        stage = Stage("north")
+        assert stage.drain("north") == [close("north")]
+        stage(ev.FromSite("north", status()))
+        assert stage.submit(block("b", "x"), wanted="x") == []
+
+    def test_before_that_it_may(self) -> None:
         stage = Stage("north")
         stage.submit(long("b"), wanted="xb")
         stage.started("b")

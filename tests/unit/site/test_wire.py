@@ -96,8 +96,8 @@ def test_a_key_that_is_released_twice_is_silent_until_the_second_release_was_see
 
 
 def test_other_reports() -> None:
-    batch = [{"op": "fed-status", "workers": 1}, {"op": "fed-learned"}, {"op": "restart"}, {"op": "?"}]
-    report = Reading("c").report(batch)
+    status: dict[str, Any] = {"op": "fed-status", "workers": 1}
+    report = Reading("c").report([status, {"op": "fed-learned"}, {"op": "restart"}, {"op": "?"}])
     assert report.status == {"op": "fed-status", "workers": 1}
     assert report.learned == [{"op": "fed-learned"}]
     assert report.restarted and report.events == []
