@@ -29,6 +29,7 @@ from daskfed.errors import ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
+METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
@@ -51,6 +52,7 @@ class Client(distributed.Client):
         self._fixed_single = False
         self._graph_ids = itertools.count()
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
+        self._set_methods: Any = None
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
 
@@ -65,7 +67,16 @@ class Client(distributed.Client):
         elsewhere = self.cluster or self.scheduler_file or self._start_arg or self.scheduler
         if not elsewhere and not dask.config.get("scheduler-address", None):
             self.cluster = await Federation.local(loop=self.loop, asynchronous=True, **self._startup_kwargs)
-        return await super()._start(timeout=timeout, **kwargs)
+        started = await super()._start(timeout=timeout, **kwargs)
+        if self._set_as_default and not self._fixed_single:
+            self._set_methods = dask.config.set({name: "tasks" for name in METHODS if not dask.config.get(name, None)})
+        return started
+
+    async def _close(self, fast: bool = False) -> None:
+        if self._set_methods is not None:
+            self._set_methods.__exit__(None, None, None)
+            self._set_methods = None
+        await super()._close(fast=fast)
 
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
@@ -113,7 +124,8 @@ class Client(distributed.Client):
 
     async def _explain(self, key: Key) -> dict[str, Any]:
         facts = await self.scheduler.fed_explain(key=key)
-        return {name: list(value) if isinstance(value, tuple) and name != "key" else value for name, value in facts.items()}
+        listed = {name: list(facts[name]) for name in ("sites", "story") if name in facts}
+        return {**facts, **listed}
 
     async def fetch_progress(self, keys: Iterable[Key]) -> dict[str, dict[str, int]]:
         """Return ``all`` and ``remaining`` tasks behind keys of this client, per key prefix."""

@@ -57,7 +57,7 @@ class Federation(Cluster):
     ) -> None:
         self.site_options = {site: site_options(site, given) for site, given in (sites or {}).items()}
         self.security = Security.temporary() if security is True else security or None
-        self._hub_options = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
+        self._hub_options: dict[str, Any] = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
         self._listen = listen or ("tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0")
         self._in_process = in_process
         self._start_timeout = start_timeout

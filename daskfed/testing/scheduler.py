@@ -88,6 +88,7 @@ class State(Enum):
 
 
 UNDER_WAY = (State.WAITING, State.PROCESSING)
+ABSENT = (State.RELEASED, State.ERRED)
 
 
 @dataclass(slots=True, eq=False)
@@ -218,7 +219,7 @@ class FakeScheduler:
             if task is None:
                 assert spec is not None
                 task = self.tasks[key] = FakeTaskState(key, spec, (priority, place[key]))
-            elif spec is not None and spec.fetch is not None and task.state in (State.RELEASED, State.ERRED):
+            elif spec is not None and spec.fetch is not None and not task.wanted and task.state in ABSENT:
                 self._exchange(task, spec)
             elif task.spec is None:
                 task.spec = spec
@@ -242,7 +243,7 @@ class FakeScheduler:
 
     def _strip(self, task: FakeTaskState) -> None:
         """A fetch task that is not needed and did not land, but is known for its dependents' sake, becomes data."""
-        if not task.wanted and not task.waiters and task.state in (State.RELEASED, State.ERRED):
+        if not task.wanted and not task.waiters and task.state in ABSENT:
             task.state, task.value, task.spec = State.RELEASED, None, None
 
     def _add_deps(self, task: FakeTaskState, spec: FakeTask) -> None:

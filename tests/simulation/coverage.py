@@ -27,8 +27,13 @@ class Follower:
         self._going_on = frozenset(phase for phase, _ in self.table)
 
     def follow(self, subject: object, move: str) -> None:
-        """Take in one move; raises KeyError where the table does not have it."""
+        """Take in one move; raises KeyError where the table does not have it.
+
+        A subject that begins anew without having ended is recognised by its first move.
+        """
         row = (self.phases.get(subject, self.start), move)
+        if row not in self.table:
+            row = (self.start, move)
         self.rows[row] += 1
         phase = self.table[row]
         if phase in self._going_on:

@@ -50,6 +50,8 @@ class Cores:
     hub: Callable[..., HubCore] = HubCore
     site: Callable[..., SiteCore] = SiteCore
     link: Callable[..., AnyLink] = Link
+    node: Callable[..., SiteNode] = SiteNode
+    checked: bool = True  # whether the cores verify themselves after each event; without, only the history's rules do
 
 
 @dataclass(slots=True)
@@ -82,10 +84,13 @@ class Simulation:
         self.universe = random_universe(self.rng, NTASKS)
         self.plan = random_plan(self.rng)
         self.hub = HubNode(self, self.cores.hub())
-        self.sites = {f"s{n}": SiteNode(self, n, Random(self.rng.random())) for n in range(len(self.plan.joins_at))}
+        self.sites = {f"s{n}": self._site(n) for n in range(len(self.plan.joins_at))}
         self.clients = {f"c{n}": self._client(f"c{n}") for n in range(self.rng.choice([1, 2, 3]))}
         self.former_sites: list[SiteNode] = []
         self._plan_faults()
+
+    def _site(self, n: int, incarnation: int = 1) -> SiteNode:
+        return self.cores.node(self, n, Random(self.rng.random()), incarnation)
 
     def _client(self, name: str) -> ClientNode:
         staying = [site for site in self.sites.values() if site.stays]
@@ -130,8 +135,7 @@ class Simulation:
         """A site that crashed comes back with nothing."""
         former = self.sites[name]
         self.former_sites.append(former)
-        incarnation = int(former.incarnation) + 1
-        self.sites[name] = SiteNode(self, former.n, Random(self.rng.random()), incarnation)
+        self.sites[name] = self._site(former.n, int(former.incarnation) + 1)
         self.sites[name].join()
 
     def crash_client(self, name: str) -> None:

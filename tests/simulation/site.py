@@ -176,7 +176,7 @@ class SiteNode:
             return
         self.sim.log(self.name, event)
         commands = self.core.handle(event, self.sim.clock.now)
-        if commands or not isinstance(event, ev.Load):  # a count that leads to no command changes no book
+        if self.sim.cores.checked and (commands or not isinstance(event, ev.Load)):
             self.core.check()
         self._follow_stories()
         for command in commands:

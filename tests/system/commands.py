@@ -1,0 +1,124 @@
+"""Commands as a user starts them in a terminal: what they say, what ends them, and what they leave running."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import HELPERS
+
+MARK = "DASKFED_TEST_COMMAND"  # variable that all processes of one command inherit
+BIN = Path(sys.executable).parent
+MODULE = (sys.executable, "-m", "daskfed")
+START_S = 60.0  # most seconds for what a machine under load takes 3 s for
+
+
+class Command:
+    """A running command in a process group of its own, like one that was started in a terminal."""
+
+    def __init__(self, *command: str, cwd: Path | None = None) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
+            env={**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+        )  # fmt: skip
+        self.said: list[str] = []
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            self._lines.put(line)
+        self._lines.put(None)
+
+    @property
+    def output(self) -> str:
+        """Return everything that it said so far."""
+        return "".join(self.said)
+
+    def line(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
+        """Wait for a line with a match of ``pattern``; raises AssertionError where it ends or is late."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no {pattern!r} within {timeout_s:g} s in:\n{self.output}") from None
+            if line is None:
+                raise AssertionError(f"it ended with status {self.process.wait()} and no {pattern!r} in:\n{self.output}")
+            if found := re.search(pattern, line):
+                return found
+
+    def press(self, number: int = signal.SIGINT) -> None:
+        """Send a signal to all its processes, as a terminal does on Ctrl-C."""
+        os.killpg(self.process.pid, number)
+
+    def wait(self, timeout_s: float = START_S) -> int:
+        """Wait until it ends and return its exit status."""
+        return self.process.wait(timeout_s)
+
+    def processes(self) -> dict[int, str]:
+        """Return the processes that it started, directly or not, and that still run, also when it ended: pid -> command."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                cmdline = " ".join(process.cmdline())
+                if process.environ().get(MARK) == self.mark and not any(name in cmdline for name in HELPERS):
+                    found[process.pid] = cmdline
+            except psutil.Error:  # it ended meanwhile, or is not ours
+                continue
+        return found
+
+    def started(self, name: str, timeout_s: float = START_S) -> int:
+        """Wait for a process with ``name`` in its command line and return its id."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = [pid for pid, cmdline in self.processes().items() if name in cmdline]
+            if found:
+                return found[0]
+            assert time.monotonic() < deadline, f"no {name} among {self.processes()}"
+            time.sleep(0.05)
+
+    def all_gone(self, timeout_s: float = 20.0) -> bool:
+        """Wait until no process of it is left; say whether that came about."""
+        deadline = time.monotonic() + timeout_s
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                print(f"left after {timeout_s:g} s: {left}\n{self.output}")
+                return False
+            time.sleep(0.05)
+        return True
+
+    def kill(self) -> None:
+        """End all that is left of it."""
+        for pid in self.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(10)
+
+
+def hub(address: str = "tcp://127.0.0.1:0", *options: str, run: Sequence[str] = MODULE) -> Command:
+    """Start a hub."""
+    return Command(*run, "hub", "--listen", address, *options)
+
+
+def site(name: str, hub_address: str, *options: str, run: Sequence[str] = MODULE, cwd: Path | None = None) -> Command:
+    """Start a site of one worker with one thread."""
+    cluster = '{"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}'
+    given = ("--name", name, "--hub", hub_address, "--options", cluster, *options)
+    return Command(*run, "site", *given, cwd=cwd)

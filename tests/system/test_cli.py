@@ -1,0 +1,201 @@
+"""The commands as a user runs them: what they do together, and that every way to end them leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daskfed import Client
+from tests.system.commands import BIN, MODULE, START_S, Command, hub, site
+
+pytestmark = pytest.mark.system
+
+DASKFED = (str(BIN / "daskfed"),)
+DASK_FED = (str(BIN / "dask"), "fed")
+HOST, WORKER = "daskfed.site.host", "multiprocessing.spawn"
+SCRIPT = """
+import sys, time
+from daskfed import Client, Federation
+
+if __name__ == "__main__":
+    worker = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    federation = Federation({"north": {"options": worker}})
+    client = Client(federation)
+    print("answer", client.submit(sum, [20, 22]).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Any]]:
+    """Start commands that are killed after the test."""
+    commands: list[Command] = []
+
+    def started(make: Callable[..., Command], *args: Any, **kwargs: Any) -> Command:
+        commands.append(make(*args, **kwargs))
+        return commands[-1]
+
+    yield started
+    for command in commands:
+        command.kill()
+
+
+@pytest.fixture(scope="module")
+def shared_hub() -> Iterator[str]:
+    """A hub for the tests that do not harm it."""
+    command = hub()
+    try:
+        yield command.line(r"daskfed hub at (\S+)")[1]
+        command.press(signal.SIGTERM)
+        assert command.wait() == 0 and command.all_gone()
+    finally:
+        command.kill()
+
+
+def status(hub_address: str, *options: str, run: tuple[str, ...] = MODULE) -> str:
+    command = [*run, "status", "--hub", hub_address, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def joined(start: Callable[..., Any], name: str, hub_address: str, *options: str, **kwargs: Any) -> Command:
+    command = start(site, name, hub_address, *options, **kwargs)
+    command.line(f"site {name} joined")
+    return command  # type: ignore[no-any-return]
+
+
+def test_hub_site_and_status_under_each_name_of_the_command(start: Callable[..., Any], tmp_path: Path) -> None:
+    """One federation, whose parts are started as ``dask fed``, ``daskfed`` and ``python -m daskfed``; then Ctrl-C."""
+    the_hub = start(hub, run=DASK_FED)
+    address = the_hub.line(r"daskfed hub at (tcp://127.0.0.1:\d+)")[1]
+    assert "no sites have joined" in status(address, run=DASKFED)
+    options = ("--label", "scratch=era5", "--environment", "default", "--environment", "gpu", "--directory", str(tmp_path))
+    the_site = joined(start, "north", address, *options, run=DASKFED)
+    facts = json.loads(status(address, "--json", run=MODULE))["north"]
+    assert facts["labels"] == {"scratch": "era5"} and facts["environments"] == ["default", "gpu"]
+    assert (facts["status"], facts["workers"], facts["threads"]) == ("running", 1, 1)
+    table = status(address, run=DASK_FED).splitlines()
+    assert table[0].split()[:4] == ["site", "status", "workers", "threads"]
+    assert table[1].split()[:4] == ["north", "running", "1", "1"]
+    with Client(address, set_as_default=False) as client:
+        assert client.submit(os.getcwd, site="scratch=era5").result() == str(tmp_path)
+    for command in (the_site, the_hub):
+        command.press(signal.SIGINT)
+        assert command.wait() == 0
+        assert command.all_gone()
+        assert "Traceback" not in command.output and "KeyboardInterrupt" not in command.output
+
+
+def test_sigterm_ends_a_site_with_its_workers(start: Callable[..., Any], shared_hub: str) -> None:
+    command = joined(start, "terminated", shared_hub)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 0
+    assert command.all_gone()
+    assert "Traceback" not in command.output
+    assert "terminated" not in json.loads(status(shared_hub, "--json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_site_at_once(start: Callable[..., Any], shared_hub: str, number: int) -> None:
+    command = joined(start, "hasty", shared_hub)
+    command.press(number)
+    time.sleep(0.05)
+    command.press(number)
+    assert command.wait(5) == 128 + number
+    assert command.all_gone()
+
+
+def test_ctrl_c_while_a_site_starts(start: Callable[..., Any], shared_hub: str) -> None:
+    """It need not wait until the cluster has started."""
+    for stage in (HOST, WORKER):
+        command = start(site, "early", shared_hub)
+        command.started(stage)
+        command.press(signal.SIGINT)
+        assert command.wait() == 0
+        assert command.all_gone()
+        assert "joined" not in command.output and "Traceback" not in command.output
+
+
+def test_a_killed_agent_takes_its_cluster_along(start: Callable[..., Any], shared_hub: str) -> None:
+    command = joined(start, "north", shared_hub)
+    assert any(HOST in each for each in command.processes().values())
+    command.process.kill()
+    command.wait()
+    assert command.all_gone()
+    assert "north" not in json.loads(status(shared_hub, "--json"))
+
+
+def test_when_the_cluster_is_killed_the_site_says_so_and_ends(start: Callable[..., Any], shared_hub: str) -> None:
+    command = joined(start, "north", shared_hub)
+    os.kill(command.started(HOST), signal.SIGKILL)
+    assert command.wait() == 1
+    assert command.all_gone()
+    assert "Error: site north had to end: its" in command.output
+    assert "Traceback" not in command.output
+
+
+def test_a_site_outlives_its_hub_and_joins_it_again(start: Callable[..., Any]) -> None:
+    first = start(hub)
+    address = first.line(r"daskfed hub at (\S+)")[1]
+    command = joined(start, "north", address)
+    first.process.kill()
+    command.line(f"site north lost its hub at {address}")
+    second = start(hub, address)
+    second.line("daskfed hub at")
+    with Client(address, set_as_default=False) as client:
+        assert client.submit(sum, [20, 22], site="north").result(timeout=START_S) == 42
+    second.process.kill()
+    command.line(f"site north lost its hub at {address}")
+    command.press(signal.SIGINT)
+    assert command.wait() == 0
+    assert command.all_gone()
+
+
+def test_a_hub_where_nobody_listens(start: Callable[..., Any]) -> None:
+    """A site says so before it starts a cluster in vain, and status likewise."""
+    command = start(site, "north", "tcp://127.0.0.1:1")
+    assert command.wait() == 1
+    assert command.all_gone()
+    assert "127.0.0.1:1" in command.output and "Traceback" not in command.output
+    done = subprocess.run([*MODULE, "status", "--hub", "tcp://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "127.0.0.1:1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_killed_program_leaves_nothing_of_its_federation(start: Callable[..., Any], tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(SCRIPT)
+    command = start(Command, sys.executable, str(script))
+    command.line("answer 42")
+    assert len(command.processes()) > 3
+    command.process.kill()
+    assert command.all_gone()
+
+
+def test_a_program_killed_while_its_federation_starts(start: Callable[..., Any], tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(SCRIPT)
+    command = start(Command, sys.executable, str(script))
+    command.started(HOST)
+    command.process.kill()
+    assert command.all_gone()
+
+
+def test_ctrl_c_in_a_program_ends_its_federation(start: Callable[..., Any], tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(SCRIPT)
+    command = start(Command, sys.executable, str(script))
+    command.line("answer 42")
+    command.press(signal.SIGINT)
+    assert command.wait() != 0
+    assert command.all_gone()
+    assert command.output.count("Traceback") == 1 and "KeyboardInterrupt" in command.output
