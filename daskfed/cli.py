@@ -22,11 +22,11 @@ from daskfed.errors import ConnectionRefused, DaskfedError, SiteLostError
 CONNECT_TIMEOUT_S = 10.0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("fed", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="daskfed")
 @click.option("-v", "--verbose", is_flag=True, help="say more on standard error")
 def cli(verbose: bool) -> None:
-    """Ordinary Dask code, run on many sites at once."""
+    """Run Dask on many sites at once: the hub, the sites, and what they do."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
 
 
@@ -103,6 +103,8 @@ async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, st
     from daskfed.site.agent import Agent
     from daskfed.site.clusters import ClusterSpec
 
+    if not await _until(stop, _sites_of(hub, security)):  # a cluster may be dear: none is started for a wrong address
+        return
     agent = Agent(
         name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
         resources=options.resources, security=security,

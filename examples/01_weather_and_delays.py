@@ -131,9 +131,11 @@ def show_where(client: Client, kept: dict[str, list[Future]]) -> None:
     print("\nWhat ran where")
     for name, site in client.sites().items():
         print(f"  {name}: {site['workers']} worker, {site['threads']} thread, holds {site['held'] / 1e6:.1f} MB")
-    for name, futures in kept.items():
-        made = Counter(client.explain(future.key)["site"] for future in futures)
-        print(f"  {name}: {', '.join(f'{count} parts at {site}' for site, count in made.items())}")
+    made = {name: Counter(client.explain(future.key)["site"] for future in futures) for name, futures in kept.items()}
+    for name, count in made.items():
+        print(f"  {name}: {', '.join(f'{count[site]} parts at {site}' for site in SITES if site in count)}")
+    assert set(made["weather as read"]) == {"north"}, "the weather can only be read at north"
+    assert set(made["departures as read"]) == {"south"}, "the departures can only be read at south"
     print("What crossed between sites")
     for (source, target), moved in client.transfers().items():
         print(f"  {source} to {target}: {moved['count']} keys, {moved['nbytes'] / 1e6:.2f} MB")
@@ -145,11 +147,11 @@ def analyse(client: Client) -> dict[str, pd.DataFrame]:
     flights = client.open(dd.read_parquet, "flights.parquet", site="south")
     hours, delays = hours_of_weather(weather), hours_of_delays(flights)
     joined = hours.merge(delays, on=["origin", "time"]).map_partitions(add_classes)
-    hours, delays, joined = client.persist([hours, delays, joined])
-    kept = {"weather by hour": hours, "delays by hour": delays, "joined": joined}
-    progress(hours, delays, joined)
-    (sums,) = dask.compute(sums_by_class(joined, split_out=1))
-    show_where(client, {name: futures_of(table) for name, table in kept.items()})
+    tables = client.persist([weather, flights, hours, delays, joined])
+    names = ["weather as read", "departures as read", "weather by hour", "delays by hour", "joined"]
+    progress(tables)
+    (sums,) = dask.compute(sums_by_class(tables[-1], split_out=1))
+    show_where(client, {name: futures_of(table) for name, table in zip(names, tables, strict=True)})
     return sums
 
 
@@ -165,10 +167,10 @@ def run(options: argparse.Namespace) -> None:
 
     cluster = {"cluster": "dask.distributed.LocalCluster", "options": {"n_workers": 1, "threads_per_worker": 1}}
     sites = {site: {**cluster, "directory": str(OUT / site)} for site in SITES}
-    start = perf_counter()
     with Federation(sites=sites) as federation, Client(federation) as client:
+        start = perf_counter()
         sums = analyse(client)
-    print(f"\nMean departure delay in minutes ({perf_counter() - start:.0f} s)")
+        print(f"\nMean departure delay in minutes, after {perf_counter() - start:.0f} s")
 
     for name, expected in in_plain_pandas(weather, flights).items():
         found = sums[name].sort_index()

@@ -45,6 +45,9 @@ class Client(distributed.Client):
     Raises OSError where no hub answers, ConnectionRefused where it speaks another protocol version.
     """
 
+    cluster: Any
+    _gather_keys: Any
+
     def __init__(self, address: Any = None, **kwargs: Any) -> None:
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))

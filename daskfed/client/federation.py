@@ -41,6 +41,8 @@ class Federation(Cluster):
     options or does not start; nothing is left running then.
     """
 
+    status: Status
+
     def __init__(
         self,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
@@ -162,7 +164,7 @@ class Federation(Cluster):
         self._known(wanted)
         return self.sync(self._each, "scale", {name: {"n": count} for name, count in wanted.items()})
 
-    def adapt(self, *, site: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def adapt(self, *, site: str | None = None, **kwargs: Any) -> Any:
         """Let one site, or each of them, scale itself between bounds; keywords as for ``Cluster.adapt``."""
         names = [site] if site is not None else list(self.site_options)
         self._known(names)

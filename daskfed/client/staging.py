@@ -15,8 +15,10 @@ When a node does not follow:
   a unit never mixes two areas;
 * it is drawn to a lower piece: of ``x - x.mean()`` the subtraction stays with ``x``. An input draws with the weight
   1 / (number of its users), because what many use will travel anyway;
-* it would tie together what only a *wide* input (one with very many users) has in common;
 * the unit would grow too large.
+
+What very many nodes use and little is needed for (a task that opens a file) goes before everything else, as a
+*prelude*: so it does not tie the data together that it is used with.
 """
 
 from __future__ import annotations
@@ -42,8 +44,7 @@ class Stages:
         self._share = 1  # how many of this stage's openers a piece should have
         self._missing = [len(needs) for needs in nodes.inputs]  # inputs that have no stage yet
         self._weight = [1.0 / len(users) if users else 1.0 for users in nodes.users]
-        self._wide = wide_nodes(nodes, limits)
-        self._prelude = prelude(nodes, self._wide)
+        self._prelude = prelude(nodes, wide_nodes(nodes, limits))
         self._bound = any(nodes.placement) or any(self.area)
         self._ready: list[int] = []
         self._later: list[int] = []  # nodes that do not follow in this stage
@@ -133,9 +134,7 @@ class Stages:
             return None
         if len(units) == 1:
             return units[0] if self._has_room(units[0], node, here) else None
-        if self._packed or (self._wide and not self._wide.isdisjoint(here)):
-            return None
-        return self._united(units, node)
+        return None if self._packed else self._united(units, node)
 
     def _is_drawn_down(self, node: int) -> bool:
         needs, stage, now = self.nodes.inputs[node], self.stage, self._now
@@ -192,9 +191,9 @@ class Stages:
 
 
 def wide_nodes(nodes: Nodes, limits: Limits) -> set[int]:
-    """Return the nodes whose users are too many for one unit, and are tied together by little else.
+    """Return the nodes whose users are too many for one unit.
 
-    Where most roots are like that (a matrix product), none of the roots is wide: they are the data.
+    Where many roots are like that (a matrix product), none of the roots is wide: they are the data.
     """
     roots = sum(not needs for needs in nodes.inputs)
     few = max(FEW_TIES, 2 * limits.share(roots))
@@ -210,10 +209,7 @@ def wide_nodes(nodes: Nodes, limits: Limits) -> set[int]:
 
 
 def prelude(nodes: Nodes, wide: set[int]) -> set[int]:
-    """Return the wide nodes that need few others, with those: they go before everything else.
-
-    So they tie nothing together, and the data itself is read where it is used.
-    """
+    """Return the wide nodes that need few others, with those."""
     found: set[int] = set()
     for node in wide:
         found |= _few_ancestors(nodes, node)

@@ -54,6 +54,7 @@ class HubCore:
             ev.KeysReleased: self._keys_released,
             ev.KeysCancelled: self._keys_cancelled,
             ev.KeysScattered: self._keys_scattered,
+            ev.KeysNeeded: self._keys_needed,
             ev.SiteJoined: self._site_joined,
             ev.SiteLeft: self._site_left,
             ev.FromSite: self._from_site,
@@ -189,6 +190,11 @@ class HubCore:
             if event.site not in self.sites:  # it left while the data was under way
                 self.ledger.lose_key_at(state, event.site)
 
+    def _keys_needed(self, event: ev.KeysNeeded) -> None:
+        if (site := self.sites.get(event.site)) is not None:
+            for key in event.keys:
+                self.dispatcher.bring_key(key, site)
+
     # -- sites -------------------------------------------------------------------------------------------------------
 
     def _site_joined(self, event: ev.SiteJoined) -> None:
@@ -206,6 +212,7 @@ class HubCore:
         self.dispatcher.remove_site(event.site)
         del self.ledger.reports[event.site]
         for state in list(self.ledger.keys.values()):
+            state.importing.pop(event.site, None)
             self.ledger.lose_key_at(state, event.site)
 
     def _from_site(self, event: ev.FromSite) -> None:

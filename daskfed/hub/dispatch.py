@@ -133,8 +133,8 @@ class Dispatcher:
             heapq.heappush(self.resting, (block.rests_until, block.order, block.spec.id))
         while self.resting and self.resting[0][0] <= self.ledger.now:
             _, order, name = heapq.heappop(self.resting)
-            if (block := self.ledger.blocks.get(name)) is not None:
-                queue = self.queues.setdefault(placement_part(block.spec.constraint), [])
+            if (rested := self.ledger.blocks.get(name)) is not None:
+                queue = self.queues.setdefault(placement_part(rested.spec.constraint), [])
                 heapq.heappush(queue, (order, name))
         self.ledger.unplaced, self.ledger.ready = [], []
 
@@ -319,6 +319,12 @@ class Dispatcher:
             if takers and not state.importing:
                 taker = min(takers, key=lambda other: (len(other.copying), other.backlog_s))
                 self._copy(state.key, taker)
+
+    def bring_key(self, key: Key, site: SiteState) -> None:
+        """Have a site copy a held key that it lacks; one that nobody knows or that is not made yet is left alone."""
+        state = self.ledger.keys.get(key)
+        if state is not None and state.holders and not state.present_at(site.name):
+            self._copy(key, site)
 
     def _is_coming(self, key: Key, site: str) -> bool:
         state = self.ledger.keys.get(key)

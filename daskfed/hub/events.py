@@ -78,6 +78,14 @@ class KeysScattered:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysNeeded:
+    """A task at a site took futures of these keys out of a Variable, a Queue or a dataset."""
+
+    site: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SiteJoined:
     """A site connected."""
 
@@ -113,6 +121,7 @@ Event: TypeAlias = (
     | KeysReleased
     | KeysCancelled
     | KeysScattered
+    | KeysNeeded
     | SiteJoined
     | SiteLeft
     | FromSite

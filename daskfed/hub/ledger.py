@@ -273,8 +273,7 @@ class Ledger:
         block.started = False
 
     def lose_key_at(self, state: KeyState, site: str) -> None:
-        """A site no longer has this key, nor will."""
-        state.importing.pop(site, None)
+        """A site no longer has this key; an import of it that is under way gets an answer of its own."""
         state.failed_at.pop(site, None)
         if site not in state.holders:
             return

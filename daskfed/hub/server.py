@@ -30,6 +30,7 @@ from daskfed.hub.gateway import Gateway
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
+from daskfed.hub.states import KeyPhase
 from daskfed.hub.stores import Stores
 from daskfed.messages import (
     PROTOCOL_VERSION,
@@ -45,6 +46,7 @@ from daskfed.messages import (
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.05
 TICK_S = 0.2  # how often the core is told the time
 
 
@@ -85,6 +87,7 @@ class Hub(Hosting, OpaqueServer):
             "relay-fetch": self.gateway.relay_fetch,
             "forward": relays_errors(self.forward),
             "announce-keys": self.announce_keys,
+            "bring-keys": self.bring_keys,
             "terminate": self.terminate,
         }
 
@@ -245,6 +248,14 @@ class Hub(Hosting, OpaqueServer):
         """A site holds keys that its tasks made; they are kept until the op that follows has been done."""
         self._check_token(token)
         self.take(ev.KeysScattered(_announcer(site), site, tuple((key, nbytes) for key, nbytes in keys)))
+
+    async def bring_keys(self, site: str, keys: Collection[Key], token: str) -> None:
+        """Have a site copy keys whose futures its tasks took; waits for those that are still being made."""
+        self._check_token(token)
+        known = self.core.ledger.keys
+        while any(key in known and known[key].phase is KeyPhase.PENDING for key in keys):
+            await asyncio.sleep(POLL_S)
+        self.take(ev.KeysNeeded(site, tuple(keys)))
 
     async def forward(self, site: str, hub_op: str, kwargs: Mapping[str, Any], token: str) -> Any:
         """Do what a task at a site asked of its scheduler; raises PermissionError for a stranger."""

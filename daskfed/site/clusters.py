@@ -238,6 +238,7 @@ class HostedCluster:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "daskfed.site.host",
             stdin=pipe, stdout=pipe, cwd=self.spec.directory, env=_environment(), limit=2**24,
+            process_group=0,  # Ctrl-C is for the agent, which ends the rest in order
         )  # fmt: skip
         self._write({"pickle": self.spec.pickle, "timeout_s": self.spec.timeout_s})
         try:

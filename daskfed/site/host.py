@@ -8,7 +8,7 @@ It reads lines of JSON on standard input and answers on standard output. The fir
 or ``{"error": ..., "kind": ...}`` instead, where ``kind`` names a class of :mod:`daskfed.errors`.
 
 When standard input closes, because the agent said so or because it is gone, the cluster is closed, workers included.
-What the Cluster class prints goes to standard error. Ctrl-C is for the agent, which shares the terminal: ignored here.
+What the Cluster class prints goes to standard error. Ctrl-C is for the agent: the host is in a process group of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -33,7 +34,6 @@ def main() -> None:
     """Serve until standard input closes or SIGTERM comes; leaves no worker behind."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(_serve(replies))
     last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
     last_resort.daemon = True

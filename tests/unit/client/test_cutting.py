@@ -20,7 +20,9 @@ from dask.order import order
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from daskfed.client.contraction import Nodes, Placements
 from daskfed.client.cutting import Piece, cut
+from daskfed.client.packing import Limits, Packing, Units
 from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask, Task, TaskRef
 from daskfed.errors import ConfigurationError
 from daskfed.messages import Constraint, Key
@@ -144,7 +146,7 @@ def run(pieces: list[Piece], outside: Mapping[Key, Any]) -> dict[Key, Any]:
 
 # -- any graph -------------------------------------------------------------------------------------------------------
 
-OUTSIDE = {"held-0": 17, "held-1": 23}
+OUTSIDE: dict[Key, int] = {"held-0": 17, "held-1": 23}
 
 
 @st.composite
@@ -165,7 +167,7 @@ def graphs(draw: st.DrawFn) -> tuple[Graph, set[Key]]:
         elif kind == "barrier" and barriers:
             graph[key] = barrier(key, *names)
         else:
-            graph[key] = task(key, *names, *(draw(st.sets(st.sampled_from(sorted(OUTSIDE)))) if kind == "held" else ()))
+            graph[key] = task(key, *names, *(draw(st.sets(st.sampled_from(list(OUTSIDE)))) if kind == "held" else ()))
     wanted = set(draw(st.sets(st.sampled_from(sorted(graph, key=str)))))
     return graph, wanted | sinks(graph)
 
@@ -190,7 +192,7 @@ def test_any_cut_is_legal_and_gives_the_result(
     pieces = cut(tasks, wanted, constraints, slabs=slabs, cap=cap)
     check(tasks, wanted, pieces, constraints, cap)
     assert path_length(pieces) <= 1 + pieces[-1].stage
-    held = {key: DataNode(key, value) for key, value in OUTSIDE.items()}
+    held: Graph = {key: DataNode(key, value) for key, value in OUTSIDE.items()}
     keys = sorted(wanted, key=str)
     found = run(pieces, OUTSIDE)
     assert [found[key] for key in keys] == list(dask.get({**tasks, **held}, keys))
@@ -274,8 +276,10 @@ def test_steps_of_a_simulation_run_side_by_side() -> None:
         graph[key] = task(key, *before)
     pieces = cut(graph, sinks(graph))
     check(graph, sinks(graph), pieces, {}, 1000)
-    alone = sum(len(piece.tasks) for piece in pieces if [one.stage for one in pieces].count(piece.stage) == 1)
-    assert alone < len(graph) / 4
+    largest: Counter[int] = Counter()
+    for piece in pieces:
+        largest[piece.stage] = max(largest[piece.stage], len(piece.tasks))
+    assert largest.total() < 0.6 * len(graph)  # tasks one after the other, where every piece has a site of its own
 
 
 def test_a_long_chain_is_cut_at_the_cap() -> None:
@@ -304,6 +308,15 @@ def test_small_graphs(count: int) -> None:
     graph = graph_of([task(0), *(task(i, i - 1) for i in range(1, count))])
     (piece,) = cut(graph, [count - 1])
     assert (piece.inputs, piece.outputs, piece.stage, piece.rank) == ((), (count - 1,), 0, 0)
+
+
+def test_packing_keeps_to_the_cap() -> None:
+    """Two groups of units that fit the goal one by one, but not together."""
+    nodes = Nodes([["k"]] * 4, [4, 3, 1, 2], [[]] * 4, [[]] * 4, [False] * 4, [0] * 4, [0] * 4, Placements(), set())
+    units = Units(nodes, [0] * 4)
+    units.waits = [5, 5, 6, 6]
+    limits = Limits(slabs=1, goal=8, least=1, unit=8, cap=8)
+    assert list(Packing(units, limits, share=10).run([0, 1, 2, 3])) == [[0, 1], [2, 3]]
 
 
 def test_nothing_gives_nothing() -> None:
@@ -442,6 +455,12 @@ def test_a_p2p_shuffle_stays_whole(kind: str) -> None:
         transfers |= {node.target for need in transfers if isinstance(node := graph[need], Alias)}
         assert {home[need] for need in transfers} == {home[key]}
     assert all({home[need] for need in graph[key].dependencies & barriers} == {home[key]} for key in users)
+
+
+def test_a_transfer_behind_an_alias_belongs_to_its_shuffle() -> None:
+    graph = graph_of([task("t"), Alias("a", "t"), barrier("b", "a"), task("u", "b")])
+    (piece,) = cut(graph, ["u"], cap=2)
+    assert len(piece.tasks) == 4
 
 
 def test_a_shuffle_that_a_path_leaves_and_enters_again() -> None:

@@ -195,6 +195,7 @@ class TestLateBinding:
         stage, b = Stage(), block("b", "x")
         stage(ev.SiteJoined(hello("north")))
         assert stage.submit(b, wanted="x") == []
+        assert stage(ev.Tick()) == []
         assert stage(ev.FromSite("north", status())) == [run("north", b)]
 
     def test_a_block_waits_for_the_best_site_and_others_pass_it(self) -> None:
@@ -284,6 +285,16 @@ class TestRecall:
         stage.scatter("north", "a", nbytes=10**9)  # 10 s away
         stage.submit(long("b", needs="a"), long("d", needs="a"), wanted="xb xd")
         assert stage.join("south") == []
+
+    def test_nothing_is_recalled_from_a_site_that_has_nothing_else(self) -> None:
+        stage = Stage("north")
+        stage.submit(long("b"), wanted="xb")
+        assert stage.join("south", threads=10) == []
+
+    def test_nothing_is_recalled_for_a_site_that_has_work(self, busy: Stage) -> None:
+        short = [block(name, f"x{name}", sites=("south",)) for name in ("s", "t")]
+        busy.submit(*short, wanted=outputs(short), wait=True)
+        assert busy.join("south", threads=10) == [run("south", spec) for spec in short]
 
     def test_nothing_is_recalled_for_a_site_that_may_not_run_it(self) -> None:
         stage = Stage("north")
