@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import os
@@ -12,12 +11,11 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlparse
 
 import click
 
-from daskfed.config import DEFAULT_CLUSTER, SiteOptions, parse_labels, site_options
-from daskfed.errors import ConnectionRefused, DaskfedError, SiteLostError
+from daskfed.config import DEFAULT_CLUSTER, SiteOptions, check_listen, parse_labels, site_options
+from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -40,7 +38,7 @@ def cli(verbose: bool) -> None:
 def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
     """Run a hub until Ctrl-C."""
     security = _security(tls)
-    check_listen(listen, security)
+    _checked_usage(lambda: check_listen(listen, security))
     _run(lambda stop: _run_hub(listen, state, policy, security, stop))
 
 
@@ -103,7 +101,7 @@ async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, st
     from daskfed.site.agent import Agent
     from daskfed.site.clusters import ClusterSpec
 
-    if not await _until(stop, _sites_of(hub, security)):  # a cluster may be dear: none is started for a wrong address
+    if not await _until(stop, _check_hub(hub, security, name)):
         return
     agent = Agent(
         name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
@@ -133,6 +131,12 @@ async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
         click.echo(json.dumps({"error": str(exc), "kind": type(exc).__name__}))
     finally:
         watching.cancel()
+
+
+async def _check_hub(hub: str, security: Any, name: str) -> None:
+    """Find out what the hub would refuse before a cluster is started, which may be dear; raises ConnectionRefused."""
+    if name in await _sites_of(hub, security):
+        raise ConnectionRefused(f"a site named {name!r} is connected to {hub} already: give this one another name")
 
 
 async def _serve_site(agent: Any, announcement: str, stop: asyncio.Event) -> None:
@@ -216,6 +220,13 @@ def _guarded(work: Callable[[], Any]) -> Any:
         raise click.ClickException(str(exc)) from None
 
 
+def _checked_usage(check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ConfigurationError as exc:
+        raise click.UsageError(f"{exc} (--tls-ca-file, --tls-cert and --tls-key)") from None
+
+
 def _site_arguments(
     name: str, hub_address: str, cluster: str, options: str, labels: Any, environments: Any, directory: str | None
 ) -> tuple[str, str, SiteOptions]:
@@ -245,25 +256,6 @@ def _security(tls: dict[str, str | None]) -> Any:
     roles = {f"tls_{role}_{part}": file for role in ("scheduler", "client", "worker") for part, file in
              (("cert", cert), ("key", key))}  # fmt: skip
     return Security(tls_ca_file=ca, require_encryption=True, **roles)
-
-
-def check_listen(address: str, security: Any) -> None:
-    """Refuse to listen where others can connect without TLS; raises UsageError."""
-    parsed = urlparse(address if "://" in address else f"tcp://{address}")
-    host = parsed.hostname or ""
-    if is_loopback(host) or (security is not None and parsed.scheme == "tls"):
-        return
-    raise click.UsageError(
-        f"{address} can be reached from other machines and would be neither encrypted nor authenticated: listen on "
-        "127.0.0.1, or use tls://… with --tls-ca-file, --tls-cert and --tls-key"
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach ``host``."""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _table(sites: dict[str, Any]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,3 +62,21 @@ def parse_labels(pairs: tuple[str, ...]) -> dict[str, str]:
     if bad:
         raise ConfigurationError(f"label {bad[0]!r} must be written name=value")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def check_listen(address: str, security: Any) -> None:
+    """Raise ConfigurationError where others could connect and it is not ``tls://`` with certificates."""
+    parsed = urlparse(address if "://" in address else f"tcp://{address}")
+    if parsed.scheme == "inproc" or is_loopback(parsed.hostname or "") or (security and parsed.scheme == "tls"):
+        return
+    raise ConfigurationError(
+        f"{address} can be reached from other machines and would be neither encrypted nor authenticated: listen on "
+        "127.0.0.1, or use tls://… with certificates"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine can reach ``host``."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -46,6 +46,7 @@ class Constraint:
     resources: tuple[tuple[str, float], ...] = ()  # sorted (name, amount) that one task takes on a worker
     priority: int = 0  # the user's priority: higher runs earlier
     retries: int = 0  # how often a failing task runs again
+    python: str = ""  # version, as in "3.11", that must open the payload unless an environment is named; empty: any
 
 
 @dataclass(frozen=True, slots=True)

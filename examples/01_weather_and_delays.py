@@ -120,7 +120,8 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
     titles = {"visib": "Visibility", "wind_speed": "Wind", "precip": "Rain", "anomaly": "Temperature against the month"}
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=True):
-        table.iloc[::-1].plot.barh(ax=axis, title=titles[name], legend=name == "visib", width=0.75)
+        table.plot.barh(ax=axis, title=titles[name], legend=name == "visib", width=0.75)
+        axis.invert_yaxis()
         axis.set_xlabel("mean departure delay (minutes)")
     figure.suptitle("Departures from New York in 2013: weather from site north, flights from site south")
     figure.savefig(path, dpi=110)
@@ -128,12 +129,12 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
 
 def show_where(client: Client, kept: dict[str, list[Future]]) -> None:
     """Print the sites, where each table was made, and what crossed between sites."""
-    print("\nWhat ran where")
+    print("\nWhat ran where (parts of each table)")
     for name, site in client.sites().items():
         print(f"  {name}: {site['workers']} worker, {site['threads']} thread, holds {site['held'] / 1e6:.1f} MB")
     made = {name: Counter(client.explain(future.key)["site"] for future in futures) for name, futures in kept.items()}
     for name, count in made.items():
-        print(f"  {name}: {', '.join(f'{count[site]} parts at {site}' for site in SITES if site in count)}")
+        print(f"  {name}: {', '.join(f'{count[site]} at {site}' for site in SITES if site in count)}")
     assert set(made["weather as read"]) == {"north"}, "the weather can only be read at north"
     assert set(made["departures as read"]) == {"south"}, "the departures can only be read at south"
     print("What crossed between sites")
@@ -143,15 +144,16 @@ def show_where(client: Client, kept: dict[str, list[Future]]) -> None:
 
 def analyse(client: Client) -> dict[str, pd.DataFrame]:
     """Run the analysis over both sites and return the sums per weather class."""
-    weather = client.open(xr.open_zarr, "weather.zarr", site="north")
-    flights = client.open(dd.read_parquet, "flights.parquet", site="south")
+    weather = client.persist(client.open(xr.open_zarr, "weather.zarr", site="north"))
+    flights = client.persist(client.open(dd.read_parquet, "flights.parquet", site="south"))
     hours, delays = hours_of_weather(weather), hours_of_delays(flights)
     joined = hours.merge(delays, on=["origin", "time"]).map_partitions(add_classes)
-    tables = client.persist([weather, flights, hours, delays, joined])
-    names = ["weather as read", "departures as read", "weather by hour", "delays by hour", "joined"]
-    progress(tables)
-    (sums,) = dask.compute(sums_by_class(tables[-1], split_out=1))
-    show_where(client, {name: futures_of(table) for name, table in zip(names, tables, strict=True)})
+    hours, delays, joined = client.persist([hours, delays, joined])
+    progress(weather, flights, hours, delays, joined)
+    (sums,) = dask.compute(sums_by_class(joined, split_out=1))
+    kept = {"weather as read": weather, "departures as read": flights}
+    kept |= {"weather by hour": hours, "delays by hour": delays, "joined": joined}
+    show_where(client, {name: futures_of(table) for name, table in kept.items()})
     return sums
 
 

@@ -19,6 +19,8 @@ import psutil
 
 WAIT_S = 60.0
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what a benchmark started ends with it
+
 
 def free_port() -> int:
     """Return a port of the loopback interface that nobody listens on now."""

@@ -15,6 +15,7 @@ import distributed
 from dask.base import tokenize
 from dask.utils import format_bytes, funcname, parse_bytes
 from distributed.client import Future
+from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
 from daskfed.client import hooks, opening, progress
@@ -24,8 +25,9 @@ from daskfed.client.constraints import constraint_of, set_sites_lookup, site_sel
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.submission import Submission, plan_calls, plan_graph
+from daskfed.client.versions import differences, foreign, unopened
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
-from daskfed.errors import ConnectionRefused, UnknownSiteError
+from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
@@ -97,7 +99,10 @@ class Client(distributed.Client):
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, "owner": getpass.getuser()})
 
     def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
+        joined = {name: facts for name, facts in sites.items() if name not in self._sites}
         self._sites = sites
+        if problems := differences(joined):
+            warnings.warn(VersionMismatchWarning("Mismatched versions found:\n" + "\n".join(problems)), stacklevel=2)
 
     def _handle_refused(self, reason: str) -> None:
         raise ConnectionRefused(reason)
@@ -109,7 +114,7 @@ class Client(distributed.Client):
         return self.sync(self._fetch_sites)
 
     async def _fetch_sites(self) -> dict[str, dict[str, Any]]:
-        self._sites = await self.scheduler.fed_sites()
+        self._handle_sites(await self.scheduler.fed_sites())
         return self._sites
 
     def transfers(self) -> Any:
@@ -287,12 +292,14 @@ class Client(distributed.Client):
     # -- checking ----------------------------------------------------------------------------------------------------
 
     def _check_sites(self, annotations: Mapping[str, Any]) -> None:
-        if annotations.get("sites") or annotations.get("environment"):
+        if annotations.get("sites") or annotations.get("environment") or any(map(foreign, self._sites.values())):
             self._check_constraint(constraint_of(annotations))
 
     def _check_constraint(self, constraint: Constraint) -> None:
         """Raise UnknownSiteError where no site has what a constraint names, as far as this client can tell."""
         problem = _unmet(constraint, self._sites)
+        if why := unopened(constraint, self._sites):
+            raise ConfigurationError(why)
         if problem and not self.asynchronous and not self._in_loop():
             problem = _unmet(constraint, self.sites())
         if problem and self._sites:

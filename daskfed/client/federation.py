@@ -14,7 +14,7 @@ from distributed.deploy import Cluster
 from distributed.security import Security
 
 from daskfed.client.launch import SiteProcess
-from daskfed.config import SiteOptions, site_options
+from daskfed.config import SiteOptions, check_listen, site_options
 from daskfed.errors import ConfigurationError, SiteStartError
 from daskfed.hub.placement import POLICIES, Policy
 from daskfed.hub.server import Hub
@@ -61,6 +61,7 @@ class Federation(Cluster):
         self.security = Security.temporary() if security is True else security or None
         self._hub_options: dict[str, Any] = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
         self._listen = listen or ("tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0")
+        check_listen(self._listen, self.security)
         self._in_process = in_process
         self._start_timeout = start_timeout
         self.hub: Hub | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dask.utils import key_split
@@ -16,6 +16,7 @@ from daskfed.client.calls import Calls
 from daskfed.client.constraints import annotations_of
 from daskfed.client.cutting import Piece, cut
 from daskfed.client.graphs import BlockExpr, MaterialisedGraph, block_payload
+from daskfed.client.versions import PYTHON
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
 
 LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
@@ -64,7 +65,7 @@ def _block_of(piece: Piece, name: str) -> BlockSpec:
         outputs=piece.outputs,
         ntasks=len(piece.tasks),
         prefixes=tuple(counts.items()),
-        constraint=piece.constraint,
+        constraint=replace(piece.constraint, python=PYTHON),
         rank=piece.rank,
         label=label_of(piece.outputs),
     )
@@ -85,7 +86,7 @@ def plan_calls(
             outputs=tuple(each.keys),
             ntasks=len(each.keys),
             prefixes=((key_split(each.keys[0]), len(each.keys)),),
-            constraint=constraint,
+            constraint=replace(constraint, python=PYTHON),
             label=label_of(each.keys),
         )
         submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None)

@@ -313,7 +313,7 @@ class HubCore:
             self.dispatcher.links.learn(*link)
         site.copying.discard(message.key)
         state = self.ledger.keys.get(message.key)
-        if state is None or site.name not in state.importing:
+        if state is None or site.leaving or site.name not in state.importing:
             return
         state.importing.pop(site.name, None)
         self.ledger.key_made(state, site.name, state.nbytes or message.nbytes, DATA)

@@ -82,8 +82,18 @@ def meets(hello: SiteHello, constraint: Constraint) -> bool:
         return False
     if constraint.environment is not None and constraint.environment not in hello.environments:
         return False
+    if not opens(hello, constraint):
+        return False
     offered = dict(hello.resources)
     return all(offered.get(name, 0) >= amount for name, amount in constraint.resources)
+
+
+def opens(hello: SiteHello, constraint: Constraint) -> bool:
+    """Say whether a site has the Python that pickled the tasks; an environment brings its own."""
+    if not constraint.python or constraint.environment is not None:
+        return True
+    version = dict(hello.versions).get("python", constraint.python)
+    return version.split(".")[:2] == constraint.python.split(".")[:2]
 
 
 def matches(hello: SiteHello, selector: str) -> bool:
@@ -342,7 +352,8 @@ def _recallable(block: BlockState) -> bool:
 
 def placement_part(constraint: Constraint) -> Constraint:
     """Return what of a constraint decides which sites are eligible."""
-    return Constraint(sites=constraint.sites, environment=constraint.environment, resources=constraint.resources)
+    deciding = {name: getattr(constraint, name) for name in ("sites", "environment", "resources", "python")}
+    return Constraint(**deciding)
 
 
 def unmet(constraint: Constraint, sites: Iterable[SiteHello]) -> str | None:

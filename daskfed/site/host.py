@@ -8,7 +8,7 @@ It reads lines of JSON on standard input and answers on standard output. The fir
 or ``{"error": ..., "kind": ...}`` instead, where ``kind`` names a class of :mod:`daskfed.errors`.
 
 When standard input closes, because the agent said so or because it is gone, the cluster is closed, workers included.
-What the Cluster class prints goes to standard error. Ctrl-C is for the agent: the host is in a process group of its own.
+What the Cluster class prints goes to standard error. Ctrl-C is for the agent: the host is in another process group.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> None:
     """Serve until standard input closes or SIGTERM comes; leaves no worker behind."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    warnings.filterwarnings("ignore", "Port .* is already in use")  # several sites of one machine, each a dashboard
     asyncio.run(_serve(replies))
     last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
     last_resort.daemon = True

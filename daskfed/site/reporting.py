@@ -11,9 +11,10 @@ fed-status      workers, threads, memory, running and queued tasks; every STATUS
 fed-learned     durations and sizes of results per key prefix since the last time
 ==============  ====================================================================================================
 
-It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task): a key that
-Dask still knows under another task forgets that task, and a fetch task that has run is forgotten, so that Dask never
-fetches again what the agent no longer has.
+It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task, and
+``fed-released``, sent after it let go of keys): a key that Dask still knows under another task forgets that task, and a
+fetch task that has run, failed, or is no longer wanted is forgotten, so that Dask never fetches again what the agent no
+longer has.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOAD_S = 0.05
 STATUS_S = 1.0
 LEARNED_S = 0.5
 UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
-ENDS_IMPORT = frozenset({"erred", "forgotten"})
+DORMANT = frozenset({"released", "erred"})
 
 
 class SiteReporter(SchedulerPlugin):
@@ -52,6 +53,7 @@ class SiteReporter(SchedulerPlugin):
         self._told: tuple[int, int] | None = None
         self._learned: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
         scheduler.stream_handlers["fed-import"] = self.expect_imports
+        scheduler.stream_handlers["fed-released"] = self.end_imports
         timers = ((self._tell_load, LOAD_S), (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
         self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
         for callback in self._callbacks:
@@ -78,11 +80,10 @@ class SiteReporter(SchedulerPlugin):
             self.unfinished += 1 if finish in UNFINISHED else -1
         if finish == "memory":
             self._in_memory(key, kwargs.get("startstops") or ())
-        elif finish in ENDS_IMPORT:
-            if finish == "erred":
-                self._erred(key)
-            else:
-                self.failed_imports.discard(key)
+        elif finish == "erred":
+            self._erred(key)
+        elif finish == "forgotten":
+            self.failed_imports.discard(key)
             self.importing.discard(key)
 
     def _in_memory(self, key: Key, startstops: Collection[dict[str, Any]]) -> None:
@@ -109,13 +110,29 @@ class SiteReporter(SchedulerPlugin):
     def _wanted(self, task: Any) -> bool:
         return any(client.client_key == self.client for client in task.who_wants or ())
 
-    def update_graph(self, scheduler: Any, *, client: str, keys: Collection[Key], **kwargs: Any) -> None:
-        """Tell the sizes of keys that were in memory before a graph asked for them."""
-        if client == self.client:
-            for key in keys:
-                task = scheduler.tasks.get(key)
-                if task is not None and task.state == "memory":
-                    self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
+    def update_graph(
+        self, scheduler: Any, *, client: str, keys: Collection[Key], tasks: Collection[Key] = (), **kwargs: Any
+    ) -> None:
+        """Tell the sizes of keys that were in memory before a graph asked for them, and sweep what it left useless."""
+        if client != self.client:
+            return
+        for key in keys:
+            task = scheduler.tasks.get(key)
+            if task is not None and task.state == "memory":
+                self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
+        self._sweep(tasks, keys)
+
+    def _sweep(self, tasks: Collection[Key], keys: Collection[Key]) -> None:
+        """Forget tasks that a graph brought for a key which Dask knows with other dependencies: nobody needs them."""
+        known = self.scheduler.tasks
+        found = (known.get(key) for key in tasks if key not in keys)
+        useless = [
+            task.key
+            for task in found
+            if task is not None and task.state == "released" and not (task.dependents or task.who_wants)
+        ]
+        if useless:
+            self.scheduler.transitions(dict.fromkeys(useless, "forgotten"), "daskfed-sweep")
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """Report the change at once."""
@@ -136,8 +153,19 @@ class SiteReporter(SchedulerPlugin):
         for key in keys:
             self.importing.add(key)
             task = self.scheduler.tasks.get(key)
-            if task is not None and task.state in ("released", "erred") and not task.who_wants:
+            if task is not None and task.state in DORMANT and not task.who_wants:
                 self._forget_lineage(task)
+
+    def end_imports(self, keys: Collection[Key], client: str) -> None:
+        """The agent let go of keys: a fetch task that Dask still knows among them must not run or fail again."""
+        if client != self.client:
+            return
+        for key in self.importing.intersection(keys):
+            task = self.scheduler.tasks.get(key)
+            unused = task is not None and not task.who_wants and not task.waiters
+            if unused and task.state in DORMANT:
+                self._forget_lineage(task)
+            self.importing.discard(key)
 
     def _forget_lineage(self, task: Any) -> None:
         """Have a key that is known only because its dependents are take the task of the next graph."""

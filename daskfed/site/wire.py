@@ -136,7 +136,8 @@ class SchedulerWire:
     def release(self, keys: Collection[Key]) -> None:
         """Have the scheduler let go of keys; reports on them that are under way will not be delivered."""
         release = {"op": "client-releases-keys", "keys": list(keys), "client": self.client}
-        self._send(release, self._reading.mark(silent=keys))
+        ended = {"op": "fed-released", "keys": list(keys)}
+        self._send(release, ended, self._reading.mark(silent=keys))
 
     async def quiet(self, keys: Collection[Key]) -> None:
         """Wait until the scheduler has seen the release of each of these keys that was released."""

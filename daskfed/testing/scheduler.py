@@ -221,8 +221,9 @@ class FakeScheduler:
                 task = self.tasks[key] = FakeTaskState(key, spec, (priority, place[key]))
             elif spec is not None and spec.fetch is not None and not task.wanted and task.state in ABSENT:
                 self._exchange(task, spec)
-            elif task.spec is None:
-                task.spec = spec
+                task.priority = (priority, place[key])
+            elif task.spec is None and spec is not None:
+                task.spec, task.priority = spec, (priority, place[key])
             elif spec is not None and tuple(task.deps) != spec.deps:
                 collisions.add(key)  # Dask warns and keeps the task that it knows
             touched[key] = task

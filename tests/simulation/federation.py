@@ -35,6 +35,7 @@ from tests.simulation.workload import Cutter, random_universe
 NTASKS = 215  # in the universe of a history
 ENOUGH = 200  # tasks run, and events: a history that has fewer asks for more before it ends
 SETTLE_S = 600.0  # virtual time after which a key that has not settled never will
+SILENT_S = 300.0  # virtual time after which links that nobody uses must be silent; losses make them patient
 DETECT_S = 1.0  # until the hub finds out that a peer has crashed
 EMPTY_S = 60.0  # virtual time after which what is left was forgotten
 
@@ -204,12 +205,13 @@ class Simulation:
             for client in self.clients.values():
                 client.release_all()
             self._wait(EMPTY_S, self._leftovers)
+            self.over = True
+            self._wait(SILENT_S, self._talking)
         except Exception as exc:
             raise Broken(
                 f"seed {self.seed}, at {self.clock.now:.4f} s: {type(exc).__name__}: {exc}\n"
                 f"replay it: python -m tests.simulation.replay {self.seed}"
             ) from exc
-        self.over = True
         return self._result()
 
     def _wait(self, limit_s: float, unfinished: Callable[[], str]) -> None:
@@ -243,6 +245,9 @@ class Simulation:
         for site in self.sites.values():
             left += site.leftovers()
         return "; ".join(left)
+
+    def _talking(self) -> str:
+        return ", ".join(f"{site.name} still talks" for site in self.sites.values() if site.talks)
 
     def _ran(self) -> int:
         return sum(site.scheduler.settled for site in self.sites.values())

@@ -350,10 +350,12 @@ class SiteNode:
             "tasks": [key for key, task in self.scheduler.tasks.items() if task.wanted or task.state not in DORMANT],
             "unanswered releases": self._releasing,
         }
-        left = [f"{self.name} has {name} left: {list(book)[:3]}" for name, book in books.items() if book]
-        if self.connection is not None and not self.connection.idle:
-            left.append(f"{self.name}: messages are under way")
-        return left
+        return [f"{self.name} has {name} left: {list(book)[:3]}" for name, book in books.items() if book]
+
+    @property
+    def talks(self) -> bool:
+        """Whether anything is under way or owed between hub and site."""
+        return not self.stopped and self.connection is not None and not self.connection.idle
 
 
 def _kind(event: SchedulerEvent | tuple[Key, ...]) -> Any:

@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from daskfed import cli as module
-from daskfed.cli import check_listen, cli, is_loopback
+from daskfed.cli import cli
+from daskfed.config import check_listen, is_loopback
 
 SITE = ("site", "--name", "north", "--hub", "tcp://127.0.0.1:1")
 

@@ -182,7 +182,7 @@ def places(graph: Graph) -> st.SearchStrategy[dict[Key, Constraint]]:
     return st.dictionaries(st.sampled_from([*graph, *OUTSIDE]), st.sampled_from(PLACES))
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(graph=graphs(), slabs=st.integers(1, 6), cap=st.integers(1, 30), data=st.data())
 def test_any_cut_is_legal_and_gives_the_result(
     graph: tuple[Graph, set[Key]], slabs: int, cap: int, data: st.DataObject

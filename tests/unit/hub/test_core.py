@@ -272,6 +272,10 @@ class TestScatter:
         stage.desire("x")
         assert stage.scatter("south", "x") == [told("x")]
 
+    def test_a_block_that_would_make_only_that_is_forgotten(self, stage: Stage) -> None:
+        stage.scatter("south", "x")
+        assert stage.submit(block("b", "x"), wanted="x") == [ev.ForgetBlock("b"), told("x")]
+
     def test_a_block_that_could_make_it_too_does_not_live_for_it(self, stage: Stage) -> None:
         stage.scatter("south", "x")
         stage.submit(block("b", "x y"), wanted="y")
