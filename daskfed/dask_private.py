@@ -98,7 +98,6 @@ from distributed.shuffle._core import P2PBarrierTask as P2PBarrierTask  # betwee
 from distributed.variable import VariableExtension as VariableExtension
 
 # -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
-from dask.core import validate_key as validate_key
 from distributed.client import _MapExpr as MapExpr  # what Client.map sends
 
 # -- site/session.py: getting values from the workers of a site ------------------------------------------------------

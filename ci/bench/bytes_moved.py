@@ -17,10 +17,10 @@ from dask.base import collections_to_expr
 from dask.order import order
 from dask.sizeof import sizeof
 from dask.utils import format_bytes
-from daskfed.client.graphs import MaterialisedGraph, materialise
 
 import daskfed
 from daskfed import at
+from daskfed.client.graphs import MaterialisedGraph, materialise
 from daskfed.dask_private import FinalizeCompute
 from daskfed.messages import Key
 

@@ -152,7 +152,7 @@ class Fetcher:
             return None
         try:
             comm = await self._pool.connect(address)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):  # TypeError: it wants TLS, and there is no certificate here
             self.forget(request.source)
             if known:  # it may have another address since it was asked for
                 return await self._direct(request)

@@ -94,8 +94,8 @@ class ClientNode:
     def _change_its_mind(self) -> None:
         if not self.held:
             return
-        action = self._rng.choice([self._release_some, self._release_some, self._cancel_some, self._borrow_some])
-        action(self._some_held())
+        actions = (self._release_some, self._start_over, self._cancel_some, self._borrow_some)
+        self._rng.choice(actions)(self._some_held())
 
     def _some_held(self) -> tuple[Key, ...]:
         share = self._rng.choice([0.1, 0.5, 1.0])
@@ -106,6 +106,13 @@ class ClientNode:
             del self.held[key]
             self.values.pop(key, None)
         self._say(self.sim.hub.handle, ev.KeysReleased(self.name, keys))
+
+    def _start_over(self, keys: tuple[Key, ...]) -> None:
+        """Release keys and ask for them, or some of them, again at once."""
+        self._release_some(keys)
+        wanted = tuple(key for key in keys if key not in self.sim.universe.data and self._rng.random() < 0.8)
+        if wanted:
+            self.submit(wanted)
 
     def _cancel_some(self, keys: tuple[Key, ...]) -> None:
         keys = keys[:3]

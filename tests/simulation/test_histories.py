@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -73,7 +75,7 @@ def summary(results: list[Result]) -> str:
     )
 
 
-def not_covered(rows: dict[str, coverage.Counter[coverage.Row]]) -> list[tuple[str, str, str]]:
+def not_covered(rows: Mapping[str, Counter[coverage.Row]]) -> list[tuple[str, str, str]]:
     """Return the rows that these histories should reach, and did not; a few of them are too rare to be sure of."""
     missing = []
     for name, table in TABLES:

@@ -58,7 +58,9 @@ class Command:
             except queue.Empty:
                 raise AssertionError(f"no {pattern!r} within {timeout_s:g} s in:\n{self.output}") from None
             if line is None:
-                raise AssertionError(f"it ended with status {self.process.wait()} and no {pattern!r} in:\n{self.output}")
+                raise AssertionError(
+                    f"it ended with status {self.process.wait()} and no {pattern!r} in:\n{self.output}"
+                )
             if found := re.search(pattern, line):
                 return found
 

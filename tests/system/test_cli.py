@@ -79,7 +79,16 @@ def test_hub_site_and_status_under_each_name_of_the_command(start: Callable[...,
     the_hub = start(hub, run=DASK_FED)
     address = the_hub.line(r"daskfed hub at (tcp://127.0.0.1:\d+)")[1]
     assert "no sites have joined" in status(address, run=DASKFED)
-    options = ("--label", "scratch=era5", "--environment", "default", "--environment", "gpu", "--directory", str(tmp_path))
+    options = (
+        "--label",
+        "scratch=era5",
+        "--environment",
+        "default",
+        "--environment",
+        "gpu",
+        "--directory",
+        str(tmp_path),
+    )
     the_site = joined(start, "north", address, *options, run=DASKFED)
     facts = json.loads(status(address, "--json", run=MODULE))["north"]
     assert facts["labels"] == {"scratch": "era5"} and facts["environments"] == ["default", "gpu"]
@@ -163,7 +172,10 @@ def test_a_site_outlives_its_hub_and_joins_it_again(start: Callable[..., Any]) -
 
 def test_a_hub_where_nobody_listens(start: Callable[..., Any]) -> None:
     """A site says so before it starts a cluster in vain, and status likewise."""
-    commands = start(site, "north", "tcp://127.0.0.1:1"), start(Command, *MODULE, "status", "--hub", "tcp://127.0.0.1:1")
+    commands = (
+        start(site, "north", "tcp://127.0.0.1:1"),
+        start(Command, *MODULE, "status", "--hub", "tcp://127.0.0.1:1"),
+    )
     while any(command.process.poll() is None for command in commands):
         assert not any(HOST in cmdline for cmdline in commands[0].processes().values())
         time.sleep(0.2)

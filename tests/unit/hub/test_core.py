@@ -12,14 +12,17 @@ from daskfed.messages import (
     BlockLost,
     BlockRecalled,
     BlockStarted,
+    CopyKeys,
     Import,
     ImportFailed,
+    Key,
     KeyImported,
     KeysFailed,
     KeysMade,
     MadeKey,
 )
 from tests.unit.hub.builders import (
+    Commands,
     Stage,
     block,
     cancel,
@@ -260,6 +263,32 @@ class TestWishes:
         stage.scatter("north", "y", client="d")
         stage.submit(block("b", "x z"), wanted="z")
         assert [stage.key(name).owner for name in "xyz"] == ["ben", "ben", "ann"]
+
+
+class TestFuturesOfTasks:
+    """A task took a future out of a Variable or a Queue: its site is to have the key."""
+
+    def needed(self, stage: Stage, site: str, *names: Key) -> Commands:
+        return stage(ev.KeysNeeded(site, names))
+
+    def test_a_key_that_is_elsewhere_is_copied_once(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        assert self.needed(stage, "south", "x") == [ev.TellSite("south", CopyKeys((Import("x", "north", 8),)))]
+        assert self.needed(stage, "south", "x") == []
+        assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False)) == []
+        assert self.needed(stage, "south", "x") == []
+        assert list(stage.key("x").holders) == ["north", "south"]
+
+    def test_what_is_there_or_nowhere_is_not_copied(self, stage: Stage) -> None:
+        stage.scatter("south", "x")
+        stage.desire("y")
+        stage.submit(block("b", "z"), wanted="z")
+        stage.failed("b", "z")
+        assert self.needed(stage, "south", "x", "y", "z", "unknown") == []
+
+    def test_a_site_that_is_gone_needs_nothing(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        assert self.needed(stage, "west", "x") == []
 
 
 class TestScatter:

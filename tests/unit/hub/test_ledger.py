@@ -209,6 +209,13 @@ class TestLosses:
         again = run("south", b, Import("x", "west", 8), n=2)
         assert stage.made("a", "x") == [told("x"), again]
 
+    def test_an_import_ends_with_its_site(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        b = block("b", "y", "x", sites=("south", "west"))
+        assert stage.submit(b, wanted="y") == [run("south", b, Import("x", "north", 8))]
+        assert stage.leave("south") == []
+        assert stage.join("west") == [run("west", b, Import("x", "north", 8), n=2)]
+
     def test_a_copy_that_arrives_after_the_original_is_gone_saves_it(self, stage: Stage) -> None:
         stage.scatter("north", "x")
         stage.submit(block("b", "y", "x", sites=("south",)), wanted="y")
