@@ -41,6 +41,7 @@ EXTRAS = {
         "mypy>=1.13",
         "networkx>=3.2",  # max-flow: the lower bound of what a placement must move
         "psutil>=5.9",
+        "scipy>=1.11",  # netCDF files for open_mfdataset
         "pytest>=8.2",
         "pytest-timeout>=2.3",
         "ruff>=0.8",

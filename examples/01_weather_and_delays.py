@@ -130,7 +130,7 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
 def show_where(client: Client, kept: dict[str, list[Future]]) -> None:
     """Print the sites, where each table was made, and what crossed between sites."""
     print("\nWhat ran where (parts of each table)")
-    for name, site in client.sites().items():
+    for name, site in sorted(client.sites().items()):
         print(f"  {name}: {site['workers']} worker, {site['threads']} thread, holds {site['held'] / 1e6:.1f} MB")
     made = {name: Counter(client.explain(future.key)["site"] for future in futures) for name, futures in kept.items()}
     for name, count in made.items():

@@ -13,6 +13,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 from _common import hub_and_sites, verdict, wait_for
+from dask._expr import FinalizeCompute
 from dask.base import collections_to_expr
 from dask.order import order
 from dask.sizeof import sizeof
@@ -21,7 +22,6 @@ from dask.utils import format_bytes
 import daskfed
 from daskfed import at
 from daskfed.client.graphs import MaterialisedGraph, materialise
-from daskfed.dask_private import FinalizeCompute
 from daskfed.messages import Key
 
 SIDE = 3600  # an array of SIDE x SIDE float64 has 104 MB

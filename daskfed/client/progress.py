@@ -36,8 +36,9 @@ def _listening(stock: Callable[[Any], Awaitable[None]], is_federated: Callable[[
 async def _follow(bar: Any, client: Any) -> None:
     """Draw a bar until its futures are done."""
     interval_s = parse_timedelta(bar.interval, default="s")
+    seen: dict[str, int] = {}
     while True:
-        response = await _response(bar, client)
+        response = await _response(bar, client, seen)
         bar._last_response, bar.status = response, response["status"]
         bar._draw_bar(**response)
         if response["status"] in FINAL:
@@ -46,14 +47,24 @@ async def _follow(bar: Any, client: Any) -> None:
         await asyncio.sleep(interval_s)
 
 
-async def _response(bar: Any, client: Any) -> dict[str, Any]:
+async def _response(bar: Any, client: Any, seen: dict[str, int]) -> dict[str, Any]:
     states = [client.futures[key] for key in bar.keys if key in client.futures]
     asked = asyncio.run_coroutine_threadsafe(client.fetch_progress(bar.keys), client.loop.asyncio_loop)
     counts = await asyncio.wrap_future(asked)  # the bar may run on an event loop of its own
-    response: dict[str, Any] = dict(counts)
+    response: dict[str, Any] = completed(counts, seen)
     if not isinstance(bar, MultiProgressBar):
-        response = {name: sum(each.values()) for name, each in counts.items()}
+        response = {name: sum(each.values()) for name, each in response.items()}
     failed = next((state for state in states if state.status == "error"), None)
     if failed is not None:
         return response | {"status": "error", "key": failed.key, "exception": failed.exception, "traceback": None}
     return response | {"status": "finished" if all(state.done() for state in states) else "running"}
+
+
+def completed(counts: dict[str, dict[str, int]], seen: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Return counts with the tasks that the hub has forgotten since, which are done: else bars would go backwards.
+
+    ``seen`` has the most tasks of each prefix so far, and is brought up to date.
+    """
+    for prefix, count in counts["all"].items():
+        seen[prefix] = max(count, seen.get(prefix, 0))
+    return {"all": dict(seen), "remaining": {prefix: counts["remaining"].get(prefix, 0) for prefix in seen}}

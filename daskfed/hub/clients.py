@@ -120,11 +120,9 @@ class ClientSessions:
             session.send({"op": "error", "exception": f"{type(exc).__name__}: {exc}"})
 
     async def close(self) -> None:
-        """End every stream."""
+        """End every stream: a client whose cluster is closed then closes too, others try to connect again."""
         for session in list(self.sessions.values()):
-            session.send({"op": "close"})
-            with suppress(OSError, asyncio.TimeoutError):
-                await session.stream.close(timeout=1)
+            session.stream.abort()
 
     # -- told by clients ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distributed.comm.core import Comm
-from distributed.core import Status
+from distributed.core import Status, error_message
 
 from daskfed.comm.opaque import relays_errors
 from daskfed.errors import UnknownSiteError
@@ -149,13 +149,14 @@ class Gateway:
 
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""
-        await comm.write(await self.identity(n_workers=-1))
-        self.hub.watchers.add(comm)
+        identity = await self.identity(n_workers=-1)
+        await comm.write(identity)
+        self.hub.watchers[comm] = set(identity["workers"])
         try:
             while not comm.closed():
                 await asyncio.sleep(0.5)
         finally:
-            self.hub.watchers.discard(comm)
+            del self.hub.watchers[comm]
         return Status.dont_reply
 
     async def ncores(self, workers: Any = None) -> dict[str, int]:
@@ -271,6 +272,17 @@ class Gateway:
         """Return a site that holds a key, if any."""
         state = self.hub.core.ledger.keys.get(key)
         return next(iter(state.holders), None) if state is not None and state.phase is KeyPhase.HELD else None
+
+
+class Handlers(dict[str, Callable[..., Any]]):
+    """RPC handlers by op. One that is missing answers with an error, where a server would answer with nothing."""
+
+    def __missing__(self, op: str) -> Callable[..., Any]:
+        def refuse(**kwargs: Any) -> Any:
+            problem = f"a federation does not do {op!r} yet, only one site's own scheduler does"
+            return error_message(NotImplementedError(problem), status="uncaught-error")
+
+        return refuse
 
 
 def address_at(site: str, address: str) -> str:

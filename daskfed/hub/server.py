@@ -26,7 +26,7 @@ from daskfed.hub import events as ev
 from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import attach
 from daskfed.hub.core import HubCore
-from daskfed.hub.gateway import Gateway
+from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
@@ -62,6 +62,7 @@ class Hub(Hosting, OpaqueServer):
 
     def __init__(self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False) -> None:
         self.status: Status
+        self.handlers: dict[str, Any]
         self.security = security
         self.fixed = fixed
         self.started_at = time.time()
@@ -71,10 +72,11 @@ class Hub(Hosting, OpaqueServer):
         self.secret = secrets.token_urlsafe(32)  # lets the agents of this federation fetch keys from each other
         self.sessions = ClientSessions(self)
         self.gateway = Gateway(self)
-        self.watchers: set[Comm] = set()  # told about workers that come and go
+        self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
+        self._telling = asyncio.Lock()
         connection_args = security.get_connection_args("scheduler") if security else {}
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
-        self.handlers.update(self._own_handlers() | self.gateway.handlers())
+        self.handlers = Handlers(self.handlers | self._own_handlers() | self.gateway.handlers())
         self.stream_handlers.update(self.sessions.stream_handlers())
         self.coordination = attach(self)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
@@ -229,8 +231,13 @@ class Hub(Hosting, OpaqueServer):
             self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
 
     async def _tell_watcher(self, comm: Comm) -> None:
-        with suppress(OSError, OpaqueError):  # a site that goes away meanwhile is told about again
-            await comm.write([("add", await self.gateway.identity(n_workers=-1))])
+        async with self._telling:
+            with suppress(OSError, OpaqueError):  # a site that goes away meanwhile is told about again
+                identity = await self.gateway.identity(n_workers=-1)
+                gone = self.watchers.get(comm, set()) - identity["workers"].keys()
+                if comm in self.watchers:
+                    self.watchers[comm] = set(identity["workers"])
+                await comm.write([("add", identity), *(("remove", address) for address in gone)])
 
     async def park_channel(self, comm: Comm, site: str, incarnation: str, token: str) -> Status:
         """Keep a channel that a site dialled, for calls to it."""

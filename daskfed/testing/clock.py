@@ -34,8 +34,14 @@ class VirtualClock:
         action(*args)
         return True
 
-    def run_until(self, when: float) -> None:
-        """Run all actions up to and including the time ``when``; the clock then shows ``when``."""
+    def run_until(self, when: float, most_steps: int = 100_000) -> None:
+        """Run all actions up to and including the time ``when``; the clock then shows ``when``.
+
+        Raises RuntimeError where that takes more than ``most_steps`` actions: they plan each other in circles.
+        """
+        limit = self.steps + most_steps
         while self._planned and self._planned[0][0] <= when:
+            if self.steps >= limit:
+                raise RuntimeError(f"at {self.now} s: {most_steps} actions, and no end")
             self.step()
         self.now = max(self.now, when)

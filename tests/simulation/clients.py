@@ -69,7 +69,7 @@ class ClientNode:
 
     def _act(self) -> None:
         keys = self.sim.universe.computed()
-        self.submit(tuple(dict.fromkeys(self._rng.choice(keys) for _ in range(self._rng.choice([1, 5, 15])))))
+        self.submit(tuple(dict.fromkeys(self._rng.choice(keys) for _ in range(self._rng.choice([1, 3, 8])))))
         for _ in range(self._rng.randrange(4)):
             self._plan(self._rng.expovariate(1.0), self._change_its_mind)
         self._submissions -= 1

@@ -52,7 +52,7 @@ class Cores:
     site: Callable[..., SiteCore] = SiteCore
     link: Callable[..., AnyLink] = Link
     node: Callable[..., SiteNode] = SiteNode
-    checked: bool = True  # whether the cores verify themselves after each event; without, only the history's rules do
+    check_every: int | None = None  # events between two self-checks of the cores; 0: never; None: see should_check
 
 
 @dataclass(slots=True)
@@ -174,6 +174,16 @@ class Simulation:
     def fail(self, rule: str) -> None:
         """Raise Broken."""
         raise Broken(rule)
+
+    def should_check(self) -> bool:
+        """Say whether a core is to verify itself now.
+
+        It takes as long as all the rest; so only every fourth history, and a replay, does so after each event.
+        """
+        every = self.cores.check_every
+        if every is None:
+            every = 1 if self.story is not None or self.seed % 4 == 0 else 10
+        return every > 0 and self.events % every == 0
 
     def all_joined(self) -> bool:
         """Whether every site is there: then a constraint that no site meets is an error at once."""

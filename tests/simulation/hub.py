@@ -74,7 +74,7 @@ class HubNode:
         """Give one event to the core, verify it, and do what it commands."""
         self.sim.log("hub", event)
         commands = self.core.handle(event, self.sim.clock.now)
-        if self.sim.cores.checked and (commands or not _quiet(event)):
+        if self.sim.should_check() and (commands or not _quiet(event)):
             self.core.check()
         self._follow_stories()
         touched: dict[str, None] = {}

@@ -176,7 +176,7 @@ class SiteNode:
             return
         self.sim.log(self.name, event)
         commands = self.core.handle(event, self.sim.clock.now)
-        if self.sim.cores.checked and (commands or not isinstance(event, ev.Load)):
+        if self.sim.should_check() and (commands or not isinstance(event, ev.Load)):
             self.core.check()
         self._follow_stories()
         for command in commands:

@@ -73,7 +73,7 @@ class Command:
         return self.process.wait(timeout_s)
 
     def processes(self) -> dict[int, str]:
-        """Return the processes that it started, directly or not, and that still run, also when it ended: pid -> command."""
+        """Return its processes that still run, whoever started them, also when it has ended: pid -> command line."""
         found = {}
         for process in psutil.process_iter():
             try:

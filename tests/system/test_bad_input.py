@@ -1,4 +1,4 @@
-"""What a user gets wrong: an error that says so, from the call that caused it, and a federation that goes on working."""
+"""What a user gets wrong: an error that says so, from the call that caused it; the federation goes on working."""
 
 from __future__ import annotations
 
@@ -418,9 +418,11 @@ def clash_in(client: Client, federation: Any) -> list[Any]:
 
 
 def test_the_first_task_of_a_key_wins_as_in_stock_dask(client: Client, federation: Federation) -> None:
-    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
-        with distributed.Client(cluster, set_as_default=False) as stock:
-            expected = clash_in(stock, cluster)
+    with (
+        distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
+        distributed.Client(cluster, set_as_default=False) as stock,
+    ):
+        expected = clash_in(stock, cluster)
     assert clash_in(client, federation) == expected == [3] * 5
     wait_for(lambda: client.explain("clash")["phase"] == "unknown")
     assert client.submit(operator.add, 7, 7, key="clash").result() == 14

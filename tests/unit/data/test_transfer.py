@@ -113,7 +113,7 @@ def test_the_hub_is_asked_once_for_an_address_and_a_connection_is_used_again() -
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("address", ["", "inproc://10.0.0.1/1/1", "gopher://x"])
+@pytest.mark.parametrize("address", ["", "inproc://10.0.0.1/1/1", "gopher://x", "tls://127.0.0.1:1"])
 def test_a_site_that_cannot_be_dialled_is_reached_through_the_hub(address: str) -> None:
     async def check() -> None:
         north = NorthSite({"a": 1}, address)

@@ -350,6 +350,14 @@ class TestFailures:
             release("north", "x"), release("south", "x"), told_failed("y z"), forget("x"), ev.ForgetBlock("a")
         ]  # fmt: skip
 
+    def test_a_failure_outlives_the_site_that_reported_it(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        stage.failed("b", "x")
+        assert stage.leave("north") == []
+        assert stage.desire("x", client="d") == [told_failed("x", client="d")]
+        stage.drop("x", client="d")
+        assert stage.drop("x") == [forget("x"), ev.ForgetBlock("b")]
+
     def test_some_outputs_of_a_block_may_fail_and_others_not(self, stage: Stage) -> None:
         stage.submit(block("b", "x y z"), wanted="x y")
         assert stage.failed("b", "x") == [told_failed("x")]

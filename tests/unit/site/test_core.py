@@ -266,6 +266,11 @@ class TestRelease:
         assert site(ready("x")) == [made("b", "x")]
         assert site(ReleaseKeys(("x",))) == [ReleaseAtScheduler(("x",))]
 
+    def test_what_was_reported_after_the_hub_sent_the_release_stays(self, site: Site) -> None:
+        site(run(block("a", ("x",))), ready("x"), run(block("b", ("x",))), ready("x"))  # two reports of x
+        assert site(ReleaseKeys(("x",), seen=1)) == []
+        assert site(ReleaseKeys(("x",), seen=2)) == [ReleaseAtScheduler(("x",))]
+
     def test_a_key_that_is_imported_again_while_it_is_still_here_is_announced_at_once(self, site: Site) -> None:
         site(run(block("a", ("x",))), ready("x"), run(block("b", ("y",), ("x",))), ReleaseKeys(("x",)))
         assert site(CopyKeys((Import("x", "north", 8),))) == [TellHub(KeyImported("x", "", 8, 0.0, False))]

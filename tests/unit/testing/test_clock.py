@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from daskfed.testing.clock import VirtualClock
 
 
@@ -16,6 +18,17 @@ def test_actions_run_in_order_of_time_then_of_planning() -> None:
     assert not clock.step()
     assert ran[-1] == (2.0, "late")
     assert clock.steps == 3
+
+
+def test_actions_that_plan_each_other_in_circles_are_found_out() -> None:
+    clock = VirtualClock()
+
+    def circle() -> None:
+        clock.call_later(0.0, circle)
+
+    circle()
+    with pytest.raises(RuntimeError, match="no end"):
+        clock.run_until(1.0, most_steps=100)
 
 
 def test_what_is_planned_for_the_past_runs_now() -> None:
