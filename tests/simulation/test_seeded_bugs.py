@@ -122,13 +122,6 @@ class ConsumerNotCounted(Ledger):
             self.keys[key].consumers.pop(block.spec.id, None)
 
 
-class MakerNotKept(Ledger):
-    """The block that made a key may be cancelled while only its key is needed."""
-
-    def _take_over(self, state: KeyState, claim: str) -> None:
-        pass
-
-
 class ReplicaNotReleased(Ledger):
     """The hub forgets where else a key is."""
 
@@ -175,12 +168,12 @@ BUGS = {
     "block sent twice": Cores(hub=BlockSentTwice),
     "release overtaken by re-import": Cores(hub=ReleaseOvertaken),
     "consumer of an input not counted": Cores(hub=with_ledger(ConsumerNotCounted)),
-    "block cancelled whose key is needed": Cores(hub=with_ledger(MakerNotKept)),
     "replica not released": Cores(hub=with_ledger(ReplicaNotReleased)),
     "draining site lets keys go": Cores(hub=with_dispatcher(LeavesWithItsKeys)),
     "link delivers twice and out of order": Cores(link=NoDedupe),
     "link does not send again": Cores(link=NotSentAgain),
 }
+
 
 def first_broken(cores: Cores) -> tuple[int, str] | None:
     """Return the first seed whose history breaks a rule, and which."""
