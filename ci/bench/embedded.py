@@ -14,7 +14,7 @@ REPEATS = 5
 OPTIONS = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0"}
 
 
-def graph(chunks: int = 60) -> da.Array:
+def graph(chunks: int = 39) -> da.Array:
     """Return the mean of an array of ``chunks`` squared chunks: about 10,000 tasks."""
     x = da.random.random((chunks * 10, chunks * 10), chunks=10)
     return ((x + 1) * 2 - x.mean(axis=0)).mean()

@@ -25,7 +25,7 @@ from daskfed.site.core import SiteCore
 from daskfed.site.records import BlockState as SiteBlock
 from tests.simulation.federation import Broken, Cores, Simulation
 
-SEEDS = range(40)
+SEEDS = range(100)
 
 
 # -- bugs of a site's core ---------------------------------------------------------------------------------------------
