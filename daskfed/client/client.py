@@ -198,14 +198,13 @@ class Client(distributed.Client):
             return self._submit(expr, list(dict.fromkeys(keys)), annotations)
 
     def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
-        known = {key for key in keys if key in self.futures and self.futures[key].status in LIVE}
         if isinstance(expr, MapExpr):
             return self._submit_calls(_calls_of_map(expr), keys, annotations)
         if isinstance(expr, LLGExpr) and len(keys) == 1 and len(expr.operand("dsk")) == 1:
             ((key, task),) = expr.operand("dsk").items()
             if isinstance(task, Task):
                 return self._submit_calls([Calls(expr, (key,), frozenset(task.dependencies))], keys, annotations)
-        return self._submit_graph(materialise(expr, keys, annotations), keys, known)
+        return self._submit_graph(materialise(expr, keys, annotations), keys)
 
     def _submit_calls(self, calls: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
         constraint = constraint_of(annotations)
@@ -216,7 +215,8 @@ class Client(distributed.Client):
         self._send(submission, keys, held)
         return futures
 
-    def _submit_graph(self, graph: MaterialisedGraph, keys: list[Key], known: set[Key]) -> dict[Key, Future]:
+    def _submit_graph(self, graph: MaterialisedGraph, keys: list[Key]) -> dict[Key, Future]:
+        known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
         graph = self._without_known(graph)
         for constraint in set(graph.constraints.values()):
@@ -234,12 +234,16 @@ class Client(distributed.Client):
     def _without_known(self, graph: MaterialisedGraph) -> MaterialisedGraph:
         """Leave out what the federation holds already, and add what so far only this client could assemble."""
         tasks = dict(graph.tasks)
-        for key in [key for key in tasks if key in self.futures and self.futures[key].status in LIVE]:
+        for key in list(filter(self._is_live, tasks)):
             if key not in self._assemblies:
                 del tasks[key]
         wanted_here = external_futures(graph) & self._assemblies.keys()
         tasks |= {key: self._assemblies[key][0].task for key in wanted_here}
         return graph.restricted(tasks)
+
+    def _is_live(self, key: Key) -> bool:
+        """Say whether a future of this client stands for a key, so that it need not be made again."""
+        return key in self.futures and self.futures[key].status in LIVE
 
     def _hold(self, keys: Iterable[Key]) -> list[Future]:
         """Keep keys that a graph needs from being released before the graph was sent."""

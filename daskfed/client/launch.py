@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import signal
@@ -11,12 +10,10 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-import cloudpickle
-
 from daskfed import errors
 from daskfed.config import SiteOptions
 from daskfed.errors import SiteStartError
-from daskfed.site.clusters import credentials
+from daskfed.site.clusters import ClusterSpec, credentials
 
 CLOSE_TIMEOUT_S = 20.0
 
@@ -57,8 +54,7 @@ class SiteProcess:
 
     def _spec(self) -> dict[str, Any]:
         plain = self.options.model_dump(mode="json", exclude={"cluster", "options"})
-        opened = {"cluster": self.options.cluster, "options": self.options.options}
-        packed = base64.b64encode(cloudpickle.dumps(opened)).decode()
+        packed = ClusterSpec.of(self.options).pickle
         security = credentials(self)  # on a pipe, so keys need not be in files
         return {"name": self.name, "hub": self.hub, **plain, "pickled": packed, "security": security}
 

@@ -151,7 +151,7 @@ class ClientSessions:
         self.hub.stores.keep_payloads(specs, payloads)
         self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
 
-    def update_graph(self, client: str, keys: Collection[Key], constraint: Any = None, **fields: Any) -> None:
+    def update_graph(self, client: str, keys: Collection[Key], **fields: Any) -> None:
         """A client submits a whole graph, unopened: it runs at the client's home site."""
         session = self.sessions[client]
         if session.home not in self.hub.core.sites:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +16,6 @@ from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState, matches
 from daskfed.hub.inspection import progress_of
-from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -131,12 +129,9 @@ class Gateway:
     async def site_address(self, site: str, token: str) -> dict[str, Any]:
         """Tell an agent where it may fetch keys of another site; an empty address means: only through the hub."""
         port = self.hub.ports.get(site)
-        if port is None or not self._trusted(token):
+        if port is None or not self.hub.trusts(token):
             return {"status": "error", "reason": f"no site {site!r} is connected, or the caller is no site of the hub"}
         return {"status": "OK", "address": port.hello.data_address, "federation": self.hub.secret}
-
-    def _trusted(self, token: str) -> bool:
-        return hmac.compare_digest(token or "", self.hub.secret)
 
     async def no_logs(self, n: int | None = None) -> list[Any]:
         """The hub keeps no log of its own for clients."""
@@ -261,17 +256,12 @@ class Gateway:
     async def relay_fetch(self, comm: Comm, site: str, keys: Collection[Key], token: str) -> Status:
         """Stream keys of one site to another that cannot reach it; each message is written before the next is read."""
         port = self.hub.ports.get(site)
-        if port is None or not self._trusted(token):
+        if port is None or not self.hub.trusts(token):
             await comm.write({"end": True, "error": f"site {site!r} is not connected to the hub"})
             return Status.dont_reply
         async for message in port.stream_keys(keys, token):
             await comm.write(message)
         return Status.dont_reply
-
-    def held_at(self, key: Key) -> str | None:
-        """Return a site that holds a key, if any."""
-        state = self.hub.core.ledger.keys.get(key)
-        return next(iter(state.holders), None) if state is not None and state.phase is KeyPhase.HELD else None
 
 
 class Handlers(dict[str, Callable[..., Any]]):
