@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import click
 
 from daskfed.config import DEFAULT_CLUSTER, SiteOptions, check_listen, parse_labels, site_options
+from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -205,10 +205,9 @@ async def _until(stop: asyncio.Event, work: Awaitable[Any]) -> bool:
     working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
     ended = working.done()
-    for task in (working, stopping):
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    await end_tasks(working, stopping)
+    if not working.cancelled():
+        working.result()
     return ended
 
 
@@ -265,4 +264,3 @@ def _table(sites: dict[str, Any]) -> str:
     rows = [("site", *columns)] + [(name, *(str(facts[c]) for c in columns)) for name, facts in sites.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-

@@ -15,6 +15,7 @@ from typing import Any
 
 from distributed.comm.core import Comm
 
+from daskfed.ending import end_tasks
 from daskfed.link import Envelope, Link
 from daskfed.messages import Message, decode, encode
 
@@ -50,9 +51,7 @@ class ControlStream:
             while True:
                 self._receive(await self.comm.read())
         finally:
-            writer.cancel()
-            with suppress(asyncio.CancelledError, OSError):
-                await writer
+            await end_tasks(writer)
 
     def _receive(self, plain: dict[str, Any]) -> None:
         for each in plain["envelopes"]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from daskfed.comm.opaque import OpaqueError, OpaquePool
 from daskfed.data.parcels import Parcel, Unpacker, pack
+from daskfed.ending import end_tasks
 from daskfed.errors import TransferError
 from daskfed.messages import Key
 
@@ -127,9 +128,7 @@ class Fetcher:
 
     async def close(self) -> None:
         """Give up what is under way."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         await self._pool.close()
 
     async def _fetch_group(self, source: str, keys: list[Key]) -> None:

@@ -27,6 +27,7 @@ from distributed.comm.core import Comm
 from distributed.core import Status
 
 from daskfed.comm.opaque import OpaqueServer
+from daskfed.ending import end_tasks
 from daskfed.errors import DaskfedError, TransferError
 from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
@@ -191,11 +192,7 @@ class Agent:
         if self._closed:
             return
         self._closed = True
-        for task in (self._keeper, self._watcher):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        await end_tasks(self._keeper, self._watcher)
         if self._session is not None:
             await self._session.close()
         if isinstance(self._port, RemoteHub):

@@ -23,6 +23,7 @@ from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
 from daskfed.comm.opaque import OpaqueError, OpaquePool, connect_opaque
+from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused
 from daskfed.messages import Key, Message, SiteHello, encode
 
@@ -165,9 +166,7 @@ class RemoteHub:
             await self._stream.flush(timeout_s=2.0)
         if self._channels is not None:
             await self._channels.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         if self._stream is not None:
             with suppress(OSError):
                 await self._stream.comm.close()
@@ -194,9 +193,7 @@ class Channels:
 
     async def close(self) -> None:
         """End all channels."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     async def _keep_one(self) -> None:
         """Serve one channel; when it breaks while the hub is still there, another is opened with the next call."""

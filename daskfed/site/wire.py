@@ -23,6 +23,7 @@ from distributed.versions import get_versions
 
 from daskfed.comm.opaque import connect_opaque
 from daskfed.dask_private import ToPickle
+from daskfed.ending import end_tasks
 from daskfed.errors import SiteStartError
 from daskfed.messages import Key, MadeKey
 from daskfed.site import events as ev
@@ -82,10 +83,7 @@ class SchedulerWire:
 
     async def close(self) -> None:
         """End the stream; the scheduler then lets go of all keys that were asked for."""
-        if self._reader is not None:
-            self._reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._reader
+        await end_tasks(self._reader)
         with suppress(OSError, TimeoutError):
             await asyncio.wait_for(self._stream.close(), CLOSE_TIMEOUT_S)
         self._stream.abort()
@@ -121,9 +119,7 @@ class SchedulerWire:
         """Submit fetch tasks under the names ``keys``; a higher ``priority`` runs earlier, as everywhere in Dask."""
         self._send({"op": "fed-import", "keys": list(keys)})
         order = dict.fromkeys(keys, 0)
-        self.update_graph(
-            {"expr_ser": expr, "keys": set(keys), "internal_priority": order, "user_priority": priority}
-        )
+        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": order, "user_priority": priority})
 
     def update_graph(self, fields: Mapping[str, Any]) -> None:
         """Send an ``update-graph`` message; fields that are not given are as a plain client sends them."""
