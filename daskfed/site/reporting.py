@@ -121,6 +121,19 @@ class SiteReporter(SchedulerPlugin):
             if task is not None and task.state == "memory":
                 self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
         self._sweep(tasks, keys)
+        if blamed := [key for key in tasks if scheduler.tasks[key].exception_blame is not None]:
+            scheduler.loop.add_callback(self._fail_stuck, blamed)
+
+    def _fail_stuck(self, keys: Collection[Key]) -> None:
+        """Fail tasks that Dask lets wait for an input that has failed.
+
+        It decides that a new task of such an input is to fail, and where a dependent that it takes up first decides
+        that the task is to wait, the later decision wins.
+        """
+        found = (self.scheduler.tasks.get(key) for key in keys)
+        stuck = [task.key for task in found if task is not None and task.state == "waiting" and task.exception_blame]
+        if stuck:
+            self.scheduler.transitions(dict.fromkeys(stuck, "erred"), "daskfed-stuck")
 
     def _sweep(self, tasks: Collection[Key], keys: Collection[Key]) -> None:
         """Forget tasks that a graph brought for a key which Dask knows with other dependencies: nobody needs them."""

@@ -97,7 +97,7 @@ class FakeTaskState:
 
     key: Key
     spec: FakeTask | None  # None: pure data, which cannot be made again
-    priority: tuple[int, int]
+    priority: tuple[int, ...]  # (): data that was never to be computed
     state: State = State.RELEASED
     deps: dict[Key, FakeTaskState] = field(default_factory=dict)
     dependents: dict[Key, FakeTaskState] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class FakeScheduler:
         self._clock = clock
         self._tell = tell
         self._idle_threads = threads
-        self._ready: list[tuple[tuple[int, int], int, FakeTaskState]] = []
+        self._ready: list[tuple[tuple[int, ...], int, FakeTaskState]] = []
         self._todo: dict[Key, tuple[FakeTaskState, State]] = {}  # recommended transitions, as in Dask
         self._orders = 0
 
@@ -153,6 +153,7 @@ class FakeScheduler:
             if task.state is not State.FORGOTTEN:
                 self._inherit_failure(task)
         self._transitions()
+        self._fail_stuck(touched)
         for task in touched:
             if task.wanted:
                 self._report(task)
@@ -178,7 +179,7 @@ class FakeScheduler:
 
     def scatter(self, key: Key, value: int, nbytes: int) -> None:
         """Put data on a worker and want it."""
-        data = self.tasks[key] = FakeTaskState(key, None, (0, 0), State.MEMORY)
+        data = self.tasks[key] = FakeTaskState(key, None, (), State.MEMORY)
         data.value, data.nbytes, data.wanted = value, nbytes, True
 
     def gather(self, key: Key) -> int | Failure:
@@ -221,9 +222,9 @@ class FakeScheduler:
                 task = self.tasks[key] = FakeTaskState(key, spec, (priority, place[key]))
             elif spec is not None and spec.fetch is not None and not task.wanted and task.state in ABSENT:
                 self._exchange(task, spec)
-                task.priority = (priority, place[key])
             elif task.spec is None and spec is not None:
-                task.spec, task.priority = spec, (priority, place[key])
+                task.spec = spec
+                task.priority = task.priority or (priority, place[key])
             elif spec is not None and tuple(task.deps) != spec.deps:
                 collisions.add(key)  # Dask warns and keeps the task that it knows
             touched[key] = task
@@ -268,6 +269,13 @@ class FakeScheduler:
                 task.value = dep.value
                 self._recommend(task, State.ERRED)
                 return
+
+    def _fail_stuck(self, touched: list[FakeTaskState]) -> None:
+        """Fail tasks that Dask lets wait for an input that has failed: another thing the agent's plugin does."""
+        for task in touched:
+            if task.state is State.WAITING:
+                self._inherit_failure(task)
+        self._transitions()
 
     # -- transitions --------------------------------------------------------------------------------------------
 
@@ -407,7 +415,7 @@ class FakeScheduler:
             self._tell(Erred(task.key, task.value))
 
 
-def _priority(task: FakeTaskState) -> tuple[int, int]:
+def _priority(task: FakeTaskState) -> tuple[int, ...]:
     return task.priority
 
 

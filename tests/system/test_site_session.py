@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import dask
 import pytest
-from distributed import Scheduler, Worker
+from distributed import Client, Scheduler, Worker, wait
 from distributed.protocol.serialize import serialize
 
 from daskfed.comm.opaque import OpaqueServer
@@ -38,6 +39,7 @@ from daskfed.messages import (
     RunBlock,
     SiteStatus,
 )
+from daskfed.site.reporting import SiteReporter
 from daskfed.site.session import Session
 
 pytestmark = pytest.mark.system
@@ -214,6 +216,24 @@ def test_a_key_that_failed_here_before_and_exists_elsewhere_now_is_brought_in() 
         site.run({"z": (operator.add, X, 1)}, Import("x", "north", 28))
         await site.made("z")
         assert await site.value("z") == 1001
+
+    check(story)
+
+
+def test_a_task_of_a_failed_input_fails_also_where_a_dependent_of_it_comes_first() -> None:
+    async def story(site: Site) -> None:
+        async with Client(site.scheduler.address, asynchronous=True) as client:
+            reporter = SiteReporter(client.id)
+            site.scheduler.add_plugin(reporter)
+            await reporter.start(site.scheduler)
+            failed = client.submit(fail)
+            await wait(failed)
+            first = dask.delayed(abs)(failed)
+            with dask.annotate(priority=10):
+                second = dask.delayed(abs)(first)
+            futures = client.compute([first, second], optimize_graph=False)
+            await wait(futures, timeout=10)
+            assert [future.status for future in futures] == ["error", "error"]
 
     check(story)
 

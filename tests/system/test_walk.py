@@ -217,7 +217,6 @@ def _held(client: Client, keys: list[str]) -> bool:
     return any(key in held for held in has_what.values() for key in keys)
 
 
-@pytest.mark.xfail(strict=False, reason="sometimes the lower priority still runs first; cause not found yet")
 def test_priority(client: Client) -> None:
     """Higher priority runs first at a busy site."""
     blockers = client.map(where, range(4), delay=0.5, pure=False, site="north")
