@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from daskfed.backlog import Backlog
 from daskfed.hub.estimates import FunctionBook, LinkBook
 from daskfed.hub.events import TellSite
 from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
@@ -45,8 +46,7 @@ class SiteState:
     hello: SiteHello
     status: SiteStatus | None = None  # None until its first report
     blocks: dict[str, None] = field(default_factory=dict)  # placed here and unfinished, in order of placement
-    backlog_s: float = 0.0  # seconds of one thread that they are expected to take
-    ntasks: int = 0  # of those blocks
+    backlog: Backlog = field(default_factory=Backlog)  # what those blocks are expected to take
     recalled_for: str | None = None  # block that is being recalled for the sake of this site
     copying: set[Key] = field(default_factory=set)  # keys that it hands over before it leaves
     leaving: bool = False  # it was told to close
@@ -62,18 +62,23 @@ class SiteState:
         return self.status.threads if self.status else 0
 
     @property
+    def backlog_s(self) -> float:
+        """Seconds of one thread that its unfinished blocks are expected to take."""
+        return self.backlog.total.seconds
+
+    @property
     def draining(self) -> bool:
         """Whether it takes no more blocks."""
         return self.leaving or self.status is None or self.status.draining
 
-    def has_room(self) -> bool:
-        """Say whether it should be given more work now."""
+    def has_room(self, priority: int) -> bool:
+        """Say whether it should be given more work of this priority now."""
         if self.draining or self.status is None:
             return False
         threads = max(1, self.threads)
         horizon = (HORIZON_S + 2 * self.status.round_trip_s) * threads
-        few = len(self.blocks) < MIN_BLOCKS or self.ntasks < TASKS_AHEAD * threads
-        return few or self.backlog_s < horizon
+        ahead = self.backlog.ahead_of(priority)
+        return ahead.blocks < MIN_BLOCKS or ahead.ntasks < TASKS_AHEAD * threads or ahead.seconds < horizon
 
 
 def meets(hello: SiteHello, constraint: Constraint) -> bool:
@@ -152,8 +157,7 @@ class Dispatcher:
         site = self.sites.get(name)
         if site is not None and block.spec.id in site.blocks:
             del site.blocks[block.spec.id]
-            site.ntasks -= block.spec.ntasks
-            site.backlog_s = max(0.0, site.backlog_s - block.expected_s) if site.blocks else 0.0
+            site.backlog.remove(*_work(block))
         self.recall_ended(block)
 
     def recall_ended(self, block: BlockState) -> None:
@@ -165,11 +169,11 @@ class Dispatcher:
     def relearn(self) -> None:
         """Estimate every placed block anew, after durations were learnt."""
         for site in self.sites.values():
-            site.backlog_s = 0.0
+            site.backlog = Backlog()
             for name in site.blocks:
                 block = self.ledger.blocks[name]
                 block.expected_s = self.functions.block_s(block.spec)
-                site.backlog_s += block.expected_s
+                site.backlog.add(*_work(block))
 
     # -- placing -----------------------------------------------------------------------------------------------------
 
@@ -191,11 +195,12 @@ class Dispatcher:
                 heapq.heappop(queue)
                 continue
             whole = block.spec.kind is BlockKind.WHOLE  # its inputs are unknown: it must not be overtaken by releases
-            if not whole and not any(site.has_room() for site in sites):
+            priority = block.spec.constraint.priority
+            if not whole and not any(site.has_room(priority) for site in sites):
                 break
             entry = heapq.heappop(queue)
             site = self._best(block, sites)
-            if whole or site.has_room():
+            if whole or site.has_room(priority):
                 self._send(block, site)
             else:
                 deferred.append(entry)
@@ -251,8 +256,7 @@ class Dispatcher:
         block.attempt = Attempt(ledger.epoch, block.attempt.n + 1)
         block.started = False
         site.blocks[block.spec.id] = None
-        site.ntasks += block.spec.ntasks
-        site.backlog_s += block.expected_s
+        site.backlog.add(*_work(block))
         imports = tuple(self._import(key, site.name) for key in block.spec.inputs if self._lacks(site.name, key))
         ledger.command(TellSite(site.name, RunBlock(block.spec, block.attempt, imports, block.expected_s)))
 
@@ -274,7 +278,7 @@ class Dispatcher:
         for site in self.sites.values():
             if site.draining:
                 self._recall_all(site)
-            elif site.recalled_for is None and site.has_room() and len(site.blocks) < MIN_BLOCKS:
+            elif site.recalled_for is None and len(site.blocks) < MIN_BLOCKS:
                 self._recall_for(site)
 
     def _recall_all(self, site: SiteState) -> None:
@@ -343,6 +347,11 @@ class Dispatcher:
     def _copy(self, key: Key, taker: SiteState) -> None:
         taker.copying.add(key)
         self.ledger.command(TellSite(taker.name, CopyKeys((self._import(key, taker.name),))))
+
+
+def _work(block: BlockState) -> tuple[int, int, float]:
+    """Return what a block counts in a backlog: priority, tasks, seconds."""
+    return block.spec.constraint.priority, block.spec.ntasks, block.expected_s
 
 
 def _recallable(block: BlockState) -> bool:

@@ -32,7 +32,7 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
     for site in dispatcher.sites.values():
         placed = [ledger.blocks[name] for name in site.blocks]
         assert all(b.site == site.name and b.phase in PLACED for b in placed), f"{site.name} counts blocks it lacks"
-        assert site.ntasks == sum(b.spec.ntasks for b in placed), f"{site.name} miscounts its tasks"
+        assert site.backlog.total.ntasks == sum(b.spec.ntasks for b in placed), f"{site.name} miscounts its tasks"
 
 
 def _check_key(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, unfinished: set[str]) -> None:

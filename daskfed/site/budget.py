@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from daskfed.backlog import Backlog
 from daskfed.messages import BlockSpec, Key
 
 SMALLEST_CHARGE = 64 * 1024  # bytes that an import counts at least: bounds the number of fetches, and unknown sizes
@@ -71,12 +72,6 @@ class ImportQueue:
 
 
 @dataclass(slots=True)
-class _Ahead:
-    ntasks: int
-    expected_s: float
-
-
-@dataclass(slots=True)
 class Runway:
     """The work that the scheduler has, as far as the site knows.
 
@@ -86,27 +81,24 @@ class Runway:
 
     threads: int = 0
     submitted: int = 0  # blocks submitted so far
-    pending: dict[str, _Ahead] = field(default_factory=dict)  # submitted and unfinished blocks
+    pending: dict[str, tuple[int, int, float]] = field(default_factory=dict)  # unfinished block -> priority, tasks, s
+    backlog: Backlog = field(default_factory=Backlog)  # of the pending blocks
     _reported: int = 0  # unfinished tasks by the scheduler's last count
     _unseen: deque[tuple[int, int]] = field(default_factory=deque)  # (submission, tasks) after that count
     _unseen_tasks: int = 0
-    _tasks: int = 0
-    _seconds: float = 0.0
 
     def submit(self, spec: BlockSpec, expected_s: float) -> None:
         """Count a block that is given to the scheduler."""
         self.submitted += 1
-        self.pending[spec.id] = _Ahead(spec.ntasks, expected_s)
-        self._tasks += spec.ntasks
-        self._seconds += expected_s
+        self.pending[spec.id] = work = (spec.constraint.priority, spec.ntasks, expected_s)
+        self.backlog.add(*work)
         self._unseen.append((self.submitted, spec.ntasks))
         self._unseen_tasks += spec.ntasks
 
     def end(self, block: str) -> None:
         """Stop counting a block, if it was counted."""
-        if (ahead := self.pending.pop(block, None)) is not None:
-            self._tasks -= ahead.ntasks
-            self._seconds = self._seconds - ahead.expected_s if self.pending else 0.0
+        if (work := self.pending.pop(block, None)) is not None:
+            self.backlog.remove(*work)
 
     def report(self, unfinished: int, threads: int, submitted: int) -> None:
         """Take in the scheduler's count, made when it had taken in ``submitted`` blocks."""
@@ -116,12 +108,13 @@ class Runway:
 
     def tasks(self) -> int:
         """Return the estimated number of unfinished tasks at the scheduler."""
-        return min(self._tasks, self._reported + self._unseen_tasks)
+        return min(self.backlog.total.ntasks, self._reported + self._unseen_tasks)
 
-    def has_room(self) -> bool:
-        """Say whether the scheduler should be given another block, to keep every thread busy."""
+    def has_room(self, priority: int) -> bool:
+        """Say whether the scheduler should be given a block of this priority, to keep every thread busy."""
         threads = max(1, self.threads)
-        tasks = self.tasks()
-        if len(self.pending) < MIN_BLOCKS or tasks < TASKS_AHEAD * threads:
+        ahead = self.backlog.ahead_of(priority)
+        tasks = min(ahead.ntasks, self.tasks())
+        if ahead.blocks < MIN_BLOCKS or tasks < TASKS_AHEAD * threads:
             return True
-        return self._seconds * tasks / max(1, self._tasks) < SECONDS_AHEAD * threads
+        return ahead.seconds * tasks / max(1, ahead.ntasks) < SECONDS_AHEAD * threads

@@ -357,7 +357,7 @@ class SiteCore:
         self.runway.report(event.unfinished, event.threads, event.submitted)
 
     def _submit_queued(self) -> None:
-        while self._queue and self.runway.has_room():
+        while self._queue and self.runway.has_room(-self._queue[0][0][0]):
             _, name, attempt = heapq.heappop(self._queue)
             block = self.blocks.get(name)
             if block is not None and block.phase is BlockPhase.QUEUED and block.attempt == attempt:

@@ -41,8 +41,8 @@ def _check_books(core: SiteCore) -> None:
     wanted, fetching, landing = (_keys_in(core, phase) for phase in BROUGHT)
     core.imports.check(wanted, landing)
     assert fetching <= core.imports.inflight, "a key is fetching without a fetch"
-    queued = any(block.phase is BlockPhase.QUEUED for block in core.blocks.values())
-    assert not (queued and core.runway.has_room()), "blocks queue though the scheduler runs low"
+    queued = [block.spec.constraint.priority for block in core.blocks.values() if block.phase is BlockPhase.QUEUED]
+    assert not (queued and core.runway.has_room(max(queued))), "blocks queue though the scheduler runs low"
 
 
 def _keys_in(core: SiteCore, phase: KeyPhase) -> set[Key]:

@@ -123,7 +123,7 @@ class HubNode:
         }
         left = [f"the hub has {name} left: {list(book)[:3]}" for name, book in books.items() if book]
         for site in dispatcher.sites.values():
-            if site.blocks or site.copying or site.recalled_for or site.ntasks:
+            if site.blocks or site.copying or site.recalled_for or site.backlog.total.blocks:
                 left.append(f"the hub counts work at {site.name}: {site}")
         return left
 

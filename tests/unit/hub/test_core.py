@@ -481,7 +481,7 @@ class TestWholeGraphs:
     def test_a_whole_graph_is_sent_at_once_however_busy_its_site_is(self, stage: Stage) -> None:
         busy = [block(f"b{n}", f"x{n}", prefixes=(("f", 100),), ntasks=100, sites=("north",)) for n in range(4)]
         stage.submit(*busy, wanted="x0 x1 x2 x3")
-        assert not stage.core.sites["north"].has_room()
+        assert not stage.core.sites["north"].has_room(0)
         whole = block("w", "y", kind=BlockKind.WHOLE, sites=("north",))
         assert stage.submit(whole, wanted="y", wait=True) == [run("north", whole)]
 

@@ -234,12 +234,15 @@ class TestLateBinding:
         stage.submit(*low, *high, wanted=outputs([*low, *high]))
         assert sent(stage.join("north")) == [("north", "high0"), ("north", "high1")]
 
-    def test_a_late_block_of_higher_priority_goes_before_what_waits(self) -> None:
+    def test_a_late_block_of_higher_priority_waits_only_for_its_like(self) -> None:
         stage, blocks = Stage("north"), [long(name) for name in "abd"]
         stage.submit(*blocks, wanted=outputs(blocks))
         urgent = long("urgent", priority=1)
-        assert stage.submit(urgent, wanted="xurgent") == []
-        assert sent(stage.made("a", "xa")) == [("north", "urgent")]
+        assert sent(stage.submit(urgent, wanted="xurgent")) == [("north", "urgent")]
+        more = [long(f"more{n}", priority=1) for n in range(2)]
+        assert sent(stage.submit(*more, wanted=outputs(more))) == [("north", "more0")]
+        assert sent(stage.made("a", "xa")) == []
+        assert sent(stage.made("urgent", "xurgent")) == [("north", "more1")]
 
 
 class TestRecall:

@@ -124,7 +124,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "block a is placed at north, which does not count it": lambda s: s.core.sites["north"].blocks.clear(),
     "block a is placed and has nothing left to make": lambda s: s.block("a").open_outputs.clear(),
     "north counts blocks it lacks": lambda s: s.core.sites["north"].blocks.update(b=None),
-    "north miscounts its tasks": lambda s: setattr(s.core.sites["north"], "ntasks", 7),
+    "north miscounts its tasks": lambda s: setattr(s.core.sites["north"].backlog.total, "ntasks", 7),
 }
 
 

@@ -53,20 +53,20 @@ class TestRunway:
     def test_some_blocks_always_fit(self) -> None:
         runway = Runway()
         for i in range(MIN_BLOCKS):
-            assert runway.has_room()
+            assert runway.has_room(0)
             runway.submit(block(str(i), 1000), expected_s=100.0)
-        assert not runway.has_room()
+        assert not runway.has_room(0)
         runway.end("0")
-        assert runway.has_room()
+        assert runway.has_room(0)
 
     def test_few_tasks_are_not_enough_for_many_threads(self) -> None:
         runway = Runway()
         runway.report(0, threads=100, submitted=0)
         for i in range(MIN_BLOCKS):
             runway.submit(block(str(i), TASKS_AHEAD * 50 - 1), expected_s=10.0**6)
-        assert runway.has_room()
+        assert runway.has_room(0)
         runway.submit(block("more", 2), expected_s=10.0**6)
-        assert not runway.has_room()
+        assert not runway.has_room(0)
 
     def test_a_report_replaces_what_was_submitted_before_it_and_keeps_what_came_later(self) -> None:
         runway = Runway()
@@ -89,7 +89,13 @@ class TestRunway:
         runway = Runway()
         runway.report(0, threads=2, submitted=0)
         blocks = 0
-        while runway.has_room():
+        while runway.has_room(0):
             blocks += 1
             runway.submit(block(str(blocks), 100), expected_s=0.01)
         assert blocks == round(2 * SECONDS_AHEAD / 0.01)
+
+    def test_a_higher_priority_does_not_wait_for_a_lower_one(self) -> None:
+        runway = Runway()
+        for i in range(MIN_BLOCKS):
+            runway.submit(block(str(i), 1000), expected_s=100.0)
+        assert runway.has_room(1) and not runway.has_room(0) and not runway.has_room(-1)

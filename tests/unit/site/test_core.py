@@ -165,9 +165,14 @@ class TestOrder:
         site(Load(0, threads=1, submitted=0))
         first = site(*(run(block(name, (name,), ntasks=10)) for name in "ab"))
         assert first == submitted("a", "a") + submitted("b", "b")
-        assert site(run(block("c", ("c",), ntasks=10)), run(block("d", ("d",), ntasks=10, priority=5))) == []
+        assert site(*(run(block(name, (name,), ntasks=10, priority=p)) for name, p in (("c", -1), ("d", 0)))) == []
         assert site(ready("a")) == [made("a", "a"), *submitted("d", "d")]
         assert site(ready("b")) == [made("b", "b"), *submitted("c", "c")]
+
+    def test_a_higher_priority_waits_only_for_its_like(self, site: Site) -> None:
+        site(Load(0, threads=1, submitted=0), *(run(block(name, (name,), ntasks=10)) for name in "ab"))
+        high = (run(block(name, (name,), ntasks=10, priority=5)) for name in "cde")
+        assert site(*high) == submitted("c", "c") + submitted("d", "d")
 
     def test_the_count_of_the_scheduler_makes_room(self, site: Site) -> None:
         site(Load(0, threads=2, submitted=0), *(run(block(name, (name,), ntasks=10)) for name in "abc"))
