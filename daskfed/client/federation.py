@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from distributed.core import Status, rpc
+from distributed.core import Status, clean_exception, rpc
 from distributed.deploy import Cluster
+from distributed.protocol.serialize import deserialize
 from distributed.security import Security
 
 from daskfed.client.launch import SiteProcess
+from daskfed.comm.opaque import OpaqueError
 from daskfed.config import SiteOptions, check_listen, site_options
 from daskfed.errors import ConfigurationError, SiteStartError
 from daskfed.hub.placement import POLICIES, Policy
@@ -178,7 +180,12 @@ class Federation(Cluster):
 
     async def _each(self, method: str, calls: Mapping[str, Mapping[str, Any]]) -> None:
         assert self.hub is not None
-        await asyncio.gather(*(self.hub.gateway.fed_cluster(name, method, kw) for name, kw in calls.items()))
+        try:
+            await asyncio.gather(*(self.hub.gateway.fed_cluster(name, method, kw) for name, kw in calls.items()))
+        except OpaqueError as exc:  # of a site: here it may be opened
+            pickled = exc.exception
+            opened = clean_exception(deserialize(pickled.header, pickled.frames))[1]
+            raise (opened or exc) from None
 
     def _known(self, names: Any) -> None:
         unknown = set(names) - set(self.site_options)

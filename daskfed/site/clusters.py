@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import difflib
 import inspect
 import itertools
 import json
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import cloudpickle
+from distributed import Scheduler
+from distributed.deploy.adaptive import Adaptive
+from distributed.deploy.spec import SpecCluster
 from distributed.security import Security
 from distributed.utils import import_term
 
@@ -123,7 +127,7 @@ async def start_cluster(spec: ClusterSpec) -> Any:
     try:
         cluster = cls(**{**options, "asynchronous": True})
     except Exception as exc:
-        raise SiteStartError(f"{name} rejected its options {options}: {_in_words(exc)}") from exc
+        raise SiteStartError(f"{name} rejected its options ({', '.join(options)}): {_in_words(exc)}") from exc
     try:
         await asyncio.wait_for(_started(cluster), spec.timeout_s)
     except TimeoutError:
@@ -131,7 +135,7 @@ async def start_cluster(spec: ClusterSpec) -> Any:
         raise SiteStartError(f"{name} did not start within {spec.timeout_s:g} s; look at its own logs") from None
     except Exception as exc:
         await _abandon(cluster)
-        raise SiteStartError(f"{name} did not start with {options}: {_in_words(exc)}") from exc
+        raise SiteStartError(f"{name} did not start with the options {', '.join(options)}: {_in_words(exc)}") from exc
     return cluster
 
 
@@ -169,11 +173,27 @@ async def call_cluster(cluster: Any, method: str, kwargs: Mapping[str, Any]) -> 
     names = {"scale": "scale", "adapt": "adapt", "logs": "get_logs"}
     if method not in names:
         raise ConfigurationError(f"a cluster has no {method!r}; there are {', '.join(names)}")
+    if method == "adapt":
+        _check_adapt(cluster, kwargs)
     try:
         result = await _settled(getattr(cluster, names[method])(**kwargs))
     except Exception as exc:
         raise ConfigurationError(f"{type(cluster).__name__}.{method}({kwargs}) failed: {exc}") from exc
     return {str(name): str(log) for name, log in result.items()} if method == "logs" else None
+
+
+def _check_adapt(cluster: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords that Dask takes without a word, and then fails with at each attempt to adapt."""
+    if not isinstance(cluster, SpecCluster):
+        return
+    takers = [each.__dict__["adapt"] for each in type(cluster).__mro__ if "adapt" in each.__dict__]
+    takers += [kwargs.get("Adaptive", Adaptive).__init__, Scheduler.workers_to_close]
+    parameters = [parameter for taker in takers for parameter in inspect.signature(taker).parameters.values()]
+    known = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)} - {"self"}
+    for name in kwargs.keys() - known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+        raise ConfigurationError(f"{type(cluster).__name__}.adapt has no keyword {name!r}; {hint}")
 
 
 class InProcessCluster:

@@ -24,7 +24,7 @@ from distributed.core import error_message
 from daskfed.comm.control import ControlStream, Deliver
 from daskfed.comm.opaque import OpaqueError, OpaquePool, connect_opaque
 from daskfed.ending import end_tasks
-from daskfed.errors import ConnectionRefused
+from daskfed.errors import ConnectionRefused, DaskfedError
 from daskfed.messages import Key, Message, SiteHello, encode
 
 logger = logging.getLogger(__name__)
@@ -227,6 +227,9 @@ class Channels:
             answer = exc.reply()
         except CommClosedError:
             raise  # the scheduler is gone, and with it the site: the channel ends, which tells the hub so
+        except DaskfedError as exc:
+            logger.info("the hub's call %r was refused: %s", op, exc)
+            answer = error_message(exc, status="uncaught-error")
         except Exception as exc:
             logger.exception("the hub's call %r failed", op)
             answer = error_message(exc, status="uncaught-error")
