@@ -63,6 +63,7 @@ class BlockSpec:
     prefixes: tuple[tuple[str, int], ...]  # (Dask key prefix, number of its tasks in the block)
     constraint: Constraint = Constraint()
     rank: int = 0  # place in the order in which the client would like its blocks to run
+    near: tuple[str, ...] = ()  # names or labels of sites that most of its data is bound to, or goes to: a hint
     label: str = ""  # what a person calls it: the prefixes of its outputs
 
 

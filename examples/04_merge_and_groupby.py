@@ -1,8 +1,7 @@
 """Merge two tables that lie at two sites, and group the result: rows meet wherever that moves the fewest bytes.
 
 Site "shop" has a million sales as Parquet, site "office" a price list. Both are opened where they are; the sales stay,
-the short list travels. The placement policy says so: the default one would rather have the result sooner, and between
-two sites of one machine it would have both work on the sales.
+the short list travels.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def main() -> None:
     write_sites(sales, prices)
     cluster = {"options": {"n_workers": 1, "threads_per_worker": 1}}
     sites = {site: {**cluster, "directory": str(OUT / site)} for site in ("shop", "office")}
-    with Federation(sites=sites, policy="data-only") as federation, Client(federation) as client:
+    with Federation(sites=sites) as federation, Client(federation) as client:
         sold = client.open(dd.read_parquet, "sales.parquet", site="shop")
         listed = client.open(dd.read_parquet, "prices.parquet", site="office")
         both = sold.merge(listed, on="article")

@@ -13,7 +13,7 @@ from _common import cpu_s, hub_and_sites, median, roles_of_site, stock_cluster, 
 
 import daskfed
 
-REPEATS = 1
+REPEATS = 3
 
 
 SIDE = int(sys.argv[1]) if len(sys.argv) > 1 else 52  # chunks along each side

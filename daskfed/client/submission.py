@@ -67,6 +67,7 @@ def _block_of(piece: Piece, name: str) -> BlockSpec:
         prefixes=tuple(counts.items()),
         constraint=replace(piece.constraint, python=PYTHON),
         rank=piece.rank,
+        near=piece.near,
         label=label_of(piece.outputs),
     )
 

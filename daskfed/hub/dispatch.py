@@ -1,8 +1,8 @@
 """Which ready block goes to which site, and when; which is asked back. Pure.
 
-Blocks that may run at the same sites wait in one queue, in order. A block is sent only while its best site has room:
-as much work as keeps it busy over a round trip, and a little more (late binding). Where a site runs dry while others
-still have blocks that they did not start, one is recalled for it.
+Blocks that may run at the same sites, near the same data, wait in one queue, in order. A block is sent only while its
+best site has room: as much work as keeps it busy over a round trip, and a little more (late binding). Where a site runs
+dry while others still have blocks that they did not start, one is recalled for it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from daskfed.backlog import Backlog
 from daskfed.hub.estimates import FunctionBook, LinkBook
 from daskfed.hub.events import TellSite
 from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
-from daskfed.hub.placement import Candidate, Policy, finish_s
+from daskfed.hub.placement import Candidate, Policy, finish_s, worth_moving
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
     Attempt,
@@ -37,6 +38,10 @@ MIN_BLOCKS = 2  # that a site may always have, however long they are
 TASKS_AHEAD = 4  # tasks per thread that a site may always have
 LOOKAHEAD = 16  # blocks of a queue that are looked at while the first ones wait for a better site
 RECALL_GAIN = 0.8  # a recall must promise to finish in this share of the time or less
+
+
+Where: TypeAlias = tuple[Constraint, tuple[str, ...]]
+"""What blocks of one queue have in common: where they may run, and near what they should."""
 
 
 @dataclass(slots=True)
@@ -115,7 +120,7 @@ class Dispatcher:
         self.functions = FunctionBook()
         self.links = LinkBook()
         self.sites: dict[str, SiteState] = {}
-        self.queues: dict[Constraint, list[tuple[Order, str]]] = {}
+        self.queues: dict[Where, list[tuple[Order, str]]] = {}
         self.resting: list[tuple[float, Order, str]] = []  # (until, order, block) that are ready but failed before
         self._eligible: dict[Constraint, list[SiteState]] = {}
 
@@ -149,8 +154,8 @@ class Dispatcher:
         while self.resting and self.resting[0][0] <= self.ledger.now:
             _, order, name = heapq.heappop(self.resting)
             if (rested := self.ledger.blocks.get(name)) is not None:
-                queue = self.queues.setdefault(placement_part(rested.spec.constraint), [])
-                heapq.heappush(queue, (order, name))
+                where = placement_part(rested.spec.constraint), rested.spec.near
+                heapq.heappush(self.queues.setdefault(where, []), (order, name))
         self.ledger.unplaced, self.ledger.ready = [], []
 
     def _take_off(self, name: str, block: BlockState) -> None:
@@ -180,15 +185,15 @@ class Dispatcher:
     def place(self) -> None:
         """Send ready blocks to sites as long as the best site of one has room."""
         self.update()
-        for constraint in sorted(self.queues, key=lambda where: self.queues[where][0] if self.queues[where] else ()):
-            self._place_from(constraint)
-        for constraint in [where for where, queue in self.queues.items() if not queue]:
-            del self.queues[constraint]
+        for where in sorted(self.queues, key=lambda where: self.queues[where][0] if self.queues[where] else ()):
+            self._place_from(where)
+        for where in [where for where, queue in self.queues.items() if not queue]:
+            del self.queues[where]
 
-    def _place_from(self, constraint: Constraint) -> None:
-        queue = self.queues[constraint]
+    def _place_from(self, where: Where) -> None:
+        queue = self.queues[where]
         deferred: list[tuple[Order, str]] = []
-        sites = [site for site in self.eligible(constraint) if not site.draining]
+        sites = [site for site in self.eligible(where[0]) if not site.draining]
         while queue and sites and len(deferred) < LOOKAHEAD:
             block = self.ledger.blocks.get(queue[0][1])
             if block is None or block.phase is not BlockPhase.READY:
@@ -225,6 +230,8 @@ class Dispatcher:
             bring_nbytes=nbytes,
             bring_s=seconds,
             run_s=block.expected_s,
+            guessed=not self.functions.known(block.spec),
+            near=any(matches(site.hello, selector) for selector in block.spec.near),
             round_trip_s=status.round_trip_s if status else 0.0,
             cold_start_s=dict(status.cold_start_s).get(environment, 0.0) if status else 0.0,
             queue_wait_s=status.queue_wait_s if status else 0.0,
@@ -300,7 +307,8 @@ class Dispatcher:
             return False
         there = replace(self.candidate(block, donor), bring_s=0.0, run_s=0.0)  # the backlog holds the block already
         here = self.candidate(block, taker)
-        return finish_s(block.spec, here) < RECALL_GAIN * finish_s(block.spec, there)
+        gains = finish_s(block.spec, here) < RECALL_GAIN * finish_s(block.spec, there)
+        return gains and worth_moving(block.spec, there, here)
 
     def _recall(self, block: BlockState) -> None:
         if _recallable(block):

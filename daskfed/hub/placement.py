@@ -13,6 +13,9 @@ from typing import Protocol, runtime_checkable
 
 from daskfed.messages import BlockSpec
 
+AWAY_GAIN = 0.25  # a block leaves the site that it is near to only for one that finishes it in this share of the time,
+AWAY_LEAST_S = 10.0  # and so many seconds earlier
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -24,10 +27,12 @@ class Candidate:
     bring_nbytes: int  # inputs of the block that are not there
     bring_s: float  # estimated time to bring them, from measured bandwidth and latency
     run_s: float  # estimated seconds of one thread for the block itself
+    guessed: bool = False  # some of its functions never ran, so that run_s is a guess
     round_trip_s: float = 0.0  # between hub and site
     cold_start_s: float = 0.0  # to start a worker in the block's environment
     queue_wait_s: float = 0.0  # for a batch job, if the site has no workers
     walltime_left_s: float = float("inf")  # of the site's allocations
+    near: bool = False  # most of the block's data is bound to this site, or goes there
 
 
 @runtime_checkable
@@ -48,14 +53,32 @@ def finish_s(block: BlockSpec, candidate: Candidate) -> float:
     return max(drain, wait) + candidate.bring_s + candidate.cold_start_s + candidate.round_trip_s + run
 
 
+def worth_moving(block: BlockSpec, source: Candidate, target: Candidate) -> bool:
+    """Say whether ``block`` finishes so much sooner at ``target`` that it should go there rather than to ``source``.
+
+    Away from the data that it is near to, it draws more than its own inputs along: its results are needed where that
+    data is, and what comes after it is drawn away as well. So there must be much to gain, and not by a mere guess.
+    """
+    there, here = finish_s(block, source), finish_s(block, target)
+    if not source.near or target.near:
+        return here < there
+    guessed = source.guessed and source.threads > 0
+    return not guessed and here < AWAY_GAIN * there and there - here > AWAY_LEAST_S
+
+
 @dataclass(slots=True)
 class LowestCost:
-    """The default: lowest estimated time to finish; ties go to fewer bytes, then to the name."""
+    """The default: lowest estimated time to finish, near the block's data unless another site is much sooner.
+
+    Ties go to fewer bytes, then to the name.
+    """
 
     def choose(self, block: BlockSpec, candidates: Sequence[Candidate]) -> int:
-        """Return the index of the candidate that would finish ``block`` first."""
-        costs = [(finish_s(block, c), c.bring_nbytes, c.site, i) for i, c in enumerate(candidates)]
-        return min(costs)[-1]
+        """Return the index of the candidate that would finish ``block`` first, or is near its data."""
+        costs = sorted((finish_s(block, c), c.bring_nbytes, c.site, i) for i, c in enumerate(candidates))
+        best = costs[0][-1]
+        near = next((i for *_, i in costs if candidates[i].near), best)
+        return best if worth_moving(block, candidates[near], candidates[best]) else near
 
 
 @dataclass(slots=True)

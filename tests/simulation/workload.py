@@ -180,6 +180,7 @@ class Cutter:
             prefixes=tuple(sorted(prefixes.items())),
             constraint=self._constraint(),
             rank=rank,
+            near=(self._places[sum(map(ord, name)) % len(self._places)],) if rank % 3 == 0 else (),
         )
 
     def _constraint(self) -> Constraint:

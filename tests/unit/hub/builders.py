@@ -48,12 +48,13 @@ def block(
     ntasks: int = 1,
     prefixes: tuple[tuple[str, int], ...] = (),
     label: str = "",
+    near: tuple[str, ...] = (),
     **constraint: Any,
 ) -> BlockSpec:
     """Return a block; without ``prefixes`` it is expected to take no time at all."""
     return BlockSpec(
         id=name, client="c", owner="ann", kind=kind, inputs=keys(needs), outputs=keys(outputs), ntasks=ntasks,
-        prefixes=prefixes, constraint=Constraint(**constraint), label=label,
+        prefixes=prefixes, constraint=Constraint(**constraint), label=label, near=near,
     )  # fmt: skip
 
 

@@ -91,10 +91,10 @@ class TestCandidates:
         assert policy.shown == [
             [
                 Candidate(
-                    "north", threads=4, backlog_s=0.0, bring_nbytes=4 * 10**6, bring_s=0.05, run_s=1.0,
+                    "north", threads=4, backlog_s=0.0, bring_nbytes=4 * 10**6, bring_s=0.05, run_s=1.0, guessed=True,
                     round_trip_s=0.1, cold_start_s=3.0, queue_wait_s=60.0, walltime_left_s=600.0,
                 ),
-                Candidate("south", threads=0, backlog_s=0.0, bring_nbytes=0, bring_s=0.0, run_s=1.0),
+                Candidate("south", threads=0, backlog_s=0.0, bring_nbytes=0, bring_s=0.0, run_s=1.0, guessed=True),
             ]
         ]  # fmt: skip
 
@@ -143,6 +143,15 @@ class TestCandidates:
         stage = Stage("north", "south", "west", policy=policy)
         stage.submit(block("b", "x", sites=("north", "west")), wanted="x")
         assert [[c.site for c in shown] for shown in policy.shown] == [["north", "west"]]
+
+    def test_a_block_goes_near_its_data_and_does_not_hold_up_what_belongs_elsewhere(self) -> None:
+        stage = Stage("north")
+        many = [long(f"n{n}", near=("north",)) for n in range(20)]
+        other = [long(f"s{n}", near=("in=south", "west")) for n in range(2)]
+        stage.join("south", hello("south", labels=(("in", "south"),)))
+        assert sorted(sent(stage.submit(*many, *other, wanted=outputs([*many, *other])))) == [
+            ("north", "n0"), ("north", "n1"), ("south", "s0"), ("south", "s1")
+        ]  # fmt: skip
 
     def test_round_robin_takes_turns(self) -> None:
         stage = Stage("north", "south", policy=RoundRobin())
@@ -309,6 +318,12 @@ class TestRecall:
         busy.submit(whole, wanted="y")
         assert list(busy.core.sites["north"].blocks) == ["b", "d", "w"]
         assert busy.join("south") == [recall("north", "d")]
+
+    def test_nothing_is_recalled_away_from_its_data(self) -> None:
+        stage = Stage("north")
+        stage.submit(long("b", near=("north",)), long("d", near=("north",)), wanted="xb xd")
+        stage.started("b")
+        assert stage.join("south") == []
 
     def test_the_busiest_site_is_asked_first(self) -> None:
         stage = Stage("north", "south", threads=1)

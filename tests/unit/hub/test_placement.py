@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,23 @@ class TestLowestCost:
         heavy, light = replace(IDLE, site="a", bring_nbytes=2), replace(IDLE, site="b", bring_nbytes=1)
         assert LowestCost().choose(B, [heavy, light]) == 1
         assert LowestCost().choose(B, [replace(IDLE, site="z"), replace(IDLE, site="y")]) == 1
+
+
+    def test_it_stays_near_its_data_unless_there_is_much_to_gain(self) -> None:
+        near, away = replace(IDLE, site="near", near=True), replace(IDLE, site="away")
+
+        def chosen(**changes: Any) -> str:
+            return [near.site, away.site][LowestCost().choose(B, [replace(near, **changes), away])]
+
+        assert finish_s(B, away) == 2.0
+        assert chosen(backlog_s=24.0) == "near"  # 8 s: four times as long, and only 6 s later
+        assert chosen(backlog_s=44.0) == "away"
+        assert chosen(backlog_s=44.0, guessed=True) == "near"
+        assert chosen(threads=0, queue_wait_s=60.0, guessed=True) == "away"
+
+    def test_of_several_sites_near_its_data_it_takes_the_first_to_finish(self) -> None:
+        near = [replace(IDLE, site=name, near=True, backlog_s=seconds) for name, seconds in (("a", 2.0), ("b", 1.0))]
+        assert LowestCost().choose(B, [*near, replace(IDLE, site="c")]) == 1
 
 
 class TestBaselines:
