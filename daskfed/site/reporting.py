@@ -14,7 +14,8 @@ fed-learned     durations and sizes of results per key prefix since the last tim
 It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task, and
 ``fed-released``, sent after it let go of keys): a key that Dask still knows under another task forgets that task, and a
 fetch task that has run, failed, or is no longer wanted is forgotten, so that Dask never fetches again what the agent no
-longer has.
+longer has. And before a block is submitted (``fed-renew``), those of its tasks may run again that Dask remembers as
+failed, though the input that they failed from is mended or gone.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class SiteReporter(SchedulerPlugin):
         self._learned: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
         scheduler.stream_handlers["fed-import"] = self.expect_imports
         scheduler.stream_handlers["fed-released"] = self.end_imports
+        scheduler.stream_handlers["fed-renew"] = self.renew
         timers = ((self._tell_load, LOAD_S), (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
         self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
         for callback in self._callbacks:
@@ -179,6 +181,31 @@ class SiteReporter(SchedulerPlugin):
             if unused and task.state in DORMANT:
                 self._forget_lineage(task)
             self.importing.discard(key)
+
+    def renew(self, keys: Collection[Key], client: str) -> None:
+        """Let ``keys`` and what they need run again where they failed from an input that has not failed any more."""
+        if client != self.client:
+            return
+        for task in self._failed_lineage(keys):
+            inherited = task.exception_blame is not task and all(each.state != "erred" for each in task.dependencies)
+            if inherited and not task.who_wants:
+                task.exception_blame = None
+                task.state = "released"
+
+    def _failed_lineage(self, keys: Collection[Key]) -> list[Any]:
+        """Return the failed tasks among ``keys`` and their ancestors, inputs first."""
+        found: list[Any] = []
+        seen: set[Any] = set()
+        stack = [(task, False) for key in keys if (task := self.scheduler.tasks.get(key)) is not None]
+        while stack:
+            task, expanded = stack.pop()
+            if expanded:
+                found.append(task)
+            elif task.state == "erred" and task not in seen:
+                seen.add(task)
+                stack.append((task, True))
+                stack.extend((each, False) for each in task.dependencies)
+        return found
 
     def _forget_lineage(self, task: Any) -> None:
         """Have a key that is known only because its dependents are take the task of the next graph."""

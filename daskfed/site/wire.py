@@ -109,6 +109,8 @@ class SchedulerWire:
 
     def submit_block(self, keys: Collection[Key], payload: Mapping[str, Any]) -> None:
         """Submit a block: either its expression and priorities, or all fields of an ``update-graph`` message."""
+        if self._reading.failures:
+            self._send({"op": "fed-renew", "keys": list(keys)})
         if "expr_ser" in payload:
             self.update_graph(payload)
         else:
@@ -164,6 +166,7 @@ class Reading:
         self._seen = 0  # blocks that the scheduler has taken in
         self._silent: dict[Key, int] = {}  # released key -> mark that ends the silence
         self._silent_until: dict[int, list[Key]] = {}
+        self.failures = False  # whether the scheduler ever reported a failed task, which it may remember
 
     def mark(self, submitted: int = 0, silent: Collection[Key] = ()) -> dict[str, Any]:
         """Return the message that sets a mark."""
@@ -221,6 +224,7 @@ class Reading:
 
     def _task_erred(self, report: Report, erred: list[Key], message: dict[str, Any], transfers: set[Key]) -> None:
         key = message["key"]
+        self.failures = True
         if key in self._silent:
             return
         error = {"exception": message["exception"], "traceback": message["traceback"]}

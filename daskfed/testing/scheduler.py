@@ -142,6 +142,7 @@ class FakeScheduler:
             self._tell(Cancelled(wanted, "lost dependencies"))
             self.release(wanted)
             return
+        self._renew(wanted)
         touched = self._take_in(graph, wanted, priority)
         for key in wanted:
             self.tasks[key].wanted = True
@@ -252,6 +253,24 @@ class FakeScheduler:
         for dep in spec.deps:
             task.deps[dep] = self.tasks[dep]
             self.tasks[dep].dependents[task.key] = task
+
+    def _renew(self, keys: Iterable[Key]) -> None:
+        """Let tasks run again that failed from an input which has not failed any more: the agent's plugin does that."""
+        stack, lineage = [(self.tasks.get(key), False) for key in keys], dict[Key, FakeTaskState]()
+        while stack:
+            task, expanded = stack.pop()
+            if task is None or task.state is not State.ERRED:
+                continue
+            if not expanded and task.key not in lineage:
+                lineage[task.key] = task
+                stack.append((task, True))
+                stack.extend((dep, False) for dep in task.deps.values())
+            elif expanded and not task.wanted and not self._has_failed_itself(task):
+                task.state, task.value = State.RELEASED, None
+
+    def _has_failed_itself(self, task: FakeTaskState) -> bool:
+        assert isinstance(task.value, Failure)
+        return task.value.origin == task.key or any(dep.state is State.ERRED for dep in task.deps.values())
 
     def _sweep(self, touched: list[FakeTaskState]) -> None:
         """Forget tasks that Dask makes though nobody will ever need them, another thing the agent's plugin does.

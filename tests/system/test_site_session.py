@@ -148,6 +148,16 @@ async def running() -> AsyncIterator[Site]:
     await door.close()
 
 
+@asynccontextmanager
+async def reported(site: Site) -> AsyncIterator[tuple[Client, SiteReporter]]:
+    """A stock client of the site's scheduler, with what the agent's client has there."""
+    async with Client(site.scheduler.address, asynchronous=True) as client:
+        reporter = SiteReporter(client.id)
+        site.scheduler.add_plugin(reporter)
+        await reporter.start(site.scheduler)
+        yield client, reporter
+
+
 def _import_handler(session: Session) -> Callable[..., Any]:
     async def get_import(key: Key, token: str) -> dict[str, Any]:
         assert token == "token"
@@ -222,10 +232,7 @@ def test_a_key_that_failed_here_before_and_exists_elsewhere_now_is_brought_in() 
 
 def test_a_task_of_a_failed_input_fails_also_where_a_dependent_of_it_comes_first() -> None:
     async def story(site: Site) -> None:
-        async with Client(site.scheduler.address, asynchronous=True) as client:
-            reporter = SiteReporter(client.id)
-            site.scheduler.add_plugin(reporter)
-            await reporter.start(site.scheduler)
+        async with reported(site) as (client, _):
             failed = client.submit(fail)
             await wait(failed)
             first = dask.delayed(abs)(failed)
@@ -234,6 +241,21 @@ def test_a_task_of_a_failed_input_fails_also_where_a_dependent_of_it_comes_first
             futures = client.compute([first, second], optimize_graph=False)
             await wait(futures, timeout=10)
             assert [future.status for future in futures] == ["error", "error"]
+
+    check(story)
+
+
+def test_a_task_that_failed_from_an_input_which_is_mended_now_runs_again() -> None:
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, reporter):
+            graph = {"x": (fail,), "i": (abs, "x"), "w": (abs, "i")}
+            (w,) = client.get(graph, ["w"], sync=False)
+            await wait(w)
+            assert site.scheduler.tasks["i"].state == "erred"
+            reporter.expect_imports(["x"], client.id)
+            reporter.renew(["i"], client.id)
+            (i,) = client.get({"x": (abs, -5), "i": (abs, "x")}, ["i"], sync=False)
+            assert await i.result(timeout=10) == 5 and w.status == "error"
 
     check(story)
 
