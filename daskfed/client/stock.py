@@ -50,6 +50,13 @@ def delayed_optimise() -> Any:
     return optimize
 
 
+def tokens() -> Any:
+    """Return the module with ``_tokenize``, which makes every token, and whether that has to be deterministic."""
+    from dask import tokenize
+
+    return tokenize
+
+
 @functools.cache
 def dataframes() -> Any:
     """Return the private names of ``dask.dataframe``: kinds of expressions, and what makes collections of them."""

@@ -238,6 +238,10 @@ def test_the_inner_at_wins_and_compute_inside_at_does_not_move_what_was_bound(si
 # -- other constraints -------------------------------------------------------------------------------------------------
 
 
+def ones_of_this_site(block: Any) -> Any:
+    return block * SCALE[folder_of_a_task()]
+
+
 def fails_twice(name: str, value: Any) -> Any:
     """Raise the first two times that it is called in this folder."""
     marks = [Path(f"{name}.{i}") for i in range(2)]
@@ -275,6 +279,21 @@ def test_the_same_call_at_another_site_is_another_call(sites: Sites) -> None:
     assert sites.client.gather(mapped) == {site: [site] * 3 for site in SCALE}
     assert submit(folder_of_a_task, 1, site="north").key == submit(folder_of_a_task, 1, site="north").key
     assert sites.client.submit(folder_of_a_task, site="north", key="my-key").key == "my-key"
+
+
+def test_what_is_built_alike_at_two_sites_is_two_things(sites: Sites) -> None:
+    """Also where Dask names it by its function and arguments: a pure call, an array."""
+    pure, arrays = {}, {}
+    for site in SCALE:
+        with at(site):
+            pure[site] = dask.delayed(folder_of_a_task, pure=True)(1)
+            arrays[site] = da.ones(3, chunks=1, dtype=float).map_blocks(ones_of_this_site, dtype=float)
+    assert dask.compute(pure)[0] == {site: site for site in SCALE}
+    held = {site: pure[site].persist() for site in SCALE}
+    assert {site: call.compute() for site, call in held.items()} == {site: site for site in SCALE}
+    assert {site: array.sum().compute() for site, array in arrays.items()} == {"north": 3.0, "south": 30.0}
+    with at("north"):
+        assert dask.delayed(folder_of_a_task, pure=True)(1).key == pure["north"].key
 
 
 @pytest.mark.parametrize("site", SCALE)
