@@ -339,6 +339,8 @@ class HubCore:
     def _keys_lost(self, site: SiteState, message: KeysLost) -> None:
         for key in message.keys:
             if (state := self.ledger.keys.get(key)) is not None:
+                if site.name in state.failed_at:  # it may have been told of the failure anew meanwhile
+                    self.ledger.release_at(site.name, key)
                 self.ledger.lose_key_at(state, site.name)
 
     # -- answers -----------------------------------------------------------------------------------------------------

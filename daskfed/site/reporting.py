@@ -188,7 +188,12 @@ class SiteReporter(SchedulerPlugin):
             return
         for task in self._failed_lineage(keys):
             inherited = task.exception_blame is not task and all(each.state != "erred" for each in task.dependencies)
-            if inherited and not task.who_wants:
+            if not inherited or task.who_wants or task.state != "erred":
+                continue
+            if task.has_lost_dependencies:  # what it was made from is forgotten: it takes the task of the next graph
+                task.has_lost_dependencies = False
+                self._forget_lineage(task)
+            else:
                 task.exception_blame = None
                 task.state = "released"
 

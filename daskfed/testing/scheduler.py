@@ -237,12 +237,15 @@ class FakeScheduler:
 
     def _exchange(self, task: FakeTaskState, spec: FakeTask) -> None:
         """What the agent's scheduler plugin does with a key that is known, is not there, and is now to be fetched."""
+        self._forget_lineage(task)
+        task.spec, task.state, task.value = spec, State.RELEASED, None
+
+    def _forget_lineage(self, task: FakeTaskState) -> None:
         for dep in task.deps.values():
             del dep.dependents[task.key]
             if not dep.dependents and not dep.wanted:
                 self._recommend(dep, State.FORGOTTEN)
-        task.deps, task.spec, task.lost_deps = {}, spec, False
-        task.state, task.value = State.RELEASED, None
+        task.deps, task.lost_deps = {}, False
 
     def _strip(self, task: FakeTaskState) -> None:
         """A fetch task that is not needed and did not land, but is known for its dependents' sake, becomes data."""
@@ -267,6 +270,10 @@ class FakeScheduler:
                 stack.extend((dep, False) for dep in task.deps.values())
             elif expanded and not task.wanted and not self._has_failed_itself(task):
                 task.state, task.value = State.RELEASED, None
+                if task.lost_deps:
+                    self._forget_lineage(task)
+                    task.spec = None
+                    self._transitions()
 
     def _has_failed_itself(self, task: FakeTaskState) -> bool:
         assert isinstance(task.value, Failure)
