@@ -18,6 +18,7 @@ from daskfed.messages import (
     Key,
     KeyImported,
     KeysFailed,
+    KeysLost,
     KeysMade,
     MadeKey,
 )
@@ -341,6 +342,13 @@ class TestFailures:
         a, b = block("a", "x"), block("b", "y", "x")
         stage.submit(a, b, wanted="y")
         assert stage.failed("a", "x") == [run("north", b)]
+
+    def test_a_site_that_forgot_a_failure_before_it_was_told_anew_is_to_release_it(self, stage: Stage) -> None:
+        """Else it would keep what the hub thinks that it has not."""
+        stage.submit(block("a", "x"), wanted="x")
+        stage.failed("a", "x")
+        assert stage.says("north", KeysLost(("x",))) == [release("north", "x")]
+        assert stage.says("north", KeysLost(("x",))) == []
 
     def test_a_dependent_elsewhere_imports_the_failure_and_is_not_waited_for(self, stage: Stage) -> None:
         a, b = block("a", "x", sites=("north",)), block("b", "y z", "x", sites=("south",))
