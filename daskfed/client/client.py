@@ -24,7 +24,7 @@ from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.submission import Submission, plan_calls, plan_graph
+from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
@@ -194,7 +194,7 @@ class Client(distributed.Client):
             )  # fmt: skip
         for key in set(keys):
             validate_key(key)
-        with self._refcount_lock:
+        with self._refcount_lock, paused_collection():
             return self._submit(expr, list(dict.fromkeys(keys)), annotations)
 
     def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:

@@ -6,7 +6,7 @@ stream, in step with what the scheduler says there:
 ==============  ====================================================================================================
 fed-key         a key that the agent wants is in memory: its ``nbytes``
 fed-erred       a key that the agent wants failed because an import could not be brought in
-fed-load        unfinished tasks and threads; when they change, at most every LOAD_S
+fed-load        unfinished tasks and threads; LOAD_S after they changed, or BUSY_S while there is plenty of work
 fed-status      workers, threads, memory, running and queued tasks; every STATUS_S and when workers come and go
 fed-learned     durations and sizes of results per key prefix since the last time
 ==============  ====================================================================================================
@@ -32,6 +32,8 @@ from tornado.ioloop import PeriodicCallback
 from daskfed.messages import Key
 
 LOAD_S = 0.05
+BUSY_S = 0.25
+PLENTY = 32  # unfinished tasks per thread that keep it busy for BUSY_S, unless they take less than 8 ms
 STATUS_S = 1.0
 LEARNED_S = 0.5
 UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
@@ -51,28 +53,35 @@ class SiteReporter(SchedulerPlugin):
         self.importing: set[Key] = set()
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
-        self._told: tuple[int, int] | None = None
+        self._load_timer: Any = None
+        self._load_is_due_soon = False
         self._learned: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
         scheduler.stream_handlers["fed-import"] = self.expect_imports
         scheduler.stream_handlers["fed-released"] = self.end_imports
         scheduler.stream_handlers["fed-renew"] = self.renew
-        timers = ((self._tell_load, LOAD_S), (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
+        timers = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
         self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
         for callback in self._callbacks:
             callback.start()
         self._tell_status()
+        self._tell_load()
 
     async def close(self) -> None:
         """Stop reporting; called by the scheduler when it ends."""
-        for callback in self._callbacks:
-            callback.stop()
+        self._stop_timers()
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """End with the agent's client; called by the scheduler."""
         if client == self.client:
-            for callback in self._callbacks:
-                callback.stop()
+            self._stop_timers()
             scheduler.remove_plugin(self.name)
+
+    def _stop_timers(self) -> None:
+        for callback in self._callbacks:
+            callback.stop()
+        if self._load_timer is not None:
+            self.scheduler.loop.remove_timeout(self._load_timer)
+            self._load_timer = None
 
     # -- called by the scheduler at each change ----------------------------------------------------------------------
 
@@ -80,6 +89,8 @@ class SiteReporter(SchedulerPlugin):
         """Note what became of a task: called about five times for each, so most calls end at once."""
         if (start in UNFINISHED) is not (finish in UNFINISHED):
             self.unfinished += 1 if finish in UNFINISHED else -1
+            if not self._load_is_due_soon:
+                self._plan_load()
         if finish == "memory":
             self._in_memory(key, kwargs.get("startstops") or ())
         elif finish == "erred":
@@ -234,11 +245,18 @@ class SiteReporter(SchedulerPlugin):
             with suppress(CommClosedError):
                 stream.send(message)
 
+    def _plan_load(self) -> None:
+        """Tell the load later: what changes until then is told with it."""
+        soon = self.unfinished < PLENTY * self.scheduler.total_nthreads
+        if self._load_timer is None or soon:
+            if self._load_timer is not None:
+                self.scheduler.loop.remove_timeout(self._load_timer)
+            self._load_is_due_soon = soon
+            self._load_timer = self.scheduler.loop.call_later(LOAD_S if soon else BUSY_S, self._tell_load)
+
     def _tell_load(self) -> None:
-        load = (self.unfinished, self.scheduler.total_nthreads)
-        if load != self._told:
-            self._told = load
-            self._send({"op": "fed-load", "unfinished": load[0], "threads": load[1]})
+        self._load_timer, self._load_is_due_soon = None, False
+        self._send({"op": "fed-load", "unfinished": self.unfinished, "threads": self.scheduler.total_nthreads})
 
     def _tell_status(self) -> None:
         workers = self.scheduler.workers.values()
