@@ -75,6 +75,7 @@ class Import:
     source: str  # site that holds it; empty where the key failed and only its error is brought
     nbytes: int  # 0 where unknown
     failed: bool = False  # the task that makes this key failed: its dependents are to fail with the same error
+    number: int = field(default=0, compare=False)  # of the imports that the hub asked for; the answer repeats it
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,7 @@ class KeyImported(Message):
     nbytes: int  # bytes on the wire
     seconds: float  # from asking for it until it had arrived
     relayed: bool  # it went through the hub
+    number: int = field(default=0, compare=False)  # of the import that this answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,7 @@ class ImportFailed(Message):
     key: Key
     source: str
     reason: str
+    number: int = field(default=0, compare=False)  # of the import that this answers
 
 
 @dataclass(frozen=True, slots=True)

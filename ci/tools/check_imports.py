@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("names", ("errors.py", "messages.py")),
     ("Dask's private names", ("dask_private.py",)),
     ("pure cores", (
-        "link.py",
+        "backlog.py", "link.py",
         "hub/core.py", "hub/dispatch.py", "hub/estimates.py", "hub/events.py", "hub/inspection.py", "hub/ledger.py",
         "hub/placement.py", "hub/states.py",
         "site/budget.py", "site/core.py", "site/events.py", "site/inspection.py", "site/records.py", "site/states.py",

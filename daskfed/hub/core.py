@@ -313,7 +313,7 @@ class HubCore:
             self.dispatcher.links.learn(*link)
         site.copying.discard(message.key)
         state = self.ledger.keys.get(message.key)
-        if state is None or site.leaving or site.name not in state.importing:
+        if state is None or site.leaving or state.importing.get(site.name) != message.number:
             return
         state.importing.pop(site.name, None)
         self.ledger.key_made(state, site.name, state.nbytes or message.nbytes, DATA)
@@ -329,7 +329,7 @@ class HubCore:
     def _import_failed(self, site: SiteState, message: ImportFailed) -> None:
         site.copying.discard(message.key)
         state = self.ledger.keys.get(message.key)
-        if state is None or site.name not in state.importing:
+        if state is None or state.importing.get(site.name) != message.number:
             return
         state.importing.pop(site.name, None)
         self.ledger.release_at(site.name, message.key)

@@ -121,6 +121,7 @@ class Dispatcher:
         self.links = LinkBook()
         self.sites: dict[str, SiteState] = {}
         self.queues: dict[Where, list[tuple[Order, str]]] = {}
+        self.imports = 0  # asked for so far
         self.resting: list[tuple[float, Order, str]] = []  # (until, order, block) that are ready but failed before
         self._eligible: dict[Constraint, list[SiteState]] = {}
 
@@ -275,8 +276,9 @@ class Dispatcher:
         if state.phase is KeyPhase.FAILED:
             state.failed_at[target] = None
             return Import(key, "", 0, failed=True)
-        state.importing[target] = None
-        return Import(key, self.source_of(key, target), state.nbytes)
+        self.imports += 1
+        state.importing[target] = self.imports
+        return Import(key, self.source_of(key, target), state.nbytes, number=self.imports)
 
     # -- recalling ---------------------------------------------------------------------------------------------------
 

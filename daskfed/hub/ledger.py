@@ -35,7 +35,7 @@ class KeyState:
     phase: KeyPhase = KeyPhase.PENDING
     nbytes: int = 0
     holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # site that holds it, first maker first -> why
-    importing: dict[str, None] = field(default_factory=dict)  # sites that were told to bring it in, and have not yet
+    importing: dict[str, int] = field(default_factory=dict)  # site that is to bring it in -> number of that import
     failed_at: dict[str, None] = field(default_factory=dict)  # sites that were told of its failure
     wanted_by: dict[str, None] = field(default_factory=dict)  # clients
     consumers: dict[str, None] = field(default_factory=dict)  # unfinished blocks that need it

@@ -270,7 +270,7 @@ class SiteCore:
         if wanted.failed:
             self._bring_error(state)
             return
-        state.source = wanted.source
+        state.source, state.number = wanted.source, wanted.number
         state.announce = True
         if state.phase is KeyPhase.HELD:
             self._announce(state)
@@ -347,9 +347,9 @@ class SiteCore:
         state.announce = False
         came, state.arrival = state.arrival, None
         if came is None:
-            self._tell(KeyImported(state.key, "", state.nbytes, 0.0, False))
+            self._tell(KeyImported(state.key, "", state.nbytes, 0.0, False, state.number))
         else:
-            self._tell(KeyImported(state.key, came.source, came.nbytes, came.seconds, came.relayed))
+            self._tell(KeyImported(state.key, came.source, came.nbytes, came.seconds, came.relayed, state.number))
 
     # -- submitting --------------------------------------------------------------------------------------------------
 
@@ -435,7 +435,8 @@ class SiteCore:
         if state.phase is not KeyPhase.FAILED:
             self._move_key(state, "erred")
         if state.announce and not landing:
-            self._tell(ImportFailed(state.key, state.source, "a block at this site was to make it, and failed"))
+            reason = "a block at this site was to make it, and failed"
+            self._tell(ImportFailed(state.key, state.source, reason, state.number))
         state.announce = False
 
     def _landed(self, state: KeyState) -> None:
@@ -494,7 +495,7 @@ class SiteCore:
     def _lose_key(self, state: KeyState, move: str, reason: str) -> None:
         """A key is not here against the site's will: tell the hub, and give back the blocks that cannot go on."""
         if state.announce:
-            self._tell(ImportFailed(state.key, state.source, reason))
+            self._tell(ImportFailed(state.key, state.source, reason, state.number))
         elif state.hub or state.made_by:
             self._tell(KeysLost((state.key,)))
         self._remove_key(state, move)

@@ -17,6 +17,7 @@ class KeyState:
     phase: KeyPhase = KeyPhase.ABSENT
     nbytes: int = 0  # as the hub or the scheduler said; 0 if unknown
     source: str = ""  # site to import it from
+    number: int = 0  # of the hub's latest order to import it
     hub: bool = False  # the hub asked for it, or put it here
     announce: bool = False  # the hub waits for a KeyImported
     arrival: Fetched | None = None  # how it was fetched

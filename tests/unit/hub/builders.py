@@ -5,6 +5,7 @@ Several keys are written as one string, ``"x y"``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from daskfed.hub import events as ev
@@ -22,7 +23,9 @@ from daskfed.messages import (
     CancelBlock,
     Constraint,
     Import,
+    ImportFailed,
     Key,
+    KeyImported,
     KeysFailed,
     KeysMade,
     MadeKey,
@@ -177,7 +180,9 @@ class Stage:
         return self(ev.KeysScattered(client, site, tuple((key, nbytes) for key in keys(names))))
 
     def says(self, site: str, message: Message) -> Commands:
-        """A site reports."""
+        """A site reports; of an import, that it is the latest one which the hub asked it for."""
+        if isinstance(message, KeyImported | ImportFailed) and (key := self.core.ledger.keys.get(message.key)):
+            message = replace(message, number=message.number or key.importing.get(site, 0))
         return self(ev.FromSite(site, message))
 
     def started(self, name: str) -> Commands:

@@ -331,6 +331,21 @@ class TestScatter:
         ]  # fmt: skip
 
 
+class TestImports:
+    def test_the_answer_to_an_order_that_was_taken_back_says_nothing_of_the_next_one(self, stage: Stage) -> None:
+        """South has released the first copy when it hears of the second order, and must still be able to get it."""
+        stage.scatter("north", "x")
+        stage(ev.KeysNeeded("south", ("x",)))
+        first = stage.key("x").importing["south"]
+        stage.desire("x", client="d")
+        assert stage.drop("x", client="d") == [release("south", "x")]
+        stage(ev.KeysNeeded("south", ("x",)))
+        assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False, number=first)) == []
+        assert list(stage.key("x").holders) == ["north"] and "south" in stage.key("x").importing
+        assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False)) == []
+        assert list(stage.key("x").holders) == ["north", "south"]
+
+
 class TestFailures:
     def test_the_client_is_told_and_nothing_is_left_after_its_release(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")

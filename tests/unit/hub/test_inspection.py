@@ -109,7 +109,7 @@ Corruption = Callable[[Stage], object]
 CORRUPTIONS: dict[str, Corruption] = {
     "key 'x' lives though nobody needs it": lambda s: s.core.ledger.keys.update(x=KeyState("x", "ann")),
     "key 'y' is KeyPhase.HELD at {}": lambda s: setattr(s.key("y"), "phase", KeyPhase.HELD),
-    "key 'd' is brought to north, which holds it": lambda s: s.key("d").importing.update(north=None),
+    "key 'd' is brought to north, which holds it": lambda s: s.key("d").importing.update(north=1),
     "key 'd' is at mars, which is gone": lambda s: s.key("d").holders.update(mars=("data",)),
     "key 'd' is kept for ended, which ended": lambda s: s.key("d").consumers.update(ended=None),
     "key 'd' is wanted by e, who does not know it": lambda s: s.key("d").wanted_by.update(e=None),
