@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ from daskfed import errors
 from daskfed.config import SiteOptions
 from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
 
+PLAIN = (str, int, float, bool, type(None))
+SECRET = re.compile("pass|secret|token|key|credential|auth|env", re.IGNORECASE)  # options that errors do not show
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
 
@@ -127,7 +130,7 @@ async def start_cluster(spec: ClusterSpec) -> Any:
     try:
         cluster = cls(**{**options, "asynchronous": True})
     except Exception as exc:
-        raise SiteStartError(f"{name} rejected its options ({', '.join(options)}): {_in_words(exc)}") from exc
+        raise SiteStartError(f"{name} rejected its options ({_shown(options)}): {_in_words(exc)}") from exc
     try:
         await asyncio.wait_for(_started(cluster), spec.timeout_s)
     except TimeoutError:
@@ -135,8 +138,14 @@ async def start_cluster(spec: ClusterSpec) -> Any:
         raise SiteStartError(f"{name} did not start within {spec.timeout_s:g} s; look at its own logs") from None
     except Exception as exc:
         await _abandon(cluster)
-        raise SiteStartError(f"{name} did not start with the options {', '.join(options)}: {_in_words(exc)}") from exc
+        raise SiteStartError(f"{name} did not start with {_shown(options)}: {_in_words(exc)}") from exc
     return cluster
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    """Return options as an error may show them: values that are plain, and no secret by their name."""
+    plain = {name for name, value in options.items() if isinstance(value, PLAIN) and not SECRET.search(name)}
+    return ", ".join(f"{name}={value!r}" if name in plain else f"{name}=…" for name, value in options.items())
 
 
 def _in_words(exc: BaseException) -> str:

@@ -92,6 +92,14 @@ def test_options_that_the_class_rejects_are_named() -> None:
         asyncio.run(start_cluster(spec))
 
 
+def test_errors_show_options_but_no_secrets() -> None:
+    options = {"colour": "red", "api_token": "hunter2", "Password": "hunter2", "env": {"X": "hunter2"}, "extra": ["a"]}
+    with pytest.raises(SiteStartError) as failed:
+        asyncio.run(start_cluster(ClusterSpec.of(SiteOptions(cluster=Slow, options=options))))
+    assert "colour='red', api_token=…, Password=…, env=…, extra=…" in str(failed.value)
+    assert "hunter2" not in str(failed.value)
+
+
 def test_methods_may_be_coroutines_or_not_and_refusals_are_explained() -> None:
     async def check() -> None:
         cluster = Plain()
