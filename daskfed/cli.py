@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from daskfed.config import DEFAULT_CLUSTER, SiteOptions, calm_ticks, check_listen, parse_labels, site_options
+from daskfed.config import DEFAULT_CLUSTER, SiteOptions, calm, check_listen, parse_labels, site_options
 from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
 
@@ -191,7 +191,7 @@ def _run(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, number)
         await work(stop)
 
-    calm_ticks()
+    calm(tick="250ms", system_monitor="5s")
     _guarded(lambda: asyncio.run(guarded()))
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daskfed.errors import ConfigurationError
 
-TICK = "distributed.admin.tick.interval"
+STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
 DEFAULT_CLUSTER = "dask.distributed.LocalCluster"
 
 
@@ -66,13 +66,16 @@ def parse_labels(pairs: tuple[str, ...]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def calm_ticks() -> None:
-    """Have the servers of this process measure the lag of their event loop less often than Dask's 50 times a second.
+def calm(**intervals: str) -> None:
+    """Have the servers of this process look after themselves less often than Dask's do, while they idle too.
 
-    Each of them does, while it idles too; where the user set another interval, that one stays.
+    ``intervals`` are for ``tick``, the lag of the event loop (Dask: 20 ms), and ``system-monitor``, CPU and memory for
+    the dashboard (Dask: 500 ms). Where the user has set another one, that stays.
     """
-    if dask.config.get(TICK, "20ms") == "20ms":
-        dask.config.set({TICK: "250ms"})
+    for name, interval in intervals.items():
+        setting = f"distributed.admin.{name.replace('_', '-')}.interval"
+        if dask.config.get(setting, STOCK_INTERVALS[name]) == STOCK_INTERVALS[name]:
+            dask.config.set({setting: interval})
 
 
 def check_listen(address: str, security: Any) -> None:

@@ -18,6 +18,15 @@ from typing import Any
 import psutil
 
 WAIT_S = 60.0
+STOCK = """
+import sys, threading
+from distributed import LocalCluster
+
+n_workers, nthreads, port = map(int, sys.argv[1:])
+quiet = {"dashboard_address": ":0", "scheduler_kwargs": {"dashboard": False}}
+cluster = LocalCluster(n_workers=n_workers, threads_per_worker=nthreads, scheduler_port=port, **quiet)
+threading.Event().wait()
+"""
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what a benchmark started ends with it
 
@@ -70,17 +79,13 @@ def hub_and_sites(names: tuple[str, ...], **options: Any) -> Iterator[tuple[str,
 
 @contextlib.contextmanager
 def stock_cluster(n_workers: int, nthreads: int = 1) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run a stock scheduler and workers in processes of their own; yields its address and the scheduler's process."""
+    """Run a stock LocalCluster in a process of its own; yields the address of its scheduler, and that process.
+
+    It is to a site what is alike: the same Cluster class, with a worker for each of the sites'.
+    """
     port = free_port()
-    address = f"tcp://127.0.0.1:{port}"
-    python = (sys.executable, "-m", "distributed.cli")
-    with contextlib.ExitStack() as stack:
-        command = (*python[:2], "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port))
-        scheduler = stack.enter_context(running(*command, "--no-dashboard"))
-        for _ in range(n_workers):
-            worker = (*python[:2], "distributed.cli.dask_worker", address, "--nthreads", str(nthreads))
-            stack.enter_context(running(*worker, "--no-dashboard", "--no-nanny"))
-        yield address, scheduler
+    with running(sys.executable, "-c", STOCK, str(n_workers), str(nthreads), str(port)) as cluster:
+        yield f"tcp://127.0.0.1:{port}", cluster
 
 
 def cpu_s(process: psutil.Process) -> float:

@@ -45,7 +45,7 @@ from distributed.comm.core import CommClosedError
 from distributed.core import ConnectionPool, Server, Status
 from tornado.iostream import IOStream, StreamClosedError
 
-from ..dask_private import (
+from daskfed.dask_private import (
     INPROC_EOF,
     MAX_BUFFER_SIZE,
     TCP,
@@ -76,7 +76,7 @@ from ..dask_private import (
     read_bytes_rw,
     unpack_frames,
 )
-from ..errors import DaskfedError
+from daskfed.errors import DaskfedError
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import warnings
 from contextlib import suppress
 from typing import Any, TextIO
 
-from daskfed.config import calm_ticks
+from daskfed.config import calm
 from daskfed.errors import DaskfedError, SiteStartError
 from daskfed.site.clusters import ClusterSpec, call_cluster, credentials, start_cluster
 
@@ -36,7 +36,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.filterwarnings("ignore", "Port .* is already in use")  # several sites of one machine, each a dashboard
-    calm_ticks()
+    calm(tick="250ms")  # the monitor is for the site's dashboard
     asyncio.run(_serve(replies))
     last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
     last_resort.daemon = True
