@@ -297,7 +297,14 @@ class HubCore:
 
     def _block_lost(self, site: SiteState, message: BlockLost) -> None:
         if (block := self._attempt(site, message)) is not None:
+            self._bring_failures_anew(block, site.name)
             self._again(block, message.reason)
+
+    def _bring_failures_anew(self, block: BlockState, site: str) -> None:
+        """A scheduler does not know the keys of a graph that it could not open: it needs their errors as imports."""
+        for key in block.spec.inputs:
+            if self.ledger.keys[key].failed_at.pop(site, True) is None:
+                self.ledger.release_at(site, key)
 
     def _again(self, block: BlockState, reason: str) -> None:
         self.ledger.take_back(block)

@@ -21,6 +21,7 @@ from daskfed.messages import (
     KeysLost,
     KeysMade,
     MadeKey,
+    RunBlock,
 )
 from tests.unit.hub.builders import (
     Commands,
@@ -364,6 +365,15 @@ class TestFailures:
         stage.failed("a", "x")
         assert stage.says("north", KeysLost(("x",))) == [release("north", "x")]
         assert stage.says("north", KeysLost(("x",))) == []
+
+    def test_a_block_that_was_lost_for_want_of_a_failure_at_its_own_site_imports_it(self, stage: Stage) -> None:
+        """A scheduler that could not open a graph says that its keys failed, and does not know them afterwards."""
+        stage.submit(block("a", "x"), block("b", "y", "x", sites=("north",)), wanted="x y")
+        stage.failed("a", "x")
+        commands = stage.lost("b", "its input is unknown")
+        assert release("north", "x") in commands
+        (again,) = [each for each in commands if isinstance(each, ev.TellSite) and isinstance(each.message, RunBlock)]
+        assert again.message.imports == (Import("x", "", 0, failed=True),)
 
     def test_a_dependent_elsewhere_imports_the_failure_and_is_not_waited_for(self, stage: Stage) -> None:
         a, b = block("a", "x", sites=("north",)), block("b", "y z", "x", sites=("south",))
