@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,14 @@ def _in_words(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
         return f"option {name!r}: {error['msg']}"
-    known = list(SiteOptions.model_fields)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(known)}"
+    hint = hint_for(name, list(SiteOptions.model_fields), "options are")
     return f"unknown option {name!r}; {hint} (keywords of the Cluster class go into 'options')"
+
+
+def hint_for(wrong: str, known: Sequence[str], these_are: str) -> str:
+    """Return what to say to somebody who wrote ``wrong``: the nearest known name, or all of them."""
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"{these_are} {', '.join(known)}"
 
 
 def parse_labels(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -69,7 +73,7 @@ def parse_labels(pairs: tuple[str, ...]) -> dict[str, str]:
 def calm(**intervals: str) -> None:
     """Have the servers of this process look after themselves less often than Dask's do, while they idle too.
 
-    ``intervals`` are for ``tick``, the lag of the event loop (Dask: 20 ms), and ``system-monitor``, CPU and memory for
+    ``intervals`` are for ``tick``, the lag of the event loop (Dask: 20 ms), and ``system_monitor``, CPU and memory for
     the dashboard (Dask: 500 ms). Where the user has set another one, that stays.
     """
     for name, interval in intervals.items():

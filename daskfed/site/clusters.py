@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import difflib
 import inspect
 import itertools
 import json
@@ -31,7 +30,7 @@ from distributed.security import Security
 from distributed.utils import import_term
 
 from daskfed import errors
-from daskfed.config import SiteOptions
+from daskfed.config import SiteOptions, hint_for
 from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
 
 PLAIN = (str, int, float, bool, type(None))
@@ -200,8 +199,7 @@ def _check_adapt(cluster: Any, kwargs: Mapping[str, Any]) -> None:
     parameters = [parameter for taker in takers for parameter in inspect.signature(taker).parameters.values()]
     known = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)} - {"self"}
     for name in kwargs.keys() - known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+        hint = hint_for(name, sorted(known), "there are")
         raise ConfigurationError(f"{type(cluster).__name__}.adapt has no keyword {name!r}; {hint}")
 
 

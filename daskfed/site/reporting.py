@@ -79,9 +79,7 @@ class SiteReporter(SchedulerPlugin):
     def _stop_timers(self) -> None:
         for callback in self._callbacks:
             callback.stop()
-        if self._load_timer is not None:
-            self.scheduler.loop.remove_timeout(self._load_timer)
-            self._load_timer = None
+        self._unplan_load()
 
     # -- called by the scheduler at each change ----------------------------------------------------------------------
 
@@ -249,13 +247,17 @@ class SiteReporter(SchedulerPlugin):
         """Tell the load later: what changes until then is told with it."""
         soon = self.unfinished < PLENTY * self.scheduler.total_nthreads
         if self._load_timer is None or soon:
-            if self._load_timer is not None:
-                self.scheduler.loop.remove_timeout(self._load_timer)
+            self._unplan_load()
             self._load_is_due_soon = soon
             self._load_timer = self.scheduler.loop.call_later(LOAD_S if soon else BUSY_S, self._tell_load)
 
-    def _tell_load(self) -> None:
+    def _unplan_load(self) -> None:
+        if self._load_timer is not None:
+            self.scheduler.loop.remove_timeout(self._load_timer)
         self._load_timer, self._load_is_due_soon = None, False
+
+    def _tell_load(self) -> None:
+        self._unplan_load()
         self._send({"op": "fed-load", "unfinished": self.unfinished, "threads": self.scheduler.total_nthreads})
 
     def _tell_status(self) -> None:
