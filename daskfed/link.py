@@ -184,6 +184,11 @@ class Link(Generic[T]):
         """Number of the next item that this end waits for: it has all before."""
         return self._received
 
+    @property
+    def accepted(self) -> int:
+        """Number of items that this end was given to send so far."""
+        return self._acked + len(self._in_flight) + len(self._queued)
+
     # -- what the owner must know -------------------------------------------------------------------------------
 
     @property

@@ -98,13 +98,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class RunBlock(Message):
-    """Run this block and hold its outputs. Its payload travels beside it."""
+    """Run this block and hold its outputs, or some of them. Its payload travels beside it."""
 
     op: ClassVar[str] = "run-block"
     block: BlockSpec
     attempt: Attempt
     imports: tuple[Import, ...]  # inputs that the site has neither made nor imported yet
     expected_s: float  # estimated seconds of one thread for the whole block
+    only: tuple[Key, ...] = ()  # the outputs that are to be made, where the others exist or are not needed; empty: all
 
 
 @dataclass(frozen=True, slots=True)

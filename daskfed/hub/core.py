@@ -99,6 +99,7 @@ class HubCore:
 
     def _client_left(self, event: ev.ClientLeft) -> None:
         self.clients.pop(event.client, None)
+        self.ledger.keeper_left(event.client)
         keys = list(self.ledger.wants.get(event.client, ()))
         self.ledger.unwant(event.client, keys)
         self.ledger.settle(keys)
@@ -182,13 +183,20 @@ class HubCore:
     def _keys_scattered(self, event: ev.KeysScattered) -> None:
         for key, nbytes in event.keys:
             state = self.ledger.keys.get(key)
+            if state is None and event.again:
+                self.ledger.release_at(event.site, key)
+                continue
             if state is None:
                 state = self.ledger.keys[key] = KeyState(key, self.clients.get(event.client, ""))
+            if event.kept:
+                self.ledger.keep(state, event.client)
+            state.importing.pop(event.site, None)
             self.ledger.key_made(state, event.site, nbytes, DATA)
-            if event.client not in state.wanted_by:
+            if event.client not in state.wanted_by and not event.again:
                 self.ledger.want(event.client, key)
             if event.site not in self.sites:  # it left while the data was under way
                 self.ledger.lose_key_at(state, event.site)
+        self.ledger.settle([key for key, _ in event.keys])
 
     def _keys_needed(self, event: ev.KeysNeeded) -> None:
         if (site := self.sites.get(event.site)) is not None:
@@ -270,7 +278,7 @@ class HubCore:
         for made in message.keys:
             block.open_outputs.discard(made.key)
             state = self.ledger.keys.get(made.key)
-            if state is None:
+            if state is None or state.phase is KeyPhase.RETIRED:
                 self.ledger.release_at(site.name, made.key)
             else:
                 asked_for = site.name in state.importing
@@ -288,7 +296,7 @@ class HubCore:
         for key in message.keys:
             block.open_outputs.discard(key)
             state = self.ledger.keys.get(key)
-            if state is None or (state.phase is KeyPhase.HELD and site.name not in state.holders):
+            if state is None or _exists_elsewhere(state, site.name):
                 self.ledger.release_at(site.name, key)
             else:
                 state.failed_at[site.name] = None
@@ -306,8 +314,8 @@ class HubCore:
             if self.ledger.keys[key].failed_at.pop(site, True) is None:
                 self.ledger.release_at(site, key)
 
-    def _again(self, block: BlockState, reason: str) -> None:
-        self.ledger.take_back(block)
+    def _again(self, block: BlockState, reason: str, blameless: bool = False) -> None:
+        self.ledger.take_back(block, blameless)
         if block.failures >= MAX_FAILURES:
             why = f"{block.spec.label or block.spec.id}: given up after {block.failures} attempts: {reason}"
             self.ledger.fail_block(block, "TransferError", why)
@@ -340,8 +348,10 @@ class HubCore:
             return
         state.importing.pop(site.name, None)
         self.ledger.release_at(site.name, message.key)
+        source_lost = message.source not in state.holders
         for name in [name for name in site.blocks if name in state.consumers]:
-            self._again(self.ledger.blocks[name], f"{message.key!r} could not be brought in: {message.reason}")
+            why = f"{message.key!r} could not be brought in: {message.reason}"
+            self._again(self.ledger.blocks[name], why, blameless=source_lost)
 
     def _keys_lost(self, site: SiteState, message: KeysLost) -> None:
         for key in message.keys:
@@ -356,3 +366,7 @@ class HubCore:
         """Return why a key waits, or where and why it ran: its phase, sites, block, and what stands in its way."""
         return inspection.explain(self.ledger, self.dispatcher, key)
 
+
+def _exists_elsewhere(state: KeyState, site: str) -> bool:
+    """Whether the failure of a key at ``site`` is of no interest: it is held elsewhere, or its value is not needed."""
+    return state.phase is KeyPhase.RETIRED or (state.phase is KeyPhase.HELD and site not in state.holders)

@@ -266,7 +266,16 @@ class Dispatcher:
         site.blocks[block.spec.id] = None
         site.backlog.add(*_work(block))
         imports = tuple(self._import(key, site.name) for key in block.spec.inputs if self._lacks(site.name, key))
-        ledger.command(TellSite(site.name, RunBlock(block.spec, block.attempt, imports, block.expected_s)))
+        only = self._ask_for(block)
+        ledger.command(TellSite(site.name, RunBlock(block.spec, block.attempt, imports, block.expected_s, only)))
+
+    def _ask_for(self, block: BlockState) -> tuple[Key, ...]:
+        """Note which outputs this attempt is to make, and return them unless they are all."""
+        known = self.ledger.keys
+        outputs = block.spec.outputs
+        only = tuple(key for key in outputs if key in known and known[key].phase is KeyPhase.PENDING)
+        block.open_outputs = set(only)
+        return only if len(only) < len(outputs) else ()
 
     def _lacks(self, site: str, key: Key) -> bool:
         return not self.ledger.keys[key].present_at(site)

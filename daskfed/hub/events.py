@@ -70,11 +70,17 @@ class KeysCancelled:
 
 @dataclass(frozen=True, slots=True)
 class KeysScattered:
-    """A client's data, or keys made inside a task, are in memory at a site: they cannot be recomputed."""
+    """A client's data, or keys made inside a task, are in memory at a site: they cannot be recomputed.
+
+    ``kept``: the client keeps a copy and brings it again when asked (:class:`AskForData`); ``again``: it does so now,
+    which makes nobody want the keys that did not want them before.
+    """
 
     client: str
     site: str
     keys: tuple[tuple[Key, int], ...]  # (key, bytes)
+    kept: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,22 @@ class FailKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class AskForData:
+    """Ask a client to scatter keys again of which it keeps copies: their site is gone."""
+
+    client: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DropCopies:
+    """Tell a client that its copies of these keys are not needed any more."""
+
+    client: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DropReport:
     """A report of an old attempt was dropped (for logs and tests)."""
 
@@ -190,4 +212,6 @@ class DropReport:
     attempt: Attempt
 
 
-Command: TypeAlias = TellClient | TellSite | ForgetKeys | ForgetBlock | FailKeys | DropReport
+Command: TypeAlias = (
+    TellClient | TellSite | ForgetKeys | ForgetBlock | FailKeys | AskForData | DropCopies | DropReport
+)

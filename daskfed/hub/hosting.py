@@ -14,7 +14,12 @@ from daskfed.messages import Key
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
-DASK_STATES = {KeyPhase.PENDING: "waiting", KeyPhase.HELD: "memory", KeyPhase.FAILED: "erred"}
+DASK_STATES = {
+    KeyPhase.PENDING: "waiting",
+    KeyPhase.HELD: "memory",
+    KeyPhase.FAILED: "erred",
+    KeyPhase.RETIRED: "released",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,17 @@ UNFINISHED = (BlockPhase.WAITING, BlockPhase.READY, *PLACED)
 def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
     """Verify every invariant of the hub; raises AssertionError naming the first that is broken."""
     unfinished = {name for name, block in ledger.blocks.items() if block.phase in UNFINISHED}
-    producing = dict.fromkeys(ledger.blocks, 0)
+    live, pending = dict.fromkeys(ledger.blocks, 0), dict.fromkeys(ledger.blocks, 0)
     for state in ledger.keys.values():
         _check_key(ledger, dispatcher, state, unfinished)
-        if state.producer in producing:
-            producing[state.producer] += 1
+        if state.producer in live:
+            live[state.producer] += 1
+            pending[state.producer] += state.phase is KeyPhase.PENDING
     for name, block in ledger.blocks.items():
-        assert block.live == producing[name], f"block {name} counts {block.live} live outputs of {producing[name]}"
+        assert block.live == live[name] > 0, f"block {name} counts {block.live} live outputs of {live[name]}"
+        assert block.pending == pending[name], f"block {name} counts {block.pending} pending outputs of {pending[name]}"
+        if block.phase is BlockPhase.DONE:
+            _check_recipe(ledger, block)
         assert block.phase is not BlockPhase.GONE, f"block {name} is gone and still known"
     for name in unfinished:
         _check_block(ledger, dispatcher, ledger.blocks[name])
@@ -37,7 +41,10 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
 
 def _check_key(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, unfinished: set[str]) -> None:
     key = state.key
-    assert state.wanted_by or state.consumers, f"key {key!r} lives though nobody needs it"
+    assert state.needed or state.heirs, f"key {key!r} lives though nobody needs it"
+    if not state.needed:
+        retired = state.phase in (KeyPhase.RETIRED, KeyPhase.FAILED)
+        assert retired and not state.importing, f"key {key!r} is {state.phase} though nobody needs its value"
     assert bool(state.holders) == (state.phase is KeyPhase.HELD), f"key {key!r} is {state.phase} at {state.holders}"
     for places in (state.holders, state.importing, state.failed_at):
         for place in places:
@@ -46,10 +53,20 @@ def _check_key(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, unfinish
         assert place not in state.holders, f"key {key!r} is brought to {place}, which holds it"
     for consumer in state.consumers:
         assert consumer in unfinished, f"key {key!r} is kept for {consumer}, which ended"
+    for heir in state.heirs:
+        finished = heir in ledger.blocks and heir not in unfinished
+        assert finished, f"key {key!r} is kept for {heir}, which is not finished"
     for client in state.wanted_by:
         assert key in ledger.wants[client], f"key {key!r} is wanted by {client}, who does not know it"
     if state.phase is KeyPhase.PENDING and state.producer is not None:
         assert state.producer in unfinished, f"key {key!r} waits for {state.producer}, which ended"
+
+
+def _check_recipe(ledger: Ledger, block: BlockState) -> None:
+    name = block.spec.id
+    assert not block.pending, f"block {name} is done and has outputs to make"
+    for key in block.spec.inputs:
+        assert name in ledger.keys[key].heirs, f"block {name} is done and no heir of its input {key!r}"
 
 
 def _check_block(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> None:
@@ -59,7 +76,7 @@ def _check_block(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> N
         missing += state.phase is KeyPhase.PENDING
         assert name in state.consumers, f"block {name} is no consumer of its input {key!r}"
     assert block.missing == missing, f"block {name} counts {block.missing} missing inputs of {missing}"
-    assert block.live, f"block {name} is unfinished though nothing of it is needed"
+    assert block.pending or block.phase in PLACED, f"block {name} is unfinished though nothing of it is needed"
     if block.phase is BlockPhase.READY:
         assert missing == 0, f"block {name} is ready and lacks inputs"
     if block.phase in PLACED:
@@ -93,6 +110,8 @@ def _why(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, block: BlockSt
         return f"in memory at {', '.join(state.holders)}; {made}"
     if state.phase is KeyPhase.FAILED:
         return f"its task failed{f' at {block.site}' if block is not None and block.site else ''}"
+    if state.phase is KeyPhase.RETIRED:
+        return f"its value was released; it would be made again for {next(iter(state.heirs))}, which took it"
     if block is None:
         return "a client expects it, and no graph that makes it has arrived"
     return _why_not_yet(ledger, dispatcher, block)

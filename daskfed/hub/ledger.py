@@ -1,8 +1,11 @@
 """What the hub knows of keys and blocks, and who is interested in what. Pure.
 
-A key lives while a client wants it or an unfinished block needs it. A block lives while one of the keys that it is the
-producer of lives. Everything else follows: when the last interest in a key ends, the key is released wherever it is,
-its producer is cancelled or forgotten if nothing else of it lives, and so on up the graph.
+A key is *needed* while a client wants it or an unfinished block takes it as an input. It *lives* while it is needed or
+a finished block, some of whose outputs live, took it: then it is retired, its value is gone, but it can be made again.
+A block lives while one of the keys that it is the producer of lives, as their recipe. Everything else follows: when the
+need of a key ends, its value is released wherever it is; when the last that was made from it ends, so does the key, its
+producer is cancelled or forgotten if nothing else of it lives, and so on up the graph. When a key that is needed is lost,
+its producer runs again for the outputs that are missing, and so on up the graph as far as values are missing.
 """
 
 from __future__ import annotations
@@ -13,7 +16,17 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from daskfed.errors import IllegalTransition
-from daskfed.hub.events import Command, FailKeys, ForgetBlock, ForgetKeys, Outcome, TellClient, TellSite
+from daskfed.hub.events import (
+    AskForData,
+    Command,
+    DropCopies,
+    FailKeys,
+    ForgetBlock,
+    ForgetKeys,
+    Outcome,
+    TellClient,
+    TellSite,
+)
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.messages import Attempt, BlockSpec, CancelBlock, Key, ReleaseKeys
 
@@ -32,6 +45,7 @@ class KeyState:
     key: Key
     owner: str
     producer: str | None = None  # id of the block that makes it; None for scattered data and for promises
+    keeper: str | None = None  # client that has a copy of it
     phase: KeyPhase = KeyPhase.PENDING
     nbytes: int = 0
     holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # site that holds it, first maker first -> why
@@ -39,6 +53,12 @@ class KeyState:
     failed_at: dict[str, None] = field(default_factory=dict)  # sites that were told of its failure
     wanted_by: dict[str, None] = field(default_factory=dict)  # clients
     consumers: dict[str, None] = field(default_factory=dict)  # unfinished blocks that need it
+    heirs: dict[str, None] = field(default_factory=dict)  # finished blocks that took it and may have to run again
+
+    @property
+    def needed(self) -> bool:
+        """Whether its value is needed, now or as soon as it exists."""
+        return bool(self.wanted_by or self.consumers)
 
     def present_at(self, site: str) -> bool:
         """Say whether a block at ``site`` can use the key without a further import."""
@@ -55,8 +75,9 @@ class BlockState:
     attempt: Attempt = Attempt(0, 0)
     site: str | None = None  # where it is or was placed
     missing: int = 0  # inputs that are still pending
-    open_outputs: set[Key] = field(default_factory=set)  # not yet reported in this attempt
+    open_outputs: set[Key] = field(default_factory=set)  # asked for in this attempt and not reported yet
     live: int = 0  # outputs that it is the producer of and that still live
+    pending: int = 0  # those of them that are still to be made
     failures: int = 0  # attempts that ended through no fault of its tasks
     rests_until: float = 0.0  # not to be placed again before, since it failed more than once
     expected_s: float = 0.0  # estimated seconds of one thread
@@ -76,6 +97,7 @@ class Ledger:
         self.keys: dict[Key, KeyState] = {}
         self.blocks: dict[str, BlockState] = {}
         self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
+        self.kept: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys of which it has a copy
         self.ready: list[BlockState] = []  # became ready since the dispatcher last looked
         self.unplaced: list[tuple[str, BlockState]] = []  # (site, block) that left its site since then
         self.reports: dict[str, int] = {}  # site -> KeysMade and KeysFailed of it that were taken in
@@ -97,11 +119,14 @@ class Ledger:
 
     def move_key(self, key: KeyState, move: str) -> None:
         """Make a legal move of a key; raises IllegalTransition with the key's story otherwise."""
+        before = key.phase
         try:
-            key.phase = next_key_phase(key.phase, move, key.key)
+            key.phase = next_key_phase(before, move, key.key)
         except IllegalTransition as exc:
             raise IllegalTransition(f"{exc}; its story: {self.story(key.key)}") from None
         self.stories.append((key.key, move))
+        if (producer := self.blocks.get(key.producer or "")) is not None:
+            producer.pending += (key.phase is KeyPhase.PENDING) - (before is KeyPhase.PENDING)
 
     def story(self, name: object) -> list[str]:
         """Return the recent moves of a key or block, oldest first."""
@@ -142,7 +167,7 @@ class Ledger:
 
     def add_block(self, spec: BlockSpec, order: Order, wait: bool) -> BlockState:
         """Register a block and become the producer of those of its outputs that nobody makes yet."""
-        block = BlockState(spec, order, open_outputs=set(spec.outputs), wait=wait)
+        block = BlockState(spec, order, wait=wait)
         self.blocks[spec.id] = block
         for key in spec.outputs:
             state = self.keys.get(key)
@@ -151,16 +176,67 @@ class Ledger:
             if state.producer is None and state.phase is KeyPhase.PENDING:
                 state.producer = spec.id
                 block.live += 1
+                block.pending += 1
         return block
 
     def link_inputs(self, block: BlockState) -> None:
-        """Count the block as a consumer of its inputs and see whether it is ready."""
+        """Count the block as a consumer of its inputs, have those made again that are gone, and see if it is ready."""
+        for state in self._link(block):
+            self._demand(state)
+
+    def _link(self, block: BlockState) -> list[KeyState]:
+        """Count the block as a consumer of its inputs and return those that must be made again for it."""
+        revived = []
         block.missing = 0
         for key in block.spec.inputs:
             state = self.keys[key]
+            state.heirs.pop(block.spec.id, None)
             state.consumers[block.spec.id] = None
+            if state.phase is KeyPhase.RETIRED:
+                self.move_key(state, "needed again")
+                revived.append(state)
             block.missing += state.phase is KeyPhase.PENDING
         self._ready_if_complete(block)
+        return revived
+
+    def _demand(self, state: KeyState) -> None:
+        """See to it that a pending key is made, and first whatever is missing of what it is made from."""
+        stack = [state]
+        while stack:
+            state = stack.pop()
+            block = self.blocks.get(state.producer or "")
+            if block is None and state.keeper is not None:
+                self.command(AskForData(state.keeper, (state.key,)))
+            elif block is None:
+                self._lost_for_good(state)
+            elif block.phase is BlockPhase.DONE:
+                self.move_block(block, "needed again")
+                stack.extend(self._link(block))
+
+    def keep(self, state: KeyState, client: str) -> None:
+        """A client keeps a copy of a key."""
+        state.keeper = client
+        self.kept[client][state.key] = None
+
+    def keeper_left(self, client: str) -> None:
+        """A client is gone, with the copies that it kept."""
+        for key in self.kept.pop(client, ()):
+            state = self.keys[key]
+            state.keeper = None
+            if state.phase is KeyPhase.PENDING and state.producer is None:
+                self._lost_for_good(state)
+
+    def _drop_copy(self, state: KeyState) -> None:
+        if state.keeper is None:
+            return
+        self.command(DropCopies(state.keeper, (state.key,)))
+        del self.kept[state.keeper][state.key]
+        if not self.kept[state.keeper]:
+            del self.kept[state.keeper]
+
+    def _lost_for_good(self, state: KeyState) -> None:
+        self.command(FailKeys((state.key,), "SiteLostError", "its site is gone and it cannot be computed again"))
+        self.key_failed(state)
 
     def _ready_if_complete(self, block: BlockState) -> None:
         if block.missing == 0 and block.phase is BlockPhase.WAITING:
@@ -177,22 +253,16 @@ class Ledger:
             self.move_key(state, "made")
             self.tell(state.wanted_by, Outcome.IN_MEMORY, state.key)
             self._drop_failures(state, site)
-            self._take_over(state, claim)
+            self._rest_producer(state)
         state.holders[site] = (*state.holders.get(site, ()), claim)
         state.nbytes = nbytes
         if was_pending:
             self._input_exists(state)
 
-    def _take_over(self, state: KeyState, claim: str) -> None:
-        """The block that did make a key is its producer, so that it is not cancelled while its key is needed."""
-        maker, former = self.blocks.get(claim), self.blocks.get(state.producer or "")
-        if maker is None or maker is former:
-            return
-        state.producer = claim
-        maker.live += 1
-        if former is not None:
-            former.live -= 1
-            self.settle(self._end_if_dead(former))
+    def _rest_producer(self, state: KeyState) -> None:
+        """A key exists: a block that was to make it, and nothing else, need not run."""
+        if (block := self.blocks.get(state.producer or "")) is not None:
+            self.settle(self._end_if_idle(block))
 
     def _drop_failures(self, state: KeyState, maker: str) -> None:
         """A key that failed exists after all: sites that know of the failure are to forget it."""
@@ -208,6 +278,7 @@ class Ledger:
         self.move_key(state, "failed")
         self.tell(state.wanted_by, Outcome.FAILED, state.key)
         self._input_exists(state)
+        self._rest_producer(state)
 
     def _input_exists(self, state: KeyState) -> None:
         for name in state.consumers:
@@ -216,12 +287,24 @@ class Ledger:
             self._ready_if_complete(block)
 
     def finish_if_done(self, block: BlockState) -> None:
-        """End a block whose outputs are all settled."""
+        """End a block whose outputs are all settled; one that was lost meanwhile is made again."""
         if block.open_outputs:
             return
         self.move_block(block, "finished")
         self._leave_site(block)
-        self._unlink(block)
+        if block.pending:
+            self.move_block(block, "needed again")
+            self.link_inputs(block)
+        else:
+            self.settle(self._retired_inputs(block))
+
+    def _retired_inputs(self, block: BlockState) -> list[Key]:
+        """Note that a block needs its inputs no more, unless it has to run again."""
+        for key in block.spec.inputs:
+            state = self.keys[key]
+            state.consumers.pop(block.spec.id, None)
+            state.heirs[block.spec.id] = None
+        return list(block.spec.inputs)
 
     def fail_block(self, block: BlockState, kind: str, reason: str) -> None:
         """Fail the open outputs of a block that cannot run, with an error of the hub's own."""
@@ -229,7 +312,6 @@ class Ledger:
         self.command(FailKeys(tuple(state.key for state in pending), kind, reason))
         for state in pending:
             self.key_failed(state)
-        self.cancel(block)
 
     def produced_by(self, block: BlockState) -> list[KeyState]:
         """Return the outputs of a block that live and that no other block is the producer of."""
@@ -242,13 +324,18 @@ class Ledger:
         """A placed block is back at the hub, to be placed again."""
         self.move_block(block, move)
         self._leave_site(block)
-        block.open_outputs = set(block.spec.outputs)
-        self.link_inputs(block)
+        if block.pending:
+            self.link_inputs(block)
+        else:
+            self.settle(self._stand_down(block))
 
-    def take_back(self, block: BlockState) -> None:
-        """Stop the present attempt of a placed block, through no fault of its tasks, and place it again."""
+    def take_back(self, block: BlockState, blameless: bool = False) -> None:
+        """Stop the present attempt of a placed block, through no fault of its tasks, and place it again.
+
+        ``blameless``: the trouble that ended it is over, so that it need not rest before the next attempt.
+        """
         self.command(TellSite(str(block.site), CancelBlock(block.spec.id, block.attempt)))
-        block.failures += 1
+        block.failures += not blameless
         if block.failures > 1:
             block.rests_until = self.now + min(FIRST_REST_S * 2 ** (block.failures - 2), LONGEST_REST_S)
         self.return_block(block, "site lost")
@@ -286,16 +373,7 @@ class Ledger:
         self.move_key(state, "lost")
         for name in state.consumers:
             self._input_lost(self.blocks[name])
-        block = self.blocks.get(state.producer or "")
-        if block is None or any(key not in self.keys for key in block.spec.inputs):
-            self.command(FailKeys((state.key,), "SiteLostError", "its site is gone and it cannot be computed again"))
-            self.key_failed(state)
-        elif block.phase is BlockPhase.DONE:
-            self.move_block(block, "output lost")
-            block.open_outputs = set(block.spec.outputs)
-            self.link_inputs(block)
-        elif block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING) and state.key not in block.open_outputs:
-            self.take_back(block)
+        self._demand(state)
 
     def _input_lost(self, block: BlockState) -> None:
         block.missing += 1
@@ -313,6 +391,9 @@ class Ledger:
             self.tell((client,), Outcome.IN_MEMORY, key)
         elif state.phase is KeyPhase.FAILED:
             self.tell((client,), Outcome.FAILED, key)
+        elif state.phase is KeyPhase.RETIRED:
+            self.move_key(state, "needed again")
+            self._demand(state)
 
     def unwant(self, client: str, keys: Iterable[Key]) -> None:
         """A client no longer wants these keys."""
@@ -329,14 +410,30 @@ class Ledger:
         stack = list(keys)
         while stack:
             state = self.keys.get(stack.pop())
-            if state is None:
-                continue
-            if state.consumers:
+            if state is None or state.consumers:
                 continue
             if state.wanted_by:
                 self._drop_replicas(state)
-                continue
-            stack.extend(self._free(state))
+            elif state.heirs:
+                stack.extend(self._retire(state))
+            else:
+                stack.extend(self._free(state))
+
+    def _retire(self, state: KeyState) -> Iterable[Key]:
+        """Nobody needs the value of a key, but what was made from it lives: release the value, keep the recipe."""
+        self._release_everywhere(state)
+        if state.phase not in (KeyPhase.PENDING, KeyPhase.HELD):  # the error of a failed key is kept: it is small
+            return ()
+        self.move_key(state, "retire")
+        block = self.blocks.get(state.producer or "")
+        return self._end_if_idle(block) if block is not None else ()
+
+    def _release_everywhere(self, state: KeyState) -> None:
+        for site in dict.fromkeys((*state.holders, *state.importing, *state.failed_at)):
+            self.release_at(site, state.key)
+        state.holders.clear()
+        state.importing.clear()
+        state.failed_at.clear()
 
     def _drop_replicas(self, state: KeyState) -> None:
         """Keep one copy of a key that is only wanted, not about to be used."""
@@ -349,27 +446,27 @@ class Ledger:
 
     def _free(self, state: KeyState) -> Iterable[Key]:
         self.move_key(state, "release")
-        for site in dict.fromkeys((*state.holders, *state.importing, *state.failed_at)):
-            self.release_at(site, state.key)
+        self._release_everywhere(state)
         del self.keys[state.key]
         self._forgotten.append(state.key)
+        self._drop_copy(state)
         block = self.blocks.get(state.producer or "")
         if block is None:
             return ()
         block.live -= 1
-        return self._end_if_dead(block)
+        return self._end_if_idle(block)
 
-    def _end_if_dead(self, block: BlockState) -> Iterable[Key]:
-        if block.live > 0:
-            return ()
-        if block.phase is BlockPhase.DONE:
-            self._forget(block)
-            return ()
-        return self._cancel(block)
+    def _end_if_idle(self, block: BlockState) -> Iterable[Key]:
+        """End a block of which nothing lives; let one rest of which nothing is to be made. Return what it needed."""
+        if block.live == 0:
+            return self._forget(block) if block.phase is BlockPhase.DONE else self._cancel(block)
+        if block.pending == 0 and block.phase in (BlockPhase.WAITING, BlockPhase.READY):
+            return self._stand_down(block)
+        return ()
 
-    def cancel(self, block: BlockState) -> None:
-        """Stop a block and release what was needed only for it."""
-        self.settle(self._cancel(block))
+    def _stand_down(self, block: BlockState) -> Iterable[Key]:
+        self.move_block(block, "stand down")
+        return self._retired_inputs(block)
 
     def _cancel(self, block: BlockState) -> Iterable[Key]:
         placed = block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING)
@@ -387,14 +484,13 @@ class Ledger:
         for key in block.spec.inputs:
             if (state := self.keys.get(key)) is not None:
                 state.consumers.pop(block.spec.id, None)
+                state.heirs.pop(block.spec.id, None)
                 yield key
 
-    def _unlink(self, block: BlockState) -> None:
-        self.settle(list(self._unlinked(block)))
-
-    def _forget(self, block: BlockState) -> None:
+    def _forget(self, block: BlockState) -> Iterable[Key]:
         self.move_block(block, "forget")
         self._drop(block)
+        return list(self._unlinked(block))
 
     def _drop(self, block: BlockState) -> None:
         if self.blocks.pop(block.spec.id, None) is not None:

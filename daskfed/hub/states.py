@@ -17,7 +17,7 @@ class BlockPhase(Enum):
     READY = "ready"  # may be placed
     PLACED = "placed"  # a site has it
     RECALLING = "recalling"  # a site has it and was asked to give it back
-    DONE = "done"  # every output was made or failed
+    DONE = "done"  # nothing is left to make; it stays as the recipe of its outputs, and of what was made from them
     GONE = "gone"  # nobody wants it any more
 
 
@@ -27,6 +27,7 @@ class KeyPhase(Enum):
     PENDING = "pending"  # some block will make it
     HELD = "held"  # in memory at one site or more
     FAILED = "failed"  # its task raised
+    RETIRED = "retired"  # nobody needs its value now, but what was made from it lives: it may be made again
     GONE = "gone"  # nobody wants it any more
 
 
@@ -41,7 +42,9 @@ BLOCK_MOVES: dict[tuple[BlockPhase, str], BlockPhase] = {
     (BlockPhase.RECALLING, "finished"): BlockPhase.DONE,
     (BlockPhase.PLACED, "site lost"): BlockPhase.WAITING,
     (BlockPhase.RECALLING, "site lost"): BlockPhase.WAITING,
-    (BlockPhase.DONE, "output lost"): BlockPhase.WAITING,
+    (BlockPhase.DONE, "needed again"): BlockPhase.WAITING,
+    (BlockPhase.WAITING, "stand down"): BlockPhase.DONE,
+    (BlockPhase.READY, "stand down"): BlockPhase.DONE,
     (BlockPhase.WAITING, "cancel"): BlockPhase.GONE,
     (BlockPhase.READY, "cancel"): BlockPhase.GONE,
     (BlockPhase.PLACED, "cancel"): BlockPhase.GONE,
@@ -54,9 +57,14 @@ KEY_MOVES: dict[tuple[KeyPhase, str], KeyPhase] = {
     (KeyPhase.PENDING, "failed"): KeyPhase.FAILED,
     (KeyPhase.HELD, "lost"): KeyPhase.PENDING,
     (KeyPhase.FAILED, "made"): KeyPhase.HELD,
+    (KeyPhase.PENDING, "retire"): KeyPhase.RETIRED,
+    (KeyPhase.HELD, "retire"): KeyPhase.RETIRED,
+    (KeyPhase.RETIRED, "needed again"): KeyPhase.PENDING,
+    (KeyPhase.RETIRED, "made"): KeyPhase.HELD,
     (KeyPhase.PENDING, "release"): KeyPhase.GONE,
     (KeyPhase.HELD, "release"): KeyPhase.GONE,
     (KeyPhase.FAILED, "release"): KeyPhase.GONE,
+    (KeyPhase.RETIRED, "release"): KeyPhase.GONE,
 }
 
 

@@ -157,7 +157,7 @@ class SiteCore:
                 self._end_block(old, "cancel")
         self._arrivals += 1
         order = (-spec.constraint.priority, self._arrivals)
-        outputs = dict.fromkeys(spec.outputs)
+        outputs = dict.fromkeys(message.only or spec.outputs)
         block = BlockState(spec, message.attempt, message.expected_s, order, open=outputs, kept=kept)
         self.blocks[spec.id] = block
         for each in message.imports:
@@ -187,7 +187,7 @@ class SiteCore:
             return
         given = block.phase in RECALLABLE
         if given:
-            self._end_block(block, "recall")
+            self._end_block(block, "step back" if block.kept else "recall")
         self._tell(BlockRecalled(message.block, message.attempt, given))
 
     def _cancel_block(self, message: CancelBlock) -> None:
@@ -207,15 +207,15 @@ class SiteCore:
             self._end_block(block, "lose")
 
     def _end_block(self, block: BlockState, move: str) -> None:
-        """End a block and release whatever it was to make; unless it was only recalled, also what it made."""
+        """End a block and release whatever it was to make; unless it only steps back, also what it made."""
         if block.phase in RECALLABLE:
             self._command(ev.ForgetPayload(block.spec.id, block.attempt))
         self._move_block(block, move)
         name, kept = block.spec.id, block.kept
         del self.blocks[name]
         self.runway.end(name)
-        if kept and move == "recall":  # an earlier attempt made these, and the hub still counts on them
-            self.blocks[name] = replace(block, phase=BlockPhase.DONE, missing=set(), open={})
+        if move == "step back":  # an earlier attempt made these, and the hub still counts on them
+            self.blocks[name] = replace(block, missing=set(), open={})
         else:
             self._release_made(block)
         for key in block.open:
@@ -366,8 +366,9 @@ class SiteCore:
     def _submit(self, block: BlockState) -> None:
         self._move_block(block, "submit")
         self.runway.submit(block.spec, block.expected_s)
-        made = [self._make(key, block) for key in block.spec.outputs]
-        self._command(ev.SubmitBlock(block.spec.id, block.attempt, block.spec.outputs))
+        outputs = tuple(block.open)
+        made = [self._make(key, block) for key in outputs]
+        self._command(ev.SubmitBlock(block.spec.id, block.attempt, outputs))
         self._tell(BlockStarted(block.spec.id, block.attempt))
         for state in made:
             self._arrived(state)

@@ -70,10 +70,12 @@ KEY_MOVES: dict[tuple[KeyPhase, str], KeyPhase] = {
 BLOCK_MOVES: dict[tuple[BlockPhase, str], BlockPhase] = {
     (BlockPhase.WAITING, "inputs here"): BlockPhase.QUEUED,
     (BlockPhase.WAITING, "recall"): BlockPhase.RECALLED,
+    (BlockPhase.WAITING, "step back"): BlockPhase.DONE,
     (BlockPhase.WAITING, "cancel"): BlockPhase.CANCELLED,
     (BlockPhase.WAITING, "lose"): BlockPhase.LOST,
     (BlockPhase.QUEUED, "submit"): BlockPhase.SUBMITTED,
     (BlockPhase.QUEUED, "recall"): BlockPhase.RECALLED,
+    (BlockPhase.QUEUED, "step back"): BlockPhase.DONE,
     (BlockPhase.QUEUED, "cancel"): BlockPhase.CANCELLED,
     (BlockPhase.QUEUED, "lose"): BlockPhase.LOST,
     (BlockPhase.SUBMITTED, "finish"): BlockPhase.DONE,

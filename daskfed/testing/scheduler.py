@@ -190,6 +190,16 @@ class FakeScheduler:
             raise KeyError(key)
         return task.value
 
+    def lose(self, chosen: Callable[[], bool]) -> None:
+        """A worker dies: the tasks that it ran and the values that it held, those that are ``chosen``, are gone."""
+        tasks = list(self.tasks.values())
+        for state in (State.PROCESSING, State.MEMORY):
+            for task in tasks:
+                if task.state is state and chosen():
+                    self._recommend(task, State.FORGOTTEN if task.spec is None else State.RELEASED)
+        self._transitions()
+        self._start()
+
     def state_of(self, key: Key) -> State:
         """Return where a key stands."""
         return self.tasks[key].state if key in self.tasks else State.FORGOTTEN
@@ -311,6 +321,8 @@ class FakeScheduler:
     def _transitions(self) -> None:
         while self._todo:
             _, (task, target) = self._todo.popitem()  # the last first, as in Dask
+            if task.state is State.PROCESSING and target is State.WAITING:
+                target = State.RELEASED  # and from there it waits again, if it is needed
             if task.state is not target and task.state is not State.FORGOTTEN:
                 self._MOVES[target](self, task)
 
@@ -370,12 +382,23 @@ class FakeScheduler:
         task.state, task.value = State.RELEASED, None
         task.run += 1
         task.waiting_on = {}
-        if not was_memory:
-            self._leave_deps(task)
+        needed = bool(task.wanted or task.waiters)
         if task.lost_deps or task.spec is None:
             self._recommend(task, State.FORGOTTEN)
-        elif task.wanted or task.waiters:
+        elif needed and not (was_memory and any(dep.state is State.ERRED for dep in task.deps.values())):
             self._recommend(task, State.WAITING)
+        if was_memory:
+            self._call_back(task)
+        elif not needed:
+            self._leave_deps(task)
+
+    def _call_back(self, task: FakeTaskState) -> None:
+        """Have those wait again that were about to use the value of a task."""
+        for waiter in task.waiters.values():
+            if waiter.state is State.PROCESSING:
+                self._recommend(waiter, State.WAITING)
+            elif waiter.state is State.WAITING:
+                waiter.waiting_on[task.key] = task
 
     def _to_forgotten(self, task: FakeTaskState) -> None:
         task.state, task.value = State.FORGOTTEN, None

@@ -30,6 +30,7 @@ class ClientNode:
         self._cutter = cutter
         self._submissions = submissions
         self._delay_s = rng.choice([0.001, 0.02, 0.1])
+        self.copies: dict[Key, None] = {}  # data that it can bring again
         self._under_way = 0  # actions that it planned
         self.crashed = False
 
@@ -141,6 +142,23 @@ class ClientNode:
         self._release_some(tuple(self.held))
 
     # -- hearing ------------------------------------------------------------------------------------------------
+
+    def bring_again(self, keys: tuple[Key, ...]) -> None:
+        """Called by the hub: the site that had data of this client is gone."""
+        self.sim.require(self.copies.keys() >= set(keys), "a client is asked for data of which it has no copy", keys)
+        self._say(self._scatter_again, keys)
+
+    def _scatter_again(self, keys: tuple[Key, ...]) -> None:
+        there = [site for site in self.sim.sites.values() if site.stays and site.takes(keys)]
+        if there:
+            self.sim.hub.scatter(self.name, self._rng.choice(there).name, keys, again=True)
+        else:
+            self.sim.clock.call_later(0.1, self._scatter_again, keys)
+
+    def drop_copies(self, keys: tuple[Key, ...]) -> None:
+        """Called by the hub: nobody needs this data any more."""
+        for key in keys:
+            del self.copies[key]
 
     def tell(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
         """Called by the hub; the client hears of it a delay later."""

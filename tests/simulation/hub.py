@@ -57,8 +57,9 @@ class HubNode:
             self.stores.forget_keys([key for key in message.keys if key not in ledger.keys])
 
     def site_left(self, site: str, incarnation: str) -> None:
-        """A site's connection ended for good."""
-        if not self.crashed:
+        """A site's connection ended for good; where that is known already, nothing is done."""
+        known = self.core.sites.get(site)
+        if not self.crashed and known is not None and known.hello.incarnation == incarnation:
             self.links.pop(site).close()
             self.handle(ev.SiteLeft(site, incarnation))
 
@@ -98,6 +99,10 @@ class HubNode:
             self.stores.forget_keys(command.keys)
         elif isinstance(command, ev.FailKeys):
             self.sim.fail(f"the hub failed {command.keys}: {command.kind}: {command.reason}")
+        elif isinstance(command, ev.AskForData):
+            self.sim.clients[command.client].bring_again(command.keys)
+        elif isinstance(command, ev.DropCopies):
+            self.sim.clients[command.client].drop_copies(command.keys)
         else:
             self.dropped_reports += 1
 
@@ -133,6 +138,10 @@ class HubNode:
             subject, move = stories.popleft()
             follower = self.blocks if subject in self.sim.payloads else self.keys
             follower.follow(subject, move)
+            if move == "lost" and follower is self.keys:  # then it will be made, and told of, once more
+                state = self.core.ledger.keys.get(subject)
+                for client in state.wanted_by if state is not None else ():
+                    self._tells_due[client, subject] = self._tells_due.get((client, subject), 0) + 1
 
     # -- clients ------------------------------------------------------------------------------------------------
 
@@ -146,11 +155,12 @@ class HubNode:
             if block.id not in known:
                 self.stores.forget_block(block.id)
 
-    def scatter(self, client: str, site: str, keys: tuple[Key, ...]) -> None:
-        """Put data of a client on a worker of a site."""
-        self._expect_tells(client, keys)
+    def scatter(self, client: str, site: str, keys: tuple[Key, ...], again: bool = False) -> None:
+        """Put data of a client, who keeps a copy, on a worker of a site."""
+        if not again:
+            self._expect_tells(client, keys)
         self.sim.sites[site].scatter(keys)
-        self.handle(ev.KeysScattered(client, site, tuple((key, 8) for key in keys)))
+        self.handle(ev.KeysScattered(client, site, tuple((key, 8) for key in keys), kept=True, again=again))
 
     def desire(self, client: str, keys: tuple[Key, ...]) -> None:
         """A client wants keys that another client submitted."""
