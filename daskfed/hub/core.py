@@ -196,7 +196,8 @@ class HubCore:
                 self.ledger.want(event.client, key)
             if event.site not in self.sites:  # it left while the data was under way
                 self.ledger.lose_key_at(state, event.site)
-        self.ledger.settle([key for key, _ in event.keys])
+        if event.again:
+            self.ledger.settle([key for key, _ in event.keys])
 
     def _keys_needed(self, event: ev.KeysNeeded) -> None:
         if (site := self.sites.get(event.site)) is not None:

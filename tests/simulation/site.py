@@ -250,6 +250,7 @@ class SiteNode:
         task = self.scheduler.tasks.get(key)
         making = task is not None and task.wanted and task.state in UNDER_WAY
         self.sim.require(not making, "a key is imported while it is being made here", self.name, key)
+        self._maker.pop(key, None)  # what is under way from now on is no attempt of a block
         fetch = FakeTask(key, (), seconds=0.001, nbytes=8, fetch=lambda: error or self._bytes_of(key))
         self.scheduler.update_graph({key: fetch}, [key])
 
