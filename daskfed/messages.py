@@ -86,6 +86,16 @@ class MadeKey:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class HeldBlock:
+    """A block that a site works at, or of which it still holds outputs."""
+
+    block: str
+    attempt: Attempt
+    open: tuple[Key, ...]  # outputs that are to be reported yet; none: it has finished
+    kept: tuple[Key, ...]  # outputs that were reported and are here
+
+
 class Message:
     """Base of everything on the link between hub and site."""
 
@@ -148,6 +158,13 @@ class CopyKeys(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class ReportHoldings(Message):
+    """Say anew what you hold and work at: a client came back whose blocks the hub did not know."""
+
+    op: ClassVar[str] = "report-holdings"
+
+
+@dataclass(frozen=True, slots=True)
 class CloseSite(Message):
     """The federation ends, or this site was refused: release everything and stop."""
 
@@ -172,6 +189,22 @@ class SiteHello(Message):
     data_address: str  # where other agents may fetch keys; empty if nobody can connect
     dashboard: str  # URL of the site's Dask dashboard; empty if none
     versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, daskfed
+
+
+@dataclass(frozen=True, slots=True)
+class SiteHoldings(Message):
+    """What a site holds and works at, in the words of the hub: after its hello, and when asked.
+
+    A hub that started anew learns from it what goes on. Errors of failed keys travel beside it.
+    """
+
+    op: ClassVar[str] = "site-holdings"
+    held: tuple[MadeKey, ...]  # in memory, held for the federation
+    failed: tuple[Key, ...]  # failed here, or known to have failed elsewhere
+    placed: tuple[Key, ...]  # those of both that are here whatever becomes of the blocks that made them
+    coming: tuple[Import, ...]  # imports that are not answered yet
+    blocks: tuple[HeldBlock, ...]
+    reports: int  # KeysMade and KeysFailed that the site has sent so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +324,15 @@ _NESTED: dict[tuple[type[Any], str], type[Any]] = {
     (RunBlock, "block"): BlockSpec,
     (BlockSpec, "constraint"): Constraint,
 }
-_NESTED_EACH: dict[str, type[Any]] = {"imports": Import}
+_NESTED_EACH: dict[tuple[type[Any], str], type[Any]] = {
+    (RunBlock, "imports"): Import,
+    (CopyKeys, "imports"): Import,
+    (KeysMade, "keys"): MadeKey,
+    (SiteHoldings, "held"): MadeKey,
+    (SiteHoldings, "coming"): Import,
+    (SiteHoldings, "blocks"): HeldBlock,
+}
+_PARTS = (Import, MadeKey, HeldBlock)
 
 
 def encode(message: Message | BlockSpec | Constraint) -> dict[str, Any]:
@@ -327,11 +368,11 @@ def decode_block(plain: dict[str, Any]) -> BlockSpec:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (BlockSpec, Constraint, Import, MadeKey)):
+    if isinstance(value, (BlockSpec, Constraint, *_PARTS)):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, tuple) and value and isinstance(value[0], (Import, MadeKey)):
+    if isinstance(value, tuple) and value and isinstance(value[0], _PARTS):
         return tuple(_plain(item) for item in value)
     if isinstance(value, Attempt):
         return tuple(value)
@@ -344,10 +385,8 @@ def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
             values[name] = _rebuild(_NESTED[cls, name], dict(value))
         elif name == "attempt":
             values[name] = Attempt(*value)
-        elif name in _NESTED_EACH:
-            values[name] = tuple(_rebuild(_NESTED_EACH[name], dict(item)) for item in value)
-        elif cls is KeysMade and name == "keys":
-            values[name] = tuple(_rebuild(MadeKey, dict(item)) for item in value)
+        elif (cls, name) in _NESTED_EACH:
+            values[name] = tuple(_rebuild(_NESTED_EACH[cls, name], dict(item)) for item in value)
         elif name == "kind":
             values[name] = BlockKind(value)
     return cls(**values)

@@ -6,7 +6,7 @@ is the switchboard between the two and the outside; the order in every step is: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from daskfed.hub import events as ev
@@ -14,11 +14,13 @@ from daskfed.hub import inspection
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
+from daskfed.hub.recovery import DATA, Awaited, Recovery
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
     BlockKind,
     BlockLost,
     BlockRecalled,
+    BlockSpec,
     BlockStarted,
     ImportFailed,
     Key,
@@ -28,27 +30,31 @@ from daskfed.messages import (
     KeysMade,
     Learned,
     Message,
+    SiteHoldings,
     SiteStatus,
 )
 
-DATA = "data"  # why a site holds a key that no block made there
+EPOCH_BITS = 32  # arrival numbers of one epoch
 MAX_FAILURES = 10  # attempts of one block that end through no fault of its tasks
 
 
 class HubCore:
     """The federation's state, and what follows from each event.
 
-    ``epoch`` goes up each time the hub starts; ``policy`` chooses sites (default: lowest estimated time to finish).
+    ``epoch`` goes up each time the hub starts; ``policy`` chooses sites (default: lowest estimated time to finish);
+    ``awaited`` are those who were there before the hub started anew.
     """
 
-    def __init__(self, epoch: int = 0, policy: Policy | None = None) -> None:
+    def __init__(self, epoch: int = 0, policy: Policy | None = None, awaited: Awaited | None = None) -> None:
         self.ledger = Ledger(epoch)
         self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
+        self.recovery = Recovery(self.ledger, self.dispatcher, awaited)
         self.clients: dict[str, str] = {}  # client -> owner
-        self._arrivals = 0
+        self._arrivals = epoch << EPOCH_BITS
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             ev.ClientJoined: self._client_joined,
             ev.ClientLeft: self._client_left,
+            ev.ClientBack: self._client_back,
             ev.BlocksSubmitted: self._blocks_submitted,
             ev.KeysDesired: self._keys_desired,
             ev.KeysReleased: self._keys_released,
@@ -62,6 +68,7 @@ class HubCore:
         }
         self._from_site_handlers: dict[type[Message], Callable[[SiteState, Any], None]] = {
             SiteStatus: self._site_status,
+            SiteHoldings: self._site_holdings,
             BlockStarted: self._block_started,
             BlockRecalled: self._block_recalled,
             KeysMade: self._keys_made,
@@ -85,7 +92,10 @@ class HubCore:
         """
         self.ledger.now = now
         self._handlers[type(event)](event)
-        self.dispatcher.place()
+        if self.recovery.may_place(now):
+            self.dispatcher.place()
+        else:
+            self.dispatcher.update()
         return self.ledger.flush()
 
     def check(self) -> None:
@@ -103,38 +113,85 @@ class HubCore:
         keys = list(self.ledger.wants.get(event.client, ()))
         self.ledger.unwant(event.client, keys)
         self.ledger.settle(keys)
+        self.recovery.client_back(event.client, self.ledger.now)
+
+    def _client_back(self, event: ev.ClientBack) -> None:
+        self.clients[event.client] = event.owner
+        wanted = dict.fromkeys(event.wanted)
+        stale = [key for key in self.ledger.wants.get(event.client, ()) if key not in wanted]
+        added = self._add(event.client, [spec for spec, _ in event.blocks], [n for _, n in event.blocks], wait=True)
+        self.recovery.shield(added)
+        self._want(event.client, event.wanted)
+        for key in event.kept:
+            if (state := self.ledger.keys.get(key)) is not None:
+                self.ledger.keep(state, event.client)
+            else:
+                self.ledger.command(ev.DropCopies(event.client, (key,)))
+        self.ledger.unwant(event.client, stale)
+        self._link(added)
+        self.ledger.settle([*stale, *(key for block in added for key in block.spec.outputs)])
+        self.recovery.client_back(event.client, self.ledger.now)
 
     def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
-        added = []
-        for spec in event.blocks:
-            if spec.id in self.ledger.blocks:
-                continue
-            if self._exists(spec.outputs):
-                self.ledger.command(ev.ForgetBlock(spec.id))
-                continue
-            self._arrivals += 1
-            order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, self._arrivals)
-            added.append(self.ledger.add_block(spec, order, event.wait))
-        for key in event.wanted:
-            if key in self.ledger.keys:
-                self.ledger.want(event.client, key)
-            else:
-                self.ledger.tell((event.client,), ev.Outcome.LOST, key, "lost dependencies")
+        first = self._arrivals + 1
+        self._arrivals += len(event.blocks)
+        added = self._add(event.client, event.blocks, range(first, self._arrivals + 1), event.wait)
+        if event.blocks:
+            self.ledger.command(ev.BlocksArrived(event.client, event.blocks[0].id, first))
+        self._want(event.client, event.wanted)
         self._link(added)
         self.ledger.settle([key for block in added for key in block.spec.outputs])
 
-    def _exists(self, keys: tuple[Key, ...]) -> bool:
-        """Whether all of these keys are made, failed, or being made already."""
-        states = [self.ledger.keys.get(key) for key in keys]
-        return all(s is not None and (s.phase is not KeyPhase.PENDING or s.producer is not None) for s in states)
+    def _add(self, client: str, specs: Iterable[BlockSpec], arrivals: Iterable[int], wait: bool) -> list[BlockState]:
+        """Register those blocks that are new and make something that nobody makes."""
+        added = []
+        for spec, arrival in zip(specs, arrivals, strict=True):
+            if spec.id in self.ledger.blocks:
+                continue
+            if self._exists(spec.outputs, arrival):
+                self.ledger.command(ev.ForgetBlock(spec.id, client))
+                continue
+            if not arrival:
+                self._arrivals += 1
+            order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, arrival or self._arrivals)
+            added.append(self.ledger.add_block(spec, order, wait))
+        return added
+
+    def _want(self, client: str, keys: Iterable[Key]) -> None:
+        for key in keys:
+            if key not in self.ledger.keys and not self.recovery.settled:
+                owner = self.clients.get(client, "")
+                self.ledger.keys[key] = KeyState(key, owner, shielded=True)  # somebody else may know it
+            if key in self.ledger.keys:
+                self.ledger.want(client, key)
+            else:
+                self.ledger.tell((client,), ev.Outcome.LOST, key, "lost dependencies")
+
+    def _exists(self, keys: tuple[Key, ...], arrival: int) -> bool:
+        """Whether all of these keys are made, failed, or being made already, by blocks that arrived before."""
+        return all(self._is_made(self.ledger.keys.get(key), arrival) for key in keys)
+
+    def _is_made(self, state: KeyState | None, arrival: int) -> bool:
+        if state is None:
+            return False
+        producer = self.ledger.blocks.get(state.producer or "")
+        if producer is not None:
+            return not arrival or producer.order[-1] < arrival
+        return state.phase is not KeyPhase.PENDING and not state.shielded
 
     def _link(self, added: list[BlockState]) -> None:
         """Link new blocks to their inputs, and then refuse those that cannot run.
 
         In this order, as an input that a refused block shares with others would else seem to be needed by nobody.
         """
+        self._link_or_refuse(added)
+        self.ledger.rest_idle(added)
+
+    def _link_or_refuse(self, added: list[BlockState]) -> None:
         refused = []
         for block in added:
+            if not self.recovery.settled:
+                self._promise_inputs(block)
             lost = [key for key in block.spec.inputs if key not in self.ledger.keys]
             problem = self._unmet(block)
             if lost or problem:
@@ -144,6 +201,11 @@ class HubCore:
         for block, lost, problem in refused:
             if block.spec.id in self.ledger.blocks:
                 self._refuse(block, lost, problem)
+
+    def _promise_inputs(self, block: BlockState) -> None:
+        for key in block.spec.inputs:
+            if key not in self.ledger.keys:
+                self.ledger.keys[key] = KeyState(key, block.spec.owner, shielded=True)
 
     def _unmet(self, block: BlockState) -> str | None:
         hellos = [site.hello for site in self.sites.values()]
@@ -223,6 +285,7 @@ class HubCore:
         for state in list(self.ledger.keys.values()):
             state.importing.pop(event.site, None)
             self.ledger.lose_key_at(state, event.site)
+        self.recovery.site_gone(event.site, self.ledger.now)
 
     def _from_site(self, event: ev.FromSite) -> None:
         site = self.sites.get(event.site)
@@ -234,7 +297,13 @@ class HubCore:
         site.status = message
         self._tick()
 
+    def _site_holdings(self, site: SiteState, message: SiteHoldings) -> None:
+        self.recovery.take_holdings(site, message, self.ledger.now)
+
     def _tick(self, event: ev.Tick | None = None) -> None:
+        self.recovery.tick(self.ledger.now)
+        if not self.recovery.may_place(self.ledger.now):
+            return
         self.dispatcher.place()
         self.dispatcher.balance()
         self.dispatcher.hand_over()

@@ -55,6 +55,7 @@ class SiteState:
     recalled_for: str | None = None  # block that is being recalled for the sake of this site
     copying: set[Key] = field(default_factory=set)  # keys that it hands over before it leaves
     leaving: bool = False  # it was told to close
+    unclaimed: bool = False  # it holds, or works at, what nobody here knows, while clients are still awaited
 
     @property
     def name(self) -> str:
@@ -268,6 +269,15 @@ class Dispatcher:
         imports = tuple(self._import(key, site.name) for key in block.spec.inputs if self._lacks(site.name, key))
         only = self._ask_for(block)
         ledger.command(TellSite(site.name, RunBlock(block.spec, block.attempt, imports, block.expected_s, only)))
+
+    def adopt(self, block: BlockState, site: SiteState, attempt: Attempt, open_outputs: Iterable[Key]) -> None:
+        """A site works at a block already, since before this hub started."""
+        self.ledger.move_block(block, "adopt")
+        block.site, block.attempt, block.started = site.name, attempt, True
+        block.open_outputs = set(open_outputs)
+        block.expected_s = self.functions.block_s(block.spec)
+        site.blocks[block.spec.id] = None
+        site.backlog.add(*_work(block))
 
     def _ask_for(self, block: BlockState) -> tuple[Key, ...]:
         """Note which outputs this attempt is to make, and return them unless they are all."""

@@ -40,6 +40,21 @@ class BlocksSubmitted:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientBack:
+    """A client is back after its connection broke or the hub started anew, and says all that it knows.
+
+    ``blocks``: those that the hub does not know, with the arrival numbers that a hub gave them (0: none did).
+    ``wanted``: all keys that it wants; ``kept``: those of which it keeps a copy.
+    """
+
+    client: str
+    owner: str
+    blocks: tuple[tuple[BlockSpec, int], ...]
+    wanted: tuple[Key, ...]
+    kept: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class KeysDesired:
     """A client wants keys that exist, or that it expects to exist."""
 
@@ -122,6 +137,7 @@ class Tick:
 Event: TypeAlias = (
     ClientJoined
     | ClientLeft
+    | ClientBack
     | BlocksSubmitted
     | KeysDesired
     | KeysReleased
@@ -173,9 +189,10 @@ class ForgetKeys:
 
 @dataclass(frozen=True, slots=True)
 class ForgetBlock:
-    """This block ended: drop its payload."""
+    """This block ended: drop its payload, also at the client that submitted it."""
 
     block: str
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +202,18 @@ class FailKeys:
     keys: tuple[Key, ...]
     kind: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksArrived:
+    """Tell a client the arrival number of a block; those after it in its submission have the numbers that follow.
+
+    A client that comes back after the hub started anew repeats them, so that the order stays what it was.
+    """
+
+    client: str
+    block: str
+    arrival: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,5 +242,5 @@ class DropReport:
 
 
 Command: TypeAlias = (
-    TellClient | TellSite | ForgetKeys | ForgetBlock | FailKeys | AskForData | DropCopies | DropReport
+    TellClient | TellSite | ForgetKeys | ForgetBlock | FailKeys | BlocksArrived | AskForData | DropCopies | DropReport
 )

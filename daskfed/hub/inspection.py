@@ -41,8 +41,8 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
 
 def _check_key(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, unfinished: set[str]) -> None:
     key = state.key
-    assert state.needed or state.heirs, f"key {key!r} lives though nobody needs it"
-    if not state.needed:
+    assert state.needed or state.heirs or state.shielded, f"key {key!r} lives though nobody needs it"
+    if not (state.needed or state.shielded):
         retired = state.phase in (KeyPhase.RETIRED, KeyPhase.FAILED)
         assert retired and not state.importing, f"key {key!r} is {state.phase} though nobody needs its value"
     assert bool(state.holders) == (state.phase is KeyPhase.HELD), f"key {key!r} is {state.phase} at {state.holders}"

@@ -35,7 +35,7 @@ FIRST_REST_S = 0.1  # a block whose second attempt failed rests so long, and twi
 LONGEST_REST_S = 5.0
 
 Order: TypeAlias = tuple[bool, int, int]
-"""Blocks are placed in this order: (no whole graph, -priority, arrival)."""
+"""Blocks are placed in this order: (no whole graph, -priority, arrival); arrivals grow, also with the hub's epoch."""
 
 
 @dataclass(slots=True)
@@ -53,6 +53,7 @@ class KeyState:
     failed_at: dict[str, None] = field(default_factory=dict)  # sites that were told of its failure
     wanted_by: dict[str, None] = field(default_factory=dict)  # clients
     consumers: dict[str, None] = field(default_factory=dict)  # unfinished blocks that need it
+    shielded: bool = False  # a client that is not back yet may want it
     heirs: dict[str, None] = field(default_factory=dict)  # finished blocks that took it and may have to run again
 
     @property
@@ -94,6 +95,7 @@ class Ledger:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.now = 0.0  # seconds, as of the present event
+        self.patient = False  # somebody who is not back yet may bring what nobody can make
         self.keys: dict[Key, KeyState] = {}
         self.blocks: dict[str, BlockState] = {}
         self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
@@ -106,6 +108,7 @@ class Ledger:
         self._tells: dict[tuple[str, Outcome, str], list[Key]] = {}
         self._releases: dict[str, list[Key]] = {}
         self._forgotten: list[Key] = []
+        self._demoted: list[BlockState] = []  # gave up being the producer of keys
 
     # -- moves -------------------------------------------------------------------------------------------------------
 
@@ -173,11 +176,31 @@ class Ledger:
             state = self.keys.get(key)
             if state is None:
                 state = self.keys[key] = KeyState(key, spec.owner)
-            if state.producer is None and state.phase is KeyPhase.PENDING:
-                state.producer = spec.id
-                block.live += 1
-                block.pending += 1
+            former = self.blocks.get(state.producer or "")
+            if former is None and (state.phase is KeyPhase.PENDING or state.shielded):
+                self._make_producer(block, state)
+            elif former is not None and order[-1] < former.order[-1]:
+                self._give_up(former, state)
+                self._make_producer(block, state)
         return block
+
+    def _make_producer(self, block: BlockState, state: KeyState) -> None:
+        """Of the blocks that can make a key, the first that arrived is its producer: so no circle ever closes."""
+        state.producer = block.spec.id
+        block.live += 1
+        block.pending += state.phase is KeyPhase.PENDING
+
+    def _give_up(self, block: BlockState, state: KeyState) -> None:
+        block.live -= 1
+        block.pending -= state.phase is KeyPhase.PENDING
+        self._demoted.append(block)
+
+    def rest_idle(self, added: Iterable[BlockState]) -> None:
+        """Once new blocks are linked: end those, new or demoted, that have nothing to make, or let them rest."""
+        demoted, self._demoted = self._demoted, []
+        for block in (*demoted, *added):
+            if block.spec.id in self.blocks:
+                self.settle(self._end_if_idle(block))
 
     def link_inputs(self, block: BlockState) -> None:
         """Count the block as a consumer of its inputs, have those made again that are gone, and see if it is ready."""
@@ -213,6 +236,10 @@ class Ledger:
                 self.move_block(block, "needed again")
                 stack.extend(self._link(block))
 
+    def give_up(self, state: KeyState) -> None:
+        """Nobody will submit what makes this key: have its keeper bring it, or fail it."""
+        self._demand(state)
+
     def keep(self, state: KeyState, client: str) -> None:
         """A client keeps a copy of a key."""
         state.keeper = client
@@ -235,6 +262,8 @@ class Ledger:
             del self.kept[state.keeper]
 
     def _lost_for_good(self, state: KeyState) -> None:
+        if self.patient:
+            return
         self.command(FailKeys((state.key,), "SiteLostError", "its site is gone and it cannot be computed again"))
         self.key_failed(state)
 
@@ -339,11 +368,10 @@ class Ledger:
         if block.failures > 1:
             block.rests_until = self.now + min(FIRST_REST_S * 2 ** (block.failures - 2), LONGEST_REST_S)
         self.return_block(block, "site lost")
-        self._disclaim(block)
+        self.disclaim(block, str(block.site))
 
-    def _disclaim(self, block: BlockState) -> None:
+    def disclaim(self, block: BlockState, site: str) -> None:
         """The site of a cancelled attempt released what it made for this block, unless another block claims it too."""
-        site = str(block.site)
         for key in block.spec.outputs:
             state = self.keys.get(key)
             if state is None or block.spec.id not in state.holders.get(site, ()):
@@ -370,6 +398,9 @@ class Ledger:
         self._remake(state)
 
     def _remake(self, state: KeyState) -> None:
+        if not state.needed:
+            self.settle(self._retire(state))
+            return
         self.move_key(state, "lost")
         for name in state.consumers:
             self._input_lost(self.blocks[name])
@@ -414,7 +445,9 @@ class Ledger:
                 continue
             if state.wanted_by:
                 self._drop_replicas(state)
-            elif state.heirs:
+            elif state.shielded and state.phase is KeyPhase.HELD:
+                continue
+            elif state.heirs or state.shielded:
                 stack.extend(self._retire(state))
             else:
                 stack.extend(self._free(state))
@@ -477,7 +510,7 @@ class Ledger:
         self._drop(block)
         freed = list(self._unlinked(block))
         if placed:
-            self._disclaim(block)
+            self.disclaim(block, str(block.site))
         return freed
 
     def _unlinked(self, block: BlockState) -> Iterable[Key]:
@@ -494,7 +527,7 @@ class Ledger:
 
     def _drop(self, block: BlockState) -> None:
         if self.blocks.pop(block.spec.id, None) is not None:
-            self.command(ForgetBlock(block.spec.id))
+            self.command(ForgetBlock(block.spec.id, block.spec.client))
 
     def cancel_keys(self, keys: Iterable[Key], reason: str) -> None:
         """End keys and all that depends on them, for every client."""

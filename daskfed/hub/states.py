@@ -35,6 +35,8 @@ BLOCK_MOVES: dict[tuple[BlockPhase, str], BlockPhase] = {
     (BlockPhase.WAITING, "inputs exist"): BlockPhase.READY,
     (BlockPhase.READY, "input lost"): BlockPhase.WAITING,
     (BlockPhase.READY, "place"): BlockPhase.PLACED,
+    (BlockPhase.WAITING, "adopt"): BlockPhase.PLACED,
+    (BlockPhase.READY, "adopt"): BlockPhase.PLACED,
     (BlockPhase.PLACED, "recall"): BlockPhase.RECALLING,
     (BlockPhase.RECALLING, "given back"): BlockPhase.WAITING,
     (BlockPhase.RECALLING, "too late"): BlockPhase.PLACED,

@@ -27,6 +27,7 @@ from daskfed.messages import (
     CancelBlock,
     CloseSite,
     CopyKeys,
+    HeldBlock,
     Import,
     ImportFailed,
     Key,
@@ -37,7 +38,9 @@ from daskfed.messages import (
     MadeKey,
     RecallBlock,
     ReleaseKeys,
+    ReportHoldings,
     RunBlock,
+    SiteHoldings,
 )
 from daskfed.site import events as ev
 from daskfed.site import inspection
@@ -82,6 +85,7 @@ class SiteCore:
             CancelBlock: self._cancel_block,
             ReleaseKeys: self._release_keys,
             CopyKeys: self._copy_keys,
+            ReportHoldings: self._report_holdings,
             CloseSite: self._close_site,
             ev.KeysReady: self._keys_ready,
             ev.KeysErred: self._keys_erred,
@@ -104,6 +108,27 @@ class SiteCore:
         self._flush_releases()
         out, self._out = self._out, []
         return out
+
+    def holdings(self) -> SiteHoldings:
+        """Return what the site holds and works at, as the hub would have to know it."""
+        known = [state for state in self.keys.values() if state.hub or state.made_by]
+        held = [state for state in known if state.phase is KeyPhase.HELD]
+        failed = [state for state in known if state.phase is KeyPhase.FAILED]
+        coming = [state for state in self.keys.values() if state.announce]
+        return SiteHoldings(
+            held=tuple(MadeKey(state.key, state.nbytes) for state in held),
+            failed=tuple(state.key for state in failed),
+            placed=tuple(state.key for state in (*held, *failed) if state.hub),
+            coming=tuple(Import(s.key, s.source, s.nbytes, number=s.number) for s in coming),
+            blocks=tuple(
+                HeldBlock(name, block.attempt, tuple(block.open), tuple(block.kept))
+                for name, block in self.blocks.items()
+            ),
+            reports=self._reports,
+        )
+
+    def _report_holdings(self, message: ReportHoldings) -> None:
+        self._tell(self.holdings())
 
     def story(self, name: object) -> list[str]:
         """Return the recent moves of a key or block, oldest first."""

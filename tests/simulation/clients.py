@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
-from daskfed.messages import Key
+from daskfed.messages import BlockSpec, Key
 from daskfed.testing.scheduler import Failure
 from tests.simulation.workload import Cutter
 
@@ -33,6 +33,10 @@ class ClientNode:
         self.copies: dict[Key, None] = {}  # data that it can bring again
         self._under_way = 0  # actions that it planned
         self.crashed = False
+        self.connected = True  # as far as it knows
+        self.book: dict[str, tuple[BlockSpec, int]] = {}  # its blocks that the hub has not forgotten -> arrival number
+        self._place_in_graph: dict[str, int] = {}
+        self._borrowed: set[Key] = set()
 
     @property
     def acting(self) -> bool:
@@ -41,6 +45,9 @@ class ClientNode:
 
     def start(self) -> None:
         """Connect, and plan the first graph."""
+        if self.sim.hub.crashed:
+            self.sim.clock.call_later(0.3, self.start)
+            return
         self._say(self.sim.hub.handle, ev.ClientJoined(self.name, "user"))
         self._plan(self._rng.random(), self._act)
 
@@ -55,7 +62,36 @@ class ClientNode:
         self.held.clear()
 
     def _say(self, action: Callable[..., None], *args: Any) -> None:
+        if not self.connected:
+            return  # what it says when it is back has it all
         self.sim.clock.call_later(self._delay_s, action, *args)
+
+    def hub_lost(self) -> None:
+        """The connection with the hub broke."""
+        self.connected = False
+
+    def resume(self) -> None:
+        """The hub is back: tell it all that this client knows."""
+        if self.crashed or self.connected or self.sim.hub.crashed:
+            return
+        self.connected = True
+        lost = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
+        wanted = tuple(key for key, told in self.held.items() if told not in lost)
+        for key in wanted:
+            self.held[key] = None
+        self.sim.log(self.name, f"is back with {len(self.book)} blocks")
+        self.sim.hub.resume(self.name, tuple(self.book.values()), wanted, tuple(self.copies))
+
+    def arrived(self, block: str, arrival: int) -> None:
+        """The hub has numbered a block and those that were submitted with it after it."""
+        names = list(self.book)
+        graph = block.rsplit("/", 1)[0]
+        for name in (name for name in names if name.rsplit("/", 1)[0] == graph):
+            self.book[name] = (self.book[name][0], arrival + self._place_in_graph[name])
+
+    def forget(self, block: str) -> None:
+        """The hub will never ask for a block again."""
+        self.book.pop(block, None)
 
     def _plan(self, delay_s: float, action: Callable[[], None]) -> None:
         self._under_way += 1
@@ -87,6 +123,8 @@ class ClientNode:
             self.values.pop(key, None)
         self.sim.payloads |= graph.payloads
         self.sim.specs += graph.blocks
+        self.book |= {block.id: (block, 0) for block in graph.blocks}
+        self._place_in_graph |= {block.id: n for n, block in enumerate(graph.blocks)}
         self.sim.log(self.name, f"submits {len(graph.blocks)} blocks for {len(wanted)} keys")
         if self._rng.random() < 0.1:
             self._say(self.sim.hub.promise, self.name, wanted)
@@ -130,6 +168,7 @@ class ClientNode:
             other = self._rng.choice(others)
             keys = tuple(key for key, told in other.held.items() if told in SETTLED and key not in self.held)[:3]
             self.held |= dict.fromkeys(keys)
+            self._borrowed.update(keys)
             self._say(self.sim.hub.desire, self.name, keys)
 
     def gone(self, keys: tuple[Key, ...]) -> None:
@@ -149,6 +188,8 @@ class ClientNode:
         self._say(self._scatter_again, keys)
 
     def _scatter_again(self, keys: tuple[Key, ...]) -> None:
+        if not self.connected:
+            return
         there = [site for site in self.sim.sites.values() if site.stays and site.takes(keys)]
         if there:
             self.sim.hub.scatter(self.name, self._rng.choice(there).name, keys, again=True)
@@ -158,7 +199,7 @@ class ClientNode:
     def drop_copies(self, keys: tuple[Key, ...]) -> None:
         """Called by the hub: nobody needs this data any more."""
         for key in keys:
-            del self.copies[key]
+            self.copies.pop(key, None)
 
     def tell(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
         """Called by the hub; the client hears of it a delay later."""
@@ -174,7 +215,7 @@ class ClientNode:
             elif command.outcome is ev.Outcome.IN_MEMORY and self._rng.random() < 0.3:
                 self.gather(key)
             elif command.outcome in (ev.Outcome.CANCELLED, ev.Outcome.LOST):
-                allowed = key in self.sim.doomed()
+                allowed = key in self.sim.doomed() or key in self._borrowed
                 self.sim.require(allowed, f"a key is {command.outcome.value} without cause", key, command.reason)
 
     def gather(self, key: Key) -> bool:

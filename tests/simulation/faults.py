@@ -19,6 +19,7 @@ class Plan:
     partitions: tuple[tuple[int, float, float], ...]  # (site, from, until)
     crashes: tuple[tuple[int, float, float | None], ...]  # (site, at, seconds until it is back; None: never)
     worker_losses: tuple[tuple[int, float, float], ...]  # (site, at, share of what it has that is lost)
+    hub_crashes: tuple[tuple[float, float], ...]  # (at, seconds until it is back)
     fetch_failure: float  # probability that a transfer fails
     bandwidth_bps: float  # of transfers between sites, bytes per second
 
@@ -27,7 +28,7 @@ class Plan:
         """When the last partition heals, the last worker is lost, the last site is there, gone or back."""
         drains = [at for at in self.drains_at if at is not None]
         healed = [until for _, _, until in self.partitions] + [at for _, at, _ in self.worker_losses]
-        back = [at + (after or 0.0) for _, at, after in self.crashes]
+        back = [at + (after or 0.0) for _, at, after in self.crashes] + [at + after for at, after in self.hub_crashes]
         return max([*self.joins_at, *drains, *healed, *back, 0.0])
 
 
@@ -42,6 +43,7 @@ def random_plan(rng: Random) -> Plan:
         partitions=tuple(random_partition(rng, nsites) for _ in range(rng.choice([0, 1, 2]))),
         crashes=tuple(random_crash(rng, nsites) for _ in range(rng.choice([0, 1, 1, 2, 3]))),
         worker_losses=tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4]))),
+        hub_crashes=random_hub_crashes(rng),
         fetch_failure=rng.choice([0.0, 0.0, 0.1]),
         bandwidth_bps=rng.choice([1e6, 1e7, 1e9]),
     )
@@ -71,3 +73,14 @@ def random_crash(rng: Random, nsites: int) -> tuple[int, float, float | None]:
 def random_worker_loss(rng: Random, nsites: int) -> tuple[int, float, float]:
     """Return which site loses a worker, when, and which share of its tasks and values."""
     return rng.randrange(nsites), rng.uniform(0.5, 12.0), rng.choice([0.2, 0.5, 1.0])
+
+
+def random_hub_crashes(rng: Random) -> tuple[tuple[float, float], ...]:
+    """Return when the hub crashes and how long it is away, no two at the same time."""
+    found, at = [], 0.0
+    for _ in range(rng.choice([0, 0, 1, 1, 2])):
+        at += rng.uniform(0.5, 8.0)
+        away = rng.choice([0.1, 1.0, 4.0])
+        found.append((at, away))
+        at += away
+    return tuple(found)

@@ -88,6 +88,7 @@ class Simulation:
         self.sites = {f"s{n}": self._site(n) for n in range(len(self.plan.joins_at))}
         self.clients = {f"c{n}": self._client(f"c{n}") for n in range(self.rng.choice([1, 2, 3]))}
         self.former_sites: list[SiteNode] = []
+        self.former_hubs: list[HubNode] = []
         self._plan_faults()
 
     def _site(self, n: int, incarnation: int = 1) -> SiteNode:
@@ -111,6 +112,8 @@ class Simulation:
             self.clock.call_at(end, self._mend, sites[n])
         for n, at, back_after in self.plan.crashes:
             self.clock.call_at(at, self.crash_site, f"s{n}", back_after)
+        for at, back_after in self.plan.hub_crashes:
+            self.clock.call_at(at, self.crash_hub, back_after)
         for n, at, share in self.plan.worker_losses:
             self.clock.call_at(at, self._lose_worker, f"s{n}", share)
 
@@ -124,8 +127,8 @@ class Simulation:
 
     def _bring_data(self) -> None:
         """Once a site is there, a client puts the data of the universe on it, and the others start."""
-        there = [site for site in self.sites.values() if site.joined and site.stays]
-        if not there:
+        there = [site for site in self.sites.values() if site.stays and site.takes(self.universe.data)]
+        if not there or self.hub.crashed:
             self.clock.call_later(0.05, self._bring_data)
             return
         owner = self._client("data")
@@ -163,19 +166,25 @@ class Simulation:
         self.clients[name].crash()
         self.clock.call_later(DETECT_S, self.hub.handle, ev.ClientLeft(name))
 
-    def crash_hub(self) -> None:
-        """The hub stops without a word; sites that lose it release everything and stop."""
+    def crash_hub(self, back_after: float) -> None:
+        """The hub stops without a word; sites go on with their work."""
+        self.log("hub", "crashes", out=True)
         self.hub.crash()
-        for site in self.sites.values():
-            site.crash()
+        for peer in (*self.sites.values(), *self.clients.values()):
+            peer.hub_lost()
+        self.clock.call_later(back_after, self.restart_hub)
 
     def restart_hub(self) -> None:
-        """A hub that crashed comes back with nothing; sites dial it again, clients must submit again."""
-        self.hub = HubNode(self, self.cores.hub(epoch=self.hub.core.ledger.epoch + 1))
+        """The hub comes back with what its journal says; sites and clients dial it again."""
+        former = self.hub
+        self.former_hubs.append(former)
+        self.hub = HubNode(self, self.cores.hub(epoch=former.core.ledger.epoch + 1, awaited=former.journal()))
+        for site in self.sites.values():
+            if site.joined and not site.stopped:
+                self.clock.call_later(self.rng.choice([0.1, 1.0]) * self.rng.random(), site.join)
         for client in self.clients.values():
-            self.hub.handle(ev.ClientJoined(client.name, "user"))
-        for name in self.sites:
-            self.restart_site(name)
+            away = self.rng.choice([0.1, 1.0, 15.0])  # the last one sleeps
+            self.clock.call_later(away * self.rng.random(), client.resume)
 
     # -- rules --------------------------------------------------------------------------------------------------
 
@@ -280,8 +289,12 @@ class Simulation:
         return sum(site.scheduler.settled for site in self.sites.values())
 
     def _result(self) -> Result:
-        rows = {"hub block": self.hub.blocks.rows, "hub key": self.hub.keys.rows}
-        counts = {"dropped reports": self.hub.dropped_reports, "transfer errors": 0}
+        rows: dict[str, Counter[Any]] = {}
+        hubs = (*self.former_hubs, self.hub)
+        counts = {"dropped reports": sum(hub.dropped_reports for hub in hubs), "transfer errors": 0}
+        for hub in hubs:
+            for follower in (hub.blocks, hub.keys):
+                rows[follower.name] = rows.get(follower.name, Counter()) + follower.rows
         for site in (*self.former_sites, *self.sites.values()):
             counts["transfer errors"] += site.transfer_errors
             for follower in (site.blocks, site.keys):

@@ -7,9 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
+from daskfed.hub.recovery import Awaited
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
 from daskfed.hub.stores import Stores
-from daskfed.messages import BlockStarted, Key, KeysFailed, Learned, Message, RunBlock, SiteHello, SiteStatus
+from daskfed.messages import (
+    BlockSpec,
+    BlockStarted,
+    Key,
+    KeysFailed,
+    Learned,
+    Message,
+    RunBlock,
+    SiteHello,
+    SiteHoldings,
+    SiteStatus,
+)
 from daskfed.testing.scheduler import Failure
 from daskfed.testing.transport import Connection
 from tests.simulation.coverage import Follower
@@ -50,11 +62,17 @@ class HubNode:
         if isinstance(message, SiteHello):
             self.handle(ev.SiteJoined(message))
             return
+        failed: tuple[Key, ...] = ()
         if isinstance(message, KeysFailed):
-            self.stores.keep_error([key for key in message.keys if key in ledger.keys], beside)
+            failed = message.keys
+            self.stores.keep_error([key for key in failed if key in ledger.keys], beside)
+        elif isinstance(message, SiteHoldings):
+            failed = message.failed
+            for key in failed:
+                if key in ledger.keys and key not in self.stores.errors:
+                    self.stores.keep_error([key], beside[key])
         self.handle(ev.FromSite(site, message))
-        if isinstance(message, KeysFailed):  # some may have been released meanwhile
-            self.stores.forget_keys([key for key in message.keys if key not in ledger.keys])
+        self.stores.forget_keys([key for key in failed if key not in ledger.keys])  # released meanwhile
 
     def site_left(self, site: str, incarnation: str) -> None:
         """A site's connection ended for good; where that is known already, nothing is done."""
@@ -62,6 +80,12 @@ class HubNode:
         if not self.crashed and known is not None and known.hello.incarnation == incarnation:
             self.links.pop(site).close()
             self.handle(ev.SiteLeft(site, incarnation))
+
+    def journal(self) -> Awaited:
+        """Return what the hub's journal says of who is there."""
+        awaited = self.core.recovery
+        sites = frozenset({*self.core.sites, *awaited.sites})
+        return Awaited(sites, {**awaited.clients, **self.core.clients})
 
     def crash(self) -> None:
         """Stop without a word."""
@@ -73,6 +97,8 @@ class HubNode:
 
     def handle(self, event: ev.Event) -> None:
         """Give one event to the core, verify it, and do what it commands."""
+        if self.crashed:
+            return
         self.sim.log("hub", event)
         commands = self.core.handle(event, self.sim.clock.now)
         if self.sim.should_check() and (commands or not _quiet(event)):
@@ -95,6 +121,9 @@ class HubNode:
             self._tell_client(command)
         elif isinstance(command, ev.ForgetBlock):
             self.stores.forget_block(command.block)
+            self.sim.clients[command.client].forget(command.block)
+        elif isinstance(command, ev.BlocksArrived):
+            self.sim.clients[command.client].arrived(command.block, command.arrival)
         elif isinstance(command, ev.ForgetKeys):
             self.stores.forget_keys(command.keys)
         elif isinstance(command, ev.FailKeys):
@@ -147,6 +176,8 @@ class HubNode:
 
     def submit(self, client: str, graph: Submission) -> None:
         """Take in a graph with its payloads."""
+        if self.crashed:
+            return
         known = self.core.ledger.blocks
         self.stores.payloads |= {block.id: block.id for block in graph.blocks if block.id not in known}
         self._expect_tells(client, graph.wanted)
@@ -155,8 +186,20 @@ class HubNode:
             if block.id not in known:
                 self.stores.forget_block(block.id)
 
+    def resume(
+        self, client: str, blocks: tuple[tuple[BlockSpec, int], ...], wanted: tuple[Key, ...], kept: tuple[Key, ...]
+    ) -> None:
+        """A client that had lost its hub is back, with all that it knows."""
+        if self.crashed:
+            return
+        self.stores.payloads |= {spec.id: spec.id for spec, _ in blocks if spec.id not in self.core.ledger.blocks}
+        self._expect_tells(client, wanted)
+        self.handle(ev.ClientBack(client, "user", blocks, wanted, kept))
+
     def scatter(self, client: str, site: str, keys: tuple[Key, ...], again: bool = False) -> None:
         """Put data of a client, who keeps a copy, on a worker of a site."""
+        if self.crashed:
+            return
         if not again:
             self._expect_tells(client, keys)
         self.sim.sites[site].scatter(keys)
@@ -164,6 +207,8 @@ class HubNode:
 
     def desire(self, client: str, keys: tuple[Key, ...]) -> None:
         """A client wants keys that another client submitted."""
+        if self.crashed:
+            return
         known = tuple(key for key in keys if key in self.core.ledger.keys)
         self.sim.clients[client].gone(tuple(key for key in keys if key not in known))
         self.promise(client, known)
@@ -191,7 +236,7 @@ class HubNode:
 
     def gather(self, key: Key) -> int | Failure | None:
         """Return the value of a key as a client that asks now would get it; None where no site has it."""
-        state = self.core.ledger.keys.get(key)
+        state = self.core.ledger.keys.get(key) if not self.crashed else None
         for name in state.holders if state is not None else ():
             return self.sim.sites[name].value(key)
         return None

@@ -24,6 +24,7 @@ from daskfed.messages import (
     Message,
     RunBlock,
     SiteHello,
+    SiteHoldings,
     SiteStatus,
 )
 from daskfed.site import events as ev
@@ -94,20 +95,40 @@ class SiteNode:
     # -- membership ---------------------------------------------------------------------------------------------
 
     def join(self) -> None:
-        """Dial the hub."""
+        """Dial the hub, until it answers, and say what there is."""
+        if self.stopped:
+            return
+        if self.sim.hub.crashed:
+            self.sim.clock.call_later(0.3, self.join)
+            return
         session = f"{self.name}/{self.incarnation}/{self.sim.hub.core.ledger.epoch}"
         handlers = (self._to_hub_shell, self._from_hub)
         self.connection = connect(self.sim.clock, self._rng, self._weather, session, handlers, self.sim.cores.link)
         self.sim.hub.links[self.name] = self.connection
         self._send(self._hello())
-        self._report()
-        self._count_load()
+        self._send(self.core.holdings(), self._errors())
+        if self.joined:
+            self._send(self._status())
+        else:
+            self._report()
+            self._count_load()
         if not self.reachable:
             self.connection.cut()
 
     def _hello(self) -> SiteHello:
         name, value = self.label.split("=")
         return SiteHello(self.name, self.incarnation, PROTOCOL_VERSION, ((name, value),), ("default",), (), "", "", ())
+
+    def _errors(self) -> dict[Key, dict[str, Any]]:
+        failed = self.core.holdings().failed
+        found = {key: task.value for key in failed if (task := self.scheduler.tasks.get(key)) is not None}
+        return {key: _beside(value) for key, value in found.items()}
+
+    def hub_lost(self) -> None:
+        """The hub is gone: go on, and dial it again when it is back."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
     def drain(self) -> None:
         """Tell the hub that this site wants to leave."""
@@ -199,9 +220,12 @@ class SiteNode:
 
     def _do(self, command: ev.Command, beside: Any) -> None:
         if isinstance(command, ev.TellHub):
-            failure = beside if isinstance(command.message, KeysFailed) else None
-            assert self.connection is not None
-            self.connection.ends[1].send(command.message, failure)
+            if isinstance(command.message, SiteHoldings):
+                beside = self._errors()
+            elif not isinstance(command.message, KeysFailed):
+                beside = None
+            if self.connection is not None:
+                self.connection.ends[1].send(command.message, beside)
         elif isinstance(command, ev.SubmitBlock):
             payload = self.payloads.pop((command.block, command.attempt), None)
             self.sim.require(payload is not None, "a block is submitted whose payload is gone", self.name, command)
@@ -315,7 +339,7 @@ class SiteNode:
 
     def _hear_failure(self, failure: Failure, keys: tuple[Key, ...]) -> None:
         self.transfer_errors += failure.transfer
-        self._handle(ev.KeysErred(keys, failure.transfer), {"exception": failure.origin, "traceback": None})
+        self._handle(ev.KeysErred(keys, failure.transfer), _beside(failure))
 
     def _count_load(self) -> None:
         if self.stopped or self.sim.over:
@@ -384,3 +408,7 @@ class SiteNode:
 def _kind(event: SchedulerEvent | tuple[Key, ...]) -> Any:
     """Return what events have in common that the agent passes on in one piece."""
     return event.failure if isinstance(event, Erred) else type(event)
+
+
+def _beside(failure: Any) -> dict[str, Any]:
+    return {"exception": failure.origin, "traceback": None}

@@ -1,0 +1,236 @@
+"""After the hub started anew: whom it waits for, and how it takes in what clients and sites tell it. Pure.
+
+A hub that starts anew knows from its journal which sites and clients there were. Sites go on with their work meanwhile
+and then say what they hold (:class:`~daskfed.messages.SiteHoldings`), clients what they want and how it is made
+(:class:`~daskfed.hub.events.ClientBack`). Until all are back, or the patience with them ends, no block is placed and no
+key is lost; until then nothing is released either that an absent client may want. A client that sleeps is waited for
+in this second way only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from daskfed.hub.dispatch import Dispatcher, SiteState
+from daskfed.hub.events import TellSite
+from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.states import BlockPhase, KeyPhase
+from daskfed.messages import CancelBlock, HeldBlock, Key, ReportHoldings, SiteHoldings
+
+DATA = "data"  # why a site holds a key that no block made there
+PATIENCE_S = 10.0  # with sites, and with clients that were connected, before work is placed anew
+LEASE_S = 3600.0  # with clients, before what they wanted is released
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """Who was there before the hub started anew: names of sites, ids of clients and their users."""
+
+    sites: frozenset[str] = frozenset()
+    clients: Mapping[str, str] = field(default_factory=dict)
+
+
+class Recovery:
+    """Whom the hub waits for, and since when.
+
+    ``patience_s``: with sites and clients, before work is placed without them; ``lease_s``: with clients, before what
+    they wanted is released.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        dispatcher: Dispatcher,
+        awaited: Awaited | None = None,
+        patience_s: float = PATIENCE_S,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        awaited = awaited or Awaited()
+        self.ledger = ledger
+        self.dispatcher = dispatcher
+        self.sites = set(awaited.sites)
+        self.clients = dict(awaited.clients)
+        self.asked: set[str] = set()  # sites that are to report their holdings anew
+        self._asked_at = 0.0
+        self._patience_s = patience_s
+        self._lease_s = lease_s
+        self._started: float | None = None
+        self._settled = not (self.sites or self.clients)
+        ledger.patient = not self._settled
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Whether nobody is waited for: what is unknown now does not exist."""
+        return self._settled
+
+    @property
+    def waits_for_clients(self) -> bool:
+        """Whether a client may still come back that wants what nobody here knows."""
+        return bool(self.clients)
+
+    def may_place(self, now: float) -> bool:
+        """Say whether work may be placed: whoever may be at it already has told, or had time enough to do so."""
+        if self._settled and not self.asked:
+            return True
+        return not self.asked and (now - self._since(now) >= self._patience_s or not (self.sites or self.clients))
+
+    def _since(self, now: float) -> float:
+        if self._started is None:
+            self._started = now
+        return self._started
+
+    def tick(self, now: float) -> None:
+        """See who need not be waited for any more."""
+        if self._settled:
+            return
+        waited = now - self._since(now)
+        if waited >= self._patience_s:
+            self.sites.clear()
+        if waited >= self._lease_s:
+            self.clients.clear()
+        if now - self._asked_at >= self._patience_s:
+            self.asked.clear()
+        if not (self.sites or self.clients):
+            self._ask_sites(now)
+            if not self.asked:
+                self._settle()
+
+    def site_gone(self, name: str, now: float) -> None:
+        """A site that was to report will not."""
+        self.asked.discard(name)
+        self.tick(now)
+
+    def _settle(self) -> None:
+        """Everybody is back, or will not come: what nobody makes is lost, and what nobody knows is released."""
+        self._settled, self.ledger.patient = True, False
+        shielded = [state for state in self.ledger.keys.values() if state.shielded]
+        for state in shielded:
+            state.shielded = False
+        self.ledger.settle([state.key for state in shielded])
+        for state in [state for state in self.ledger.keys.values() if _is_promise(state)]:
+            if state.key in self.ledger.keys and _is_promise(state):
+                self.ledger.give_up(state)
+
+    def _ask_sites(self, now: float) -> None:
+        for site in self.dispatcher.sites.values():
+            if site.unclaimed:
+                site.unclaimed = False
+                self.asked.add(site.name)
+                self._asked_at = now
+                self.ledger.command(TellSite(site.name, ReportHoldings()))
+
+    # -- clients -----------------------------------------------------------------------------------------------------
+
+    def shield(self, blocks: Iterable[BlockState]) -> None:
+        """Keep the outputs of blocks that a client brought back, even if it does not want them: others may."""
+        if self._settled:
+            return
+        for block in blocks:
+            for state in self.ledger.produced_by(block):
+                state.shielded = True
+
+    def client_back(self, client: str, now: float) -> None:
+        """A client has told all that it knows."""
+        if self.clients.pop(client, None) is not None:
+            self._ask_sites(now)
+            self.tick(now)
+
+    # -- sites -------------------------------------------------------------------------------------------------------
+
+    def take_holdings(self, site: SiteState, told: SiteHoldings, now: float) -> None:
+        """Take in what a site holds and works at; what nobody knows or needs is released, unless clients are awaited."""
+        ledger = self.ledger
+        ledger.reports[site.name] = told.reports
+        self.dispatcher.imports = max([self.dispatcher.imports, *(each.number for each in told.coming)])
+        refused = {block.block for block in told.blocks if not self._take_block(site, block)}
+        claims = _claims(told, refused)
+        nbytes = {made.key: made.nbytes for made in told.held}
+        for key in dict.fromkeys((*nbytes, *told.failed)):
+            if key in claims:
+                self._take_key(site, key, nbytes.get(key), claims[key])
+        for each in told.coming:
+            self._take_coming(site, each.key, each.number)
+        for block in told.blocks:
+            self._adopt(site, block)
+        self.asked.discard(site.name)
+        self.sites.discard(site.name)
+        self.tick(now)
+
+    def _take_block(self, site: SiteState, held: HeldBlock) -> bool:
+        """Say whether a site may go on with a block; one that is made elsewhere, or that nobody needs, is stopped."""
+        block = self.ledger.blocks.get(held.block)
+        if block is None and self.waits_for_clients:
+            site.unclaimed = True
+            return True
+        if block is not None and (not held.open or _is_at(site, held, self.ledger)):
+            return True
+        if block is not None and block.phase in (BlockPhase.WAITING, BlockPhase.READY):
+            return True
+        self.ledger.command(TellSite(site.name, CancelBlock(held.block, held.attempt)))
+        return False
+
+    def _take_key(self, site: SiteState, key: Key, nbytes: int | None, claims: tuple[str, ...]) -> None:
+        state = self.ledger.keys.get(key)
+        if state is None and self.waits_for_clients:
+            site.unclaimed = True
+        elif state is None or not (state.needed or state.shielded):
+            self.ledger.release_at(site.name, key)
+        elif nbytes is None:
+            self._take_failure(site, state)
+        elif site.name not in state.holders:
+            state.importing.pop(site.name, None)
+            for claim in claims:
+                self.ledger.key_made(state, site.name, nbytes, claim)
+            self.ledger.settle([key])
+
+    def _take_failure(self, site: SiteState, state: KeyState) -> None:
+        if state.phase is KeyPhase.HELD:
+            self.ledger.release_at(site.name, state.key)
+        else:
+            state.failed_at[site.name] = None
+            self.ledger.key_failed(state)
+
+    def _take_coming(self, site: SiteState, key: Key, number: int) -> None:
+        state = self.ledger.keys.get(key)
+        if state is None and self.waits_for_clients:
+            site.unclaimed = True
+        elif state is None or not state.needed:
+            self.ledger.release_at(site.name, key)
+        elif site.name not in state.holders:
+            state.importing[site.name] = number
+
+    def _adopt(self, site: SiteState, held: HeldBlock) -> None:
+        block = self.ledger.blocks.get(held.block)
+        if block is None or not held.open or _is_at(site, held, self.ledger):
+            return
+        if block.phase in (BlockPhase.WAITING, BlockPhase.READY):
+            self.dispatcher.adopt(block, site, held.attempt, held.open)
+        else:  # what it was to make came from elsewhere meanwhile
+            self.ledger.command(TellSite(site.name, CancelBlock(held.block, held.attempt)))
+            self.ledger.disclaim(block, site.name)
+
+
+def _is_at(site: SiteState, held: HeldBlock, ledger: Ledger) -> bool:
+    """Whether the hub knows that this site works at this attempt."""
+    return held.block in site.blocks and ledger.blocks[held.block].attempt == held.attempt
+
+
+def _claims(told: SiteHoldings, refused: Iterable[str]) -> dict[Key, tuple[str, ...]]:
+    """Return why each key is at a site: the blocks that made it there, without the ``refused`` ones, or ``data``."""
+    refused = set(refused)
+    found: dict[Key, tuple[str, ...]] = {key: (DATA,) for key in told.placed}
+    for block in told.blocks:
+        if block.block not in refused:
+            for key in block.kept:
+                found[key] = (*found.get(key, ()), block.block)
+    return found
+
+
+def _is_promise(state: KeyState) -> bool:
+    """Whether a key is expected though no block makes it."""
+    return state.phase is KeyPhase.PENDING and state.producer is None
+
+
