@@ -137,7 +137,7 @@ class HubCore:
         self._arrivals += len(event.blocks)
         added = self._add(event.client, event.blocks, range(first, self._arrivals + 1), event.wait)
         if event.blocks:
-            self.ledger.command(ev.BlocksArrived(event.client, event.blocks[0].id, first))
+            self.ledger.command(ev.BlocksArrived(event.client, event.blocks[0].id, first, len(event.blocks)))
         self._want(event.client, event.wanted)
         self._link(added)
         self.ledger.settle([key for block in added for key in block.spec.outputs])
@@ -153,6 +153,7 @@ class HubCore:
                 continue
             if not arrival:
                 self._arrivals += 1
+                self.ledger.command(ev.BlocksArrived(client, spec.id, self._arrivals))
             order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, arrival or self._arrivals)
             added.append(self.ledger.add_block(spec, order, wait))
         return added

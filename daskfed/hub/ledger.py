@@ -368,15 +368,15 @@ class Ledger:
         if block.failures > 1:
             block.rests_until = self.now + min(FIRST_REST_S * 2 ** (block.failures - 2), LONGEST_REST_S)
         self.return_block(block, "site lost")
-        self.disclaim(block, str(block.site))
+        self.disclaim(block.spec.id, block.spec.outputs, str(block.site))
 
-    def disclaim(self, block: BlockState, site: str) -> None:
-        """The site of a cancelled attempt released what it made for this block, unless another block claims it too."""
-        for key in block.spec.outputs:
+    def disclaim(self, block: str, keys: Iterable[Key], site: str) -> None:
+        """A site released what it made for a cancelled attempt of a block, unless there is another reason for it."""
+        for key in keys:
             state = self.keys.get(key)
-            if state is None or block.spec.id not in state.holders.get(site, ()):
+            if state is None or block not in state.holders.get(site, ()):
                 continue
-            others = tuple(claim for claim in state.holders[site] if claim != block.spec.id)
+            others = tuple(claim for claim in state.holders[site] if claim != block)
             if others:
                 state.holders[site] = others
             else:
@@ -510,7 +510,7 @@ class Ledger:
         self._drop(block)
         freed = list(self._unlinked(block))
         if placed:
-            self.disclaim(block, str(block.site))
+            self.disclaim(block.spec.id, block.spec.outputs, str(block.site))
         return freed
 
     def _unlinked(self, block: BlockState) -> Iterable[Key]:

@@ -161,16 +161,20 @@ class Recovery:
 
     def _take_block(self, site: SiteState, held: HeldBlock) -> bool:
         """Say whether a site may go on with a block; one that is made elsewhere, or that nobody needs, is stopped."""
+        if not held.open or _is_at(site, held, self.ledger):
+            return True
         block = self.ledger.blocks.get(held.block)
         if block is None and self.waits_for_clients:
             site.unclaimed = True
             return True
-        if block is not None and (not held.open or _is_at(site, held, self.ledger)):
-            return True
         if block is not None and block.phase in (BlockPhase.WAITING, BlockPhase.READY):
             return True
-        self.ledger.command(TellSite(site.name, CancelBlock(held.block, held.attempt)))
+        self._stop(site, held)
         return False
+
+    def _stop(self, site: SiteState, held: HeldBlock) -> None:
+        self.ledger.command(TellSite(site.name, CancelBlock(held.block, held.attempt)))
+        self.ledger.disclaim(held.block, held.kept, site.name)
 
     def _take_key(self, site: SiteState, key: Key, nbytes: int | None, claims: tuple[str, ...]) -> None:
         state = self.ledger.keys.get(key)
@@ -209,8 +213,7 @@ class Recovery:
         if block.phase in (BlockPhase.WAITING, BlockPhase.READY):
             self.dispatcher.adopt(block, site, held.attempt, held.open)
         else:  # what it was to make came from elsewhere meanwhile
-            self.ledger.command(TellSite(site.name, CancelBlock(held.block, held.attempt)))
-            self.ledger.disclaim(block, site.name)
+            self._stop(site, held)
 
 
 def _is_at(site: SiteState, held: HeldBlock, ledger: Ledger) -> bool:

@@ -82,12 +82,13 @@ class ClientNode:
         self.sim.log(self.name, f"is back with {len(self.book)} blocks")
         self.sim.hub.resume(self.name, tuple(self.book.values()), wanted, tuple(self.copies))
 
-    def arrived(self, block: str, arrival: int) -> None:
-        """The hub has numbered a block and those that were submitted with it after it."""
-        names = list(self.book)
-        graph = block.rsplit("/", 1)[0]
-        for name in (name for name in names if name.rsplit("/", 1)[0] == graph):
-            self.book[name] = (self.book[name][0], arrival + self._place_in_graph[name])
+    def arrived(self, block: str, arrival: int, count: int) -> None:
+        """The hub has numbered ``count`` blocks of a submission, from this one on."""
+        graph, first = block.rsplit("/", 1)[0], self._place_in_graph[block]
+        for name, (spec, _) in self.book.items():
+            place = self._place_in_graph[name] - first
+            if name.rsplit("/", 1)[0] == graph and 0 <= place < count:
+                self.book[name] = (spec, arrival + place)
 
     def forget(self, block: str) -> None:
         """The hub will never ask for a block again."""

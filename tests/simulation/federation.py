@@ -180,7 +180,7 @@ class Simulation:
         self.former_hubs.append(former)
         self.hub = HubNode(self, self.cores.hub(epoch=former.core.ledger.epoch + 1, awaited=former.journal()))
         for site in self.sites.values():
-            if site.joined and not site.stopped:
+            if site.dialled and not site.stopped:
                 self.clock.call_later(self.rng.choice([0.1, 1.0]) * self.rng.random(), site.join)
         for client in self.clients.values():
             away = self.rng.choice([0.1, 1.0, 15.0])  # the last one sleeps

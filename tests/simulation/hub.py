@@ -123,7 +123,7 @@ class HubNode:
             self.stores.forget_block(command.block)
             self.sim.clients[command.client].forget(command.block)
         elif isinstance(command, ev.BlocksArrived):
-            self.sim.clients[command.client].arrived(command.block, command.arrival)
+            self.sim.clients[command.client].arrived(command.block, command.arrival, command.count)
         elif isinstance(command, ev.ForgetKeys):
             self.stores.forget_keys(command.keys)
         elif isinstance(command, ev.FailKeys):

@@ -66,6 +66,7 @@ class SiteNode:
         self.label = f"zone={'ab'[n % 2]}"
         ends = [at for site, at, back_after in sim.plan.crashes if site == n and back_after is None]
         self.stays = sim.plan.drains_at[n] is None and not ends
+        self.dialled = False  # it has tried to join
         self.joined = False  # the hub knows it
         self.draining = False
         self.stopped = False
@@ -107,9 +108,10 @@ class SiteNode:
         self.sim.hub.links[self.name] = self.connection
         self._send(self._hello())
         self._send(self.core.holdings(), self._errors())
-        if self.joined:
+        if self.dialled:
             self._send(self._status())
         else:
+            self.dialled = True
             self._report()
             self._count_load()
         if not self.reachable:
@@ -294,7 +296,7 @@ class SiteNode:
 
     def takes(self, keys: tuple[Key, ...]) -> bool:
         """Say whether data may be put here now: as in the real agent not before a release of it that is under way."""
-        if not self.joined or self.stopped or self.connection is None:
+        if self.name not in self.sim.hub.core.sites or self.stopped or self.connection is None:
             return False
         hub, here = (end.link for end in self.connection.ends)
         busy = any(self._releasing[key] or (key in self.core.keys and not self.core.holds(key)) for key in keys)
