@@ -378,6 +378,9 @@ class HubCore:
         if (block := self._attempt(site, message)) is not None:
             self._bring_failures_anew(block, site.name)
             self._again(block, message.reason)
+        elif message.block not in self.ledger.blocks:  # its client is not back yet, but others may want what it made
+            made = [key for key, state in self.ledger.keys.items() if site.name in state.holders]
+            self.ledger.disclaim(message.block, made, site.name)
 
     def _bring_failures_anew(self, block: BlockState, site: str) -> None:
         """A scheduler does not know the keys of a graph that it could not open: it needs their errors as imports."""

@@ -91,6 +91,7 @@ class SiteNode:
         self._last_load: tuple[int, int] | None = None
         self._ran = 0
         self._excused_until = 0.0  # just after a worker was lost
+        self._failures: dict[Key, dict[str, Any]] = {}  # errors of failed keys, for a hub that starts anew
         self.transfer_errors = 0
 
     # -- membership ---------------------------------------------------------------------------------------------
@@ -122,9 +123,8 @@ class SiteNode:
         return SiteHello(self.name, self.incarnation, PROTOCOL_VERSION, ((name, value),), ("default",), (), "", "", ())
 
     def _errors(self) -> dict[Key, dict[str, Any]]:
-        failed = self.core.holdings().failed
-        found = {key: task.value for key in failed if (task := self.scheduler.tasks.get(key)) is not None}
-        return {key: _beside(value) for key, value in found.items()}
+        self._failures = {key: self._failures[key] for key in self.core.holdings().failed}
+        return self._failures
 
     def hub_lost(self) -> None:
         """The hub is gone: go on, and dial it again when it is back."""
@@ -230,10 +230,14 @@ class SiteNode:
                 self.connection.ends[1].send(command.message, beside)
         elif isinstance(command, ev.SubmitBlock):
             payload = self.payloads.pop((command.block, command.attempt), None)
+            states = {key: self.core.keys[key] for key in command.outputs if key in self.core.keys}
+            joined = {key for key, state in states.items() if state.users or state.makers - {command.block}}
             self.sim.require(payload is not None, "a block is submitted whose payload is gone", self.name, command)
-            self._to_scheduler(self._run_block, command, payload)
+            self._to_scheduler(self._run_block, command, payload, joined)
         elif isinstance(command, ev.SubmitImport):
             error = Failure(beside[command.key]["exception"]) if command.failed else None
+            if command.failed:
+                self._failures[command.key] = beside[command.key]
             self._to_scheduler(self._import, command.key, error)
         elif isinstance(command, ev.Fetch):
             self._fetch(command)
@@ -259,13 +263,14 @@ class SiteNode:
     def _to_scheduler(self, action: Callable[..., None], *args: Any) -> None:
         self.sim.clock.call_later(self._delay_s, action, *args)
 
-    def _run_block(self, command: ev.SubmitBlock, payload: dict[Key, FakeTask]) -> None:
+    def _run_block(self, command: ev.SubmitBlock, payload: dict[Key, FakeTask], joined: set[Key]) -> None:
+        """Have the scheduler run a block; keys in ``joined`` may be under way for other blocks here."""
         attempt = (command.block, command.attempt)
         self.sim.require(attempt not in self._seen_attempts, "an attempt is submitted twice", self.name, *attempt)
         self._seen_attempts.add(attempt)
         for key in command.outputs:
             task, maker = self.scheduler.tasks.get(key), self._maker.get(key)
-            going = task is not None and task.wanted and task.state in UNDER_WAY
+            going = task is not None and task.wanted and task.state in UNDER_WAY and key not in joined
             two = going and maker is not None and maker[0] == command.block
             self.sim.require(not two, "two attempts of a block are active at one site", self.name, maker, attempt)
             self._maker[key] = attempt
@@ -341,7 +346,9 @@ class SiteNode:
 
     def _hear_failure(self, failure: Failure, keys: tuple[Key, ...]) -> None:
         self.transfer_errors += failure.transfer
-        self._handle(ev.KeysErred(keys, failure.transfer), _beside(failure))
+        beside = {"exception": failure.origin, "traceback": None}
+        self._failures |= dict.fromkeys(keys, beside)
+        self._handle(ev.KeysErred(keys, failure.transfer), beside)
 
     def _count_load(self) -> None:
         if self.stopped or self.sim.over:
@@ -411,6 +418,3 @@ def _kind(event: SchedulerEvent | tuple[Key, ...]) -> Any:
     """Return what events have in common that the agent passes on in one piece."""
     return event.failure if isinstance(event, Erred) else type(event)
 
-
-def _beside(failure: Any) -> dict[str, Any]:
-    return {"exception": failure.origin, "traceback": None}
