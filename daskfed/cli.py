@@ -89,9 +89,7 @@ async def _run_hub(listen: str, state: str | None, policy: str, security: Any, s
     from daskfed.client.federation import policy_named
     from daskfed.hub.server import Hub
 
-    if state is not None:
-        os.makedirs(state, mode=0o700, exist_ok=True)
-    server = await Hub(policy=policy_named(policy), security=security).start_at(listen)
+    server = await Hub(policy=policy_named(policy), security=security, state=state).start_at(listen)
     click.echo(f"daskfed hub at {server.address}")
     await _until(stop, server.finished())
     await server.close()

@@ -12,11 +12,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 import dask
+from dask.utils import parse_timedelta
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daskfed.errors import ConfigurationError
 
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
+DEFAULT_GRACE = "1h"
 DEFAULT_CLUSTER = "dask.distributed.LocalCluster"
 
 
@@ -98,3 +100,11 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def client_grace_s() -> float:
+    """Return how long a client and its hub wait for each other after their connection broke, in seconds.
+
+    ``daskfed.client.grace`` in Dask's configuration, by default "1h".
+    """
+    return float(parse_timedelta(dask.config.get("daskfed.client.grace", DEFAULT_GRACE)))

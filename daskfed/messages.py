@@ -192,6 +192,13 @@ class SiteHello(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class SiteEnds(Message):
+    """The site ends of its own will: nobody need wait whether it comes back."""
+
+    op: ClassVar[str] = "site-ends"
+
+
+@dataclass(frozen=True, slots=True)
 class SiteHoldings(Message):
     """What a site holds and works at, in the words of the hub: after its hello, and when asked.
 

@@ -6,6 +6,8 @@ import asyncio
 import getpass
 import inspect
 import itertools
+import logging
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import dask
 import distributed
 from dask.base import tokenize
-from dask.utils import format_bytes, funcname, parse_bytes
+from dask.utils import format_bytes, format_time, funcname, parse_bytes
 from distributed.client import Future
 from distributed.versions import VersionMismatchWarning
 from toolz import merge
@@ -24,14 +26,19 @@ from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.returning import Memory, PatientRPC, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
+from daskfed.config import client_grace_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
+logger = logging.getLogger(__name__)
+
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
+RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
@@ -48,6 +55,8 @@ class Client(distributed.Client):
     """
 
     cluster: Any
+    scheduler: Any
+    scheduler_comm: Any
     _gather_keys: Any
 
     def __init__(self, address: Any = None, **kwargs: Any) -> None:
@@ -58,6 +67,8 @@ class Client(distributed.Client):
         self._graph_ids = itertools.count()
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
         self._set_methods: Any = None
+        self._memory = Memory()
+        self._epoch = 0  # of the hub
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
 
@@ -65,7 +76,13 @@ class Client(distributed.Client):
 
     def start(self, **kwargs: Any) -> None:
         """Connect; called by the constructor."""
-        self._stream_handlers |= {"fed-sites": self._handle_sites, "fed-refused": self._handle_refused}
+        self._stream_handlers |= {
+            "fed-sites": self._handle_sites,
+            "fed-refused": self._handle_refused,
+            "fed-arrived": self._handle_arrived,
+            "fed-forget": self._memory.forget,
+            "fed-ended": self._handle_ended,
+        }
         super().start(**kwargs)
 
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
@@ -85,6 +102,8 @@ class Client(distributed.Client):
 
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
+        if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
+            self.scheduler = PatientRPC(self.scheduler, lambda: self.status == "connecting" and self._epoch > 0)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
@@ -97,6 +116,42 @@ class Client(distributed.Client):
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, "owner": getpass.getuser()})
+        if self._epoch:
+            wanted = wanted_keys(self.futures, self._assemblies)
+            self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted, ()))
+        self._epoch = fed["epoch"]
+
+    async def _reconnect(self) -> None:
+        """The connection with the hub broke: keep all futures, and try to reach it for the time of grace."""
+        grace_s = client_grace_s()
+        logger.warning(
+            "Lost the hub at %s; waiting up to %s for it (daskfed.client.grace), nothing is lost meanwhile",
+            self.scheduler.address, format_time(grace_s),
+        )  # fmt: skip
+        self.scheduler_comm = None
+        deadline = time.monotonic() + grace_s
+        for pause in pauses():
+            if self.status != "connecting":
+                return
+            try:
+                await self._ensure_connected(timeout=RECONNECT_TIMEOUT_S)
+                logger.warning("Connected with the hub at %s again", self.scheduler.address)
+                return
+            except (OSError, TimeoutError) as exc:
+                logger.debug("the hub does not answer yet: %s", exc)
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(pause)
+        await self._handle_ended(f"the hub did not come back within {format_time(grace_s)}")
+
+    async def _handle_ended(self, reason: str = "the hub has ended") -> None:
+        for state in list(self.futures.values()):
+            state.cancel(reason="scheduler-connection-lost", msg=f"{reason}; submit the work to another one")
+        self.futures.clear()
+        self.loop.add_callback(self._close)
+
+    def _handle_arrived(self, block: str, arrival: int, count: int) -> None:
+        self._memory.arrived(block, arrival, count, self._epoch)
 
     def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
         joined = {name: facts for name, facts in sites.items() if name not in self._sites}
@@ -251,6 +306,7 @@ class Client(distributed.Client):
 
     def _send(self, submission: Submission, wanted: Collection[Key], held: list[Future]) -> None:
         _warn_if_large(submission.nbytes)
+        self._memory.keep(submission)
         self._send_to_scheduler(submission.message(wanted))
         del held[:]
 

@@ -26,7 +26,7 @@ Deliver = Callable[[Message, Any], None]
 
 
 class ControlStream:
-    """One end of the control stream.
+    """One end of the control stream, which goes on over another comm when one breaks.
 
     ``comm`` must read opaquely (see :mod:`daskfed.comm.opaque`); ``deliver(message, payload)`` is called on the event
     loop for each message of the peer, in order. ``payload`` is None or whatever opaque structure travelled beside it.
@@ -34,10 +34,21 @@ class ControlStream:
 
     def __init__(self, comm: Comm, session: str, deliver: Deliver, *, interval_s: float = INTERVAL_S) -> None:
         self.comm = comm
+        self.session = session
         self.link: Link[Item] = Link(session)
         self.deliver = deliver
         self.interval_s = interval_s
         self._wake = asyncio.Event()
+
+    def resume(self, comm: Comm, peer_received: int) -> None:
+        """Go on over ``comm``; ``peer_received`` is the :attr:`received` of the other end."""
+        self.link.reconnected(time.monotonic(), peer_received)
+        self.comm = comm
+
+    @property
+    def received(self) -> int:
+        """How many messages of the other end have arrived."""
+        return self.link.received
 
     def send(self, message: Message, payload: Any = None) -> None:
         """Queue a message, with what travels beside it."""

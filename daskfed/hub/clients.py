@@ -14,6 +14,7 @@ from distributed.batched import BatchedSend
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Status
 
+from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
 from daskfed.messages import PROTOCOL_VERSION, BlockKind, BlockSpec, Constraint, Key, decode_block
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_OWNER = "local"
+FLUSH_S = 0.002  # what is sent to a client within this time travels together
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
 
@@ -35,6 +37,7 @@ class ClientSession:
         self.owner = DEFAULT_OWNER  # the user whom it acts for
         self.stream = stream
         self.federated = False  # it is daskfed's client, not a stock one
+        self.ended = False  # it said that it ends
         self.home: str | None = None  # the site that runs all of a stock client's graphs
 
     def send(self, message: dict[str, Any]) -> None:
@@ -56,6 +59,7 @@ class ClientSessions:
         return {
             "fed-hello": self.hello,
             "fed-submit": self.submit_blocks,
+            "fed-back": self.back,
             "update-graph": self.update_graph,
             "client-desires-keys": self.desire,
             "client-releases-keys": self.release,
@@ -70,7 +74,7 @@ class ClientSessions:
     async def register(self, comm: Comm, client: str, versions: Any = None) -> Status:
         """Serve a client's stream until it ends."""
         comm.name = "Hub->Client"
-        stream = BatchedSend(interval="2ms", loop=self.hub.loop)
+        stream = BatchedSend(interval=f"{FLUSH_S * 1000:g}ms", loop=self.hub.loop)
         stream.start(comm)
         session = ClientSession(client, stream)
         self.sessions[client] = session
@@ -85,12 +89,23 @@ class ClientSessions:
         return Status.dont_reply
 
     def _ended(self, session: ClientSession) -> None:
-        if self.sessions.get(session.client) is session:
-            del self.sessions[session.client]
-            self.hub.coordination.client_gone(session.client)
-            self.hub.take(ev.ClientLeft(session.client))
+        """A stream has ended: a stock client is gone with it, daskfed's own may come back."""
+        if self.sessions.get(session.client) is not session:
+            return
+        if session.federated and not session.ended and self.hub.status is Status.running:
+            logger.info("client %s lost its connection; it is waited for", session.client)
+            self.hub.loop.call_later(client_grace_s(), self._gone, session)
+        else:
+            self._gone(session)
         if not session.stream.closed():
             session.send({"op": "stream-closed"})
+
+    def _gone(self, session: ClientSession) -> None:
+        if self.sessions.get(session.client) is session:
+            del self.sessions[session.client]
+            self.hub.journal.forget_client(session.client)
+            self.hub.coordination.client_gone(session.client)
+            self.hub.take(ev.ClientLeft(session.client))
 
     async def _serve(self, comm: Comm, session: ClientSession) -> None:
         while True:
@@ -100,6 +115,7 @@ class ClientSessions:
                 return
             for message in messages if isinstance(messages, (list, tuple)) else (messages,):
                 if message.get("op") in ("close-stream", "close-client"):
+                    session.ended = True
                     return
                 await self._dispatch(session, dict(message))
             await asyncio.sleep(0)
@@ -120,7 +136,11 @@ class ClientSessions:
             session.send({"op": "error", "exception": f"{type(exc).__name__}: {exc}"})
 
     async def close(self) -> None:
-        """End every stream: a client whose cluster is closed then closes too, others try to connect again."""
+        """Tell every client that the federation ends, and end its stream."""
+        for session in list(self.sessions.values()):
+            if session.federated:
+                session.send({"op": "fed-ended"})
+        await asyncio.sleep(2 * FLUSH_S)
         for session in list(self.sessions.values()):
             session.stream.abort()
 
@@ -134,6 +154,7 @@ class ClientSessions:
             session.send({"op": "fed-refused", "reason": problem})
             return
         session.federated, session.owner = True, owner or DEFAULT_OWNER
+        self.hub.journal.keep_client(client, session.owner)
         self.hub.take(ev.ClientJoined(client, session.owner))
         session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})
 
@@ -150,6 +171,23 @@ class ClientSessions:
         specs = tuple(decode_block({**block, "client": client, "owner": owner}) for block in blocks)
         self.hub.stores.keep_payloads(specs, payloads)
         self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
+
+    def back(
+        self,
+        client: str,
+        blocks: Collection[dict[str, Any]],
+        arrivals: Collection[int],
+        payloads: Collection[Any],
+        wanted: Collection[Key],
+        kept: Collection[Key] = (),
+    ) -> None:
+        """A client whose connection broke, or whose hub started anew, tells what it wants and how it is made."""
+        owner = self.sessions[client].owner
+        specs = tuple(decode_block({**block, "client": client, "owner": owner}) for block in blocks)
+        self.hub.stores.keep_payloads(specs, payloads)
+        known = tuple(zip(specs, arrivals, strict=True))
+        self.hub.take(ev.ClientBack(client, owner, known, tuple(wanted), tuple(kept)))
+        logger.info("client %s is back with %d blocks", client, len(specs))
 
     def update_graph(self, client: str, keys: Collection[Key], **fields: Any) -> None:
         """A client submits a whole graph, unopened: it runs at the client's home site."""
@@ -209,6 +247,12 @@ class ClientSessions:
             return
         for key in command.keys:
             session.send(self._status(key, command.outcome))
+
+    def tell_own(self, client: str, message: dict[str, Any]) -> None:
+        """Send a message that only daskfed's own clients understand."""
+        session = self.sessions.get(client)
+        if session is not None and session.federated:
+            session.send(message)
 
     def _status(self, key: Key, outcome: ev.Outcome) -> dict[str, Any]:
         stores = self.hub.stores

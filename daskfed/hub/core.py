@@ -34,7 +34,7 @@ from daskfed.messages import (
     SiteStatus,
 )
 
-EPOCH_BITS = 32  # arrival numbers of one epoch
+EPOCH_BITS = 20  # arrival numbers begin at the epoch (milliseconds) times two to this power: they always grow
 MAX_FAILURES = 10  # attempts of one block that end through no fault of its tasks
 
 

@@ -70,7 +70,11 @@ class Gateway:
             "total_threads": sum(status.threads for status in statuses),
             "total_memory": sum(status.memory_limit for status in statuses),
             "workers": dict(list(workers.items())[: n_workers if n_workers > 0 else None]),
-            "fed": {"fixed": self.hub.fixed, "sites": sorted(self.hub.core.sites)},
+            "fed": {
+                "fixed": self.hub.fixed,
+                "sites": sorted(self.hub.core.sites),
+                "epoch": self.hub.core.ledger.epoch,
+            },
         }
 
     async def _workers(self) -> dict[str, Any]:

@@ -48,8 +48,30 @@ class RemoteSite:
     def __init__(self, hello: SiteHello, stream: ControlStream) -> None:
         self.hello = hello
         self.stream = stream
+        self.ended = False  # it said that it ends
+        self.attached = asyncio.Event()  # its control stream has a connection
+        self.detached = asyncio.Event()  # it has none
+        self.detached.set()
         self._idle: deque[Comm] = deque()
         self._parked = asyncio.Condition()
+
+    async def serve(self) -> None:
+        """Move messages until the connection ends."""
+        comm = self.stream.comm
+        self.detached.clear()
+        self.attached.set()
+        try:
+            with suppress(CommClosedError):
+                await self.stream.serve()
+        finally:
+            comm.abort()
+            self.attached.clear()
+            self.detached.set()
+
+    async def detach(self) -> None:
+        """End the present connection, if there is one: the site has dialled another."""
+        self.stream.comm.abort()
+        await self.detached.wait()
 
     def send(self, message: Message, payload: Any = None) -> None:
         """Queue a message on the control stream."""

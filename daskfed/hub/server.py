@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import logging
-import secrets
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from distributed.comm.core import Comm, CommClosedError
+from distributed.comm.core import Comm
 from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
@@ -28,6 +28,7 @@ from daskfed.hub.coordination import attach
 from daskfed.hub.core import HubCore
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
+from daskfed.hub.journal import Journal
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
 from daskfed.hub.states import KeyPhase
@@ -39,7 +40,9 @@ from daskfed.messages import (
     KeysMade,
     Message,
     RunBlock,
+    SiteEnds,
     SiteHello,
+    SiteHoldings,
     SiteStatus,
     decode,
 )
@@ -48,32 +51,39 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 TICK_S = 0.2  # how often the core is told the time
+SITE_GRACE_S = 2.0  # how long a site whose connection broke is waited for before its work goes elsewhere
 
 
 class Hub(Hosting, OpaqueServer):
     """A federation's hub, on the current event loop.
 
     ``policy`` chooses sites; ``security`` is a ``distributed.Security`` or None; ``fixed`` declares that no site will
-    join after the first ones. Start it with ``await hub.start_at(address)``, end it with ``await hub.close()``.
+    join after the first ones; ``state`` is a folder for what must outlive this process. Start it with ``await hub.start_at(address)``, end it with ``await hub.close()``.
     """
 
     default_port = 8700
     default_ip = "127.0.0.1"
 
-    def __init__(self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False) -> None:
+    def __init__(
+        self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False, state: str | None = None
+    ) -> None:
         self.status: Status
         self.handlers: dict[str, Any]
         self.security = security
         self.fixed = fixed
         self.started_at = time.time()
-        self.core = HubCore(epoch=int(self.started_at * 1000), policy=policy)
+        self.journal = Journal(state)
+        epoch = max(int(self.started_at * 1000), self.journal.epoch + 1)
+        self.journal.epoch = epoch
+        self.core = HubCore(epoch, policy, self.journal.awaited())
         self.stores = Stores()
         self.ports: dict[str, SitePort] = {}
-        self.secret = secrets.token_urlsafe(32)  # lets the agents of this federation fetch keys from each other
+        self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
         self.sessions = ClientSessions(self)
         self.gateway = Gateway(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
         self._telling = asyncio.Lock()
+        self._sessions = itertools.count()  # of sites
         connection_args = security.get_connection_args("scheduler") if security else {}
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
         self.handlers = Handlers(self.handlers | self._own_handlers() | self.gateway.handlers())
@@ -124,6 +134,7 @@ class Hub(Hosting, OpaqueServer):
         for comm in list(self.watchers):
             comm.abort()
         await super().close(timeout=timeout, reason=reason)
+        self.journal.close()
         self.status = Status.closed
 
     # -- the core ----------------------------------------------------------------------------------------------------
@@ -141,8 +152,16 @@ class Hub(Hosting, OpaqueServer):
                 self.sessions.tell(command)
             case ev.ForgetKeys(keys):
                 self.stores.forget_keys(keys)
-            case ev.ForgetBlock(block):
+            case ev.ForgetBlock(block, client):
                 self.stores.forget_block(block)
+                self.sessions.tell_own(client, {"op": "fed-forget", "block": block})
+            case ev.BlocksArrived(client, block, arrival, count):
+                told = {"op": "fed-arrived", "block": block, "arrival": arrival, "count": count}
+                self.sessions.tell_own(client, told)
+            case ev.AskForData(client, keys):
+                self.sessions.tell_own(client, {"op": "fed-bring-data", "keys": list(keys)})
+            case ev.DropCopies(client, keys):
+                self.sessions.tell_own(client, {"op": "fed-drop-copies", "keys": list(keys)})
             case ev.FailKeys(keys, kind, reason):
                 self.stores.make_error(keys, kind, reason)
             case ev.DropReport():
@@ -156,16 +175,43 @@ class Hub(Hosting, OpaqueServer):
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
-    async def register_site(self, comm: Comm, hello: dict[str, Any], token: str | None = None) -> Status:
-        """Serve the control stream that a site dialled, until it ends."""
+    async def register_site(
+        self, comm: Comm, hello: dict[str, Any], token: str | None = None, session: str = "", received: int = 0
+    ) -> Status:
+        """Serve the control stream that a site dialled, until it ends.
+
+        ``session`` names the stream that the site had before its connection broke, of which it got ``received``
+        messages; where the hub has the other end of it still, both go on where they were.
+        """
         try:
             decoded = self._accepted(hello)
         except ValueError as exc:
             await comm.write({"status": "error", "reason": str(exc)})
             return Status.dont_reply
-        await comm.write({"status": "OK", "epoch": self.core.ledger.epoch, "federation": self.secret})
-        await self._serve_site(comm, decoded)
+        port = self.ports.get(decoded.site)
+        if isinstance(port, RemoteSite) and port.stream.session == session:
+            await port.detach()
+            await self._welcome(comm, session, port.stream.received)
+            port.stream.resume(comm, received)
+            logger.info("site %s is connected again", decoded.site)
+        else:
+            port = await self._new_site(comm, decoded)
+        await self._serve_site(port)
         return Status.dont_reply
+
+    async def _new_site(self, comm: Comm, hello: SiteHello) -> RemoteSite:
+        if (former := self.ports.get(hello.site)) is not None:
+            self.remove_site(former.hello)
+        session = f"{hello.site}/{hello.incarnation}/{self.core.ledger.epoch}/{next(self._sessions)}"
+        await self._welcome(comm, session, 0)
+        stream = ControlStream(comm, session, lambda message, payload: self.from_site(hello.site, message, payload))
+        port = RemoteSite(hello, stream)
+        self.add_site(port)
+        return port
+
+    async def _welcome(self, comm: Comm, session: str, received: int) -> None:
+        known = {"epoch": self.core.ledger.epoch, "federation": self.secret}
+        await comm.write({"status": "OK", "session": session, "received": received, **known})
 
     def _accepted(self, hello: dict[str, Any]) -> SiteHello:
         decoded = decode(dict(hello))
@@ -178,34 +224,42 @@ class Hub(Hosting, OpaqueServer):
     def _refusal(self, hello: SiteHello) -> str | None:
         if hello.protocol != PROTOCOL_VERSION:
             return f"the hub speaks protocol {PROTOCOL_VERSION}, this site {hello.protocol}: install the same daskfed"
-        if hello.site in self.ports:
+        port = self.ports.get(hello.site)
+        another = port is not None and port.hello.incarnation != hello.incarnation
+        if another and not (isinstance(port, RemoteSite) and port.detached.is_set()):
             return f"a site named {hello.site!r} is connected already: give this one another name"
         return None
 
-    async def _serve_site(self, comm: Comm, hello: SiteHello) -> None:
-        comm.name = f"Hub->Site {hello.site}"
-        session = f"{hello.site}/{hello.incarnation}/{self.core.ledger.epoch}"
-        stream = ControlStream(comm, session, lambda message, payload: self.from_site(hello.site, message, payload))
-        self.add_site(RemoteSite(hello, stream))
+    async def _serve_site(self, port: RemoteSite) -> None:
+        port.stream.comm.name = f"Hub->Site {port.hello.site}"
         try:
-            with suppress(CommClosedError):
-                await stream.serve()
+            await port.serve()
         finally:
-            self.remove_site(hello)
-            comm.abort()
+            if port.ended or self.status is not Status.running:
+                self.remove_site(port.hello, port)
+            else:
+                self.loop.call_later(SITE_GRACE_S, self._give_up_site, port, port.stream.comm)
+
+    def _give_up_site(self, port: RemoteSite, comm: Comm) -> None:
+        """A site has not come back within the time of grace: it may when it likes, but its work goes elsewhere."""
+        if port.stream.comm is comm and port.detached.is_set():
+            self.remove_site(port.hello, port)
 
     def add_site(self, port: SitePort) -> None:
         """Take in a site that is reached through ``port``."""
         self.ports[port.hello.site] = port
+        self.journal.keep_site(port.hello.site)
         logger.info("site %s joined", port.hello.site)
         self.take(ev.SiteJoined(port.hello))
 
-    def remove_site(self, hello: SiteHello) -> None:
-        """A site is gone."""
-        port = self.ports.get(hello.site)
-        if port is None or port.hello.incarnation != hello.incarnation:
+    def remove_site(self, hello: SiteHello, port: SitePort | None = None) -> None:
+        """A site is gone; where ``port`` is given, only if it is the one that the site is reached through."""
+        present = self.ports.get(hello.site)
+        if present is None or present.hello.incarnation != hello.incarnation or port not in (None, present):
             return
         del self.ports[hello.site]
+        if self.status is Status.running:
+            self.journal.forget_site(hello.site)
         logger.info("site %s left", hello.site)
         self.coordination.site_gone(hello.site)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
@@ -214,8 +268,15 @@ class Hub(Hosting, OpaqueServer):
     def from_site(self, site: str, message: Message, payload: Any = None) -> None:
         """Take in a message of a site, with what travelled beside it."""
         known = self.core.ledger.keys
+        if isinstance(message, SiteEnds):
+            self._site_ends(site)
+            return
         if isinstance(message, KeysFailed):
             self.stores.keep_error([key for key in message.keys if key in known], payload)
+        elif isinstance(message, SiteHoldings):
+            for key in message.failed:
+                if key in known and key not in self.stores.errors:
+                    self.stores.keep_error([key], payload[key])
         elif isinstance(message, KeysMade) and payload:
             types = payload.get("types") or {}
             self.stores.types.update({key: kind for key, kind in types.items() if key in known})
@@ -223,6 +284,11 @@ class Hub(Hosting, OpaqueServer):
         self.take(ev.FromSite(site, message))
         if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
             self.sites_changed()
+
+    def _site_ends(self, site: str) -> None:
+        port = self.ports.get(site)
+        if isinstance(port, RemoteSite):
+            port.ended = True
 
     def sites_changed(self) -> None:
         """Tell daskfed's clients what sites there are, and whoever watches workers."""

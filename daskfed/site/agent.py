@@ -37,10 +37,11 @@ from daskfed.site.session import Session
 
 logger = logging.getLogger(__name__)
 
-REJOIN_S = (0.5, 10.0)  # first and longest pause between attempts to reach a hub that went away
+REJOIN_S = (0.05, 5.0)  # first and longest pause between attempts to reach a hub that went away
 DRAIN_TIMEOUT_S = 300.0
 BRING_TIMEOUT_S = 60.0
 POLL_S = 0.01
+REASK_S = 0.2  # pause before the hub is asked again after its connection broke
 
 
 class Agent:
@@ -131,40 +132,30 @@ class Agent:
     async def joined(self) -> None:
         """Join the hub and tell it what there is; raises ConnectionRefused with its reason, OSError if it is gone."""
         if isinstance(self._hub, str):
-            await self._register()
-            self._keeper = asyncio.create_task(self._keep_joined(), name="keep joined")
+            port = self._port = RemoteHub(self._hub, self._hub_args)
+            await self._register(port)
+            self._keeper = asyncio.create_task(self._keep_joined(port), name="keep joined")
         else:
             self._port = self._hub
             await self.session.join(self._hub, self)
 
-    async def _register(self) -> None:
-        assert isinstance(self._hub, str)
-        port = RemoteHub(self._hub, self._hub_args)
-        session = self.session
-        await port.register(self.hello, self, session.take_message)
-        self._port = port
-        await session.join(port, self)
+    async def _register(self, port: RemoteHub) -> None:
+        if not await port.register(self.hello, self, self.session.take_message):
+            await self.session.join(port, self)
 
-    async def _keep_joined(self) -> None:
-        """Join again, as a site that holds nothing, whenever the hub went away."""
+    async def _keep_joined(self, port: RemoteHub) -> None:
+        """Join again whenever the connection with the hub broke; work goes on meanwhile."""
         while True:
-            assert isinstance(self._port, RemoteHub)
-            await self._port.lost.wait()
+            await port.lost.wait()
             logger.warning("site %s lost its hub at %s and tries to join it again", self.name, self._hub)
-            await self._port.close()
-            await self.session.close()
-            try:
-                self._session = await self._new_session()
-            except (OSError, DaskfedError) as exc:
-                self._end(f"the site's scheduler is gone: {exc}")
-                return
-            await self._rejoin()
+            await self._rejoin(port)
+            logger.info("site %s is connected with its hub again", self.name)
 
-    async def _rejoin(self) -> None:
+    async def _rejoin(self, port: RemoteHub) -> None:
         pause, longest = REJOIN_S
         while True:
             try:
-                await self._register()
+                await self._register(port)
                 return
             except (OSError, DaskfedError) as exc:
                 logger.info("site %s cannot join %s yet: %s", self.name, self._hub, exc)
@@ -285,8 +276,19 @@ class Agent:
 
     async def call_hub(self, op: str, **kwargs: Any) -> Any:
         """Have the hub do a coordination op for this site and return its reply, unopened; raises OpaqueError."""
-        port = self._joined_port()
-        return await port.call("forward", site=self.name, hub_op=op, kwargs=kwargs, token=port.federation)
+        return await self._ask_hub("forward", hub_op=op, kwargs=kwargs)
+
+    async def _ask_hub(self, op: str, **kwargs: Any) -> Any:
+        """Call the hub in the name of this site; one that is gone is waited for."""
+        while True:
+            port = self._joined_port()
+            try:
+                return await port.call(op, site=self.name, token=port.federation, **kwargs)
+            except OSError:
+                if not isinstance(port, RemoteHub) or self._closed:
+                    raise
+                await asyncio.sleep(REASK_S)
+                await port.found.wait()
 
     async def _forward_to_hub(self, hub_op: str, kwargs: Mapping[str, Any]) -> Any:
         return await forward_to_hub(self, hub_op, kwargs)
@@ -294,13 +296,11 @@ class Agent:
     async def announce_keys(self, keys: Collection[Key]) -> None:
         """Tell the hub of keys that tasks made here; raises OSError where the hub is gone."""
         sizes = await self.session.hold(keys)
-        port = self._joined_port()
-        await port.call("announce-keys", site=self.name, keys=list(sizes.items()), token=port.federation)
+        await self._ask_hub("announce-keys", keys=list(sizes.items()))
 
     async def bring_keys(self, keys: Collection[Key]) -> None:
         """Have the hub bring keys here and wait until the scheduler knows them; raises TransferError if not."""
-        port = self._joined_port()
-        await port.call("bring-keys", site=self.name, keys=list(keys), token=port.federation)
+        await self._ask_hub("bring-keys", keys=list(keys))
         try:
             async with asyncio.timeout(BRING_TIMEOUT_S):
                 while not self.session.scheduler_knows(keys):

@@ -25,7 +25,7 @@ from daskfed.comm.control import ControlStream, Deliver
 from daskfed.comm.opaque import OpaqueError, OpaquePool, connect_opaque
 from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused, DaskfedError
-from daskfed.messages import Key, Message, SiteHello, encode
+from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class AgentSide(Protocol):
 
 
 class RemoteHub:
-    """A hub at ``address`` that is dialled; one object is one connection, which ends when the control stream does."""
+    """A hub at ``address`` that is dialled, and dialled again when the connection breaks: what is sent then waits."""
 
     def __init__(self, address: str, connection_args: Mapping[str, Any] | None = None) -> None:
         self.address = address
@@ -80,44 +80,70 @@ class RemoteHub:
         self._stream: ControlStream | None = None
         self._channels: Channels | None = None
         self.lost = asyncio.Event()  # the connection has ended
+        self.found = asyncio.Event()  # there is one
 
     @property
     def round_trip_s(self) -> float:
         """Seconds for a message there and its answer, the best of the last few."""
         return min(self._round_trips, default=0.0)
 
-    async def register(self, hello: SiteHello, agent: AgentSide, deliver: Deliver) -> None:
-        """Join the hub; raises ConnectionRefused with its reason, OSError where nobody answers."""
+    async def register(self, hello: SiteHello, agent: AgentSide, deliver: Deliver) -> bool:
+        """Join the hub, or join it again; return whether it goes on where it was, or knows nothing of this site.
+
+        Raises ConnectionRefused with its reason, OSError where nobody answers.
+        """
+        await self._hang_up()
         comm = await connect_opaque(self.address, timeout=CONNECT_TIMEOUT_S, **self.connection_args)
         comm.name = "Agent->Hub"
+        reply = await self._introduce(comm, hello)
+        self.epoch, self.federation = reply["epoch"], reply["federation"]
+        await self._pool.start()
+        resumed = self._stream is not None and reply["session"] == self._stream.session
+        if self._stream is not None and resumed:
+            self._stream.resume(comm, reply["received"])
+        else:
+            self._stream = ControlStream(comm, reply["session"], deliver)
+        self._channels = Channels(lambda: self._park(hello), agent)
+        self.lost.clear()
+        self.found.set()
+        self._start(self._serve(self._stream))
+        self._start(self._measure_round_trip())
+        self._channels.fill()
+        return resumed
+
+    async def _introduce(self, comm: Comm, hello: SiteHello) -> dict[str, Any]:
+        had, received = ("", 0) if self._stream is None else (self._stream.session, self._stream.received)
         started = time.monotonic()
-        await comm.write({"op": "register-site", "hello": encode(hello), "token": "", "reply": False})
+        stream = {"session": had, "received": received}
+        await comm.write({"op": "register-site", "hello": encode(hello), "token": "", **stream, "reply": False})
         reply = await comm.read()
         self._round_trips.append(time.monotonic() - started)
         if not isinstance(reply, dict) or reply.get("status") != "OK":
             await comm.close()
             reason = reply.get("reason") if isinstance(reply, dict) else None
             raise ConnectionRefused(f"the hub at {self.address} refused: {reason or 'it is no daskfed hub'}")
-        self.epoch, self.federation = reply["epoch"], reply["federation"]
-        await self._pool.start()
-        self._stream = ControlStream(comm, f"{hello.site}/{hello.incarnation}/{self.epoch}", deliver)
-        self._channels = Channels(lambda: self._park(hello), agent)
-        self._start(self._serve())
-        self._start(self._measure_round_trip())
-        self._channels.fill()
+        return reply
+
+    async def _hang_up(self) -> None:
+        """End what is left of the last connection."""
+        if self._channels is not None:
+            await self._channels.close()
+        await end_tasks(*self._tasks)
+        if self._stream is not None:
+            self._stream.comm.abort()
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self) -> None:
-        assert self._stream is not None
+    async def _serve(self, stream: ControlStream) -> None:
         try:
-            await self._stream.serve()
+            await stream.serve()
         except OSError as exc:
             logger.debug("control stream with %s ended: %s", self.address, exc)
         finally:
+            self.found.clear()
             self.lost.set()
 
     async def _park(self, hello: SiteHello) -> Comm:
@@ -163,13 +189,11 @@ class RemoteHub:
     async def close(self) -> None:
         """Send what is queued and end all connections."""
         if self._stream is not None and not self.lost.is_set():
+            self._stream.send(SiteEnds())
             await self._stream.flush(timeout_s=2.0)
-        if self._channels is not None:
-            await self._channels.close()
-        await end_tasks(*self._tasks)
-        if self._stream is not None:
             with suppress(OSError):
                 await self._stream.comm.close()
+        await self._hang_up()
         await self._pool.close()
         self.lost.set()
 

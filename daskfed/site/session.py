@@ -26,7 +26,17 @@ from daskfed.data.fetch import by_value, fetch_import, open_import, raise_import
 from daskfed.data.parcels import Parcel
 from daskfed.data.transfer import Arrival, Fetcher, Source
 from daskfed.errors import SiteStartError, TransferError
-from daskfed.messages import Key, KeysFailed, KeysMade, Learned, MadeKey, Message, RunBlock, SiteStatus
+from daskfed.messages import (
+    Key,
+    KeysFailed,
+    KeysMade,
+    Learned,
+    MadeKey,
+    Message,
+    RunBlock,
+    SiteHoldings,
+    SiteStatus,
+)
 from daskfed.site import events as ev
 from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
@@ -80,6 +90,7 @@ class Session:
         self.fetcher: Fetcher | None = None
         self._payloads: dict[str, Any] = {}
         self._errors: dict[Key, dict[str, Any]] = {}  # of failed imports
+        self._failures: dict[Key, Any] = {}  # errors of keys that failed here, for a hub that starts anew
         self._arrivals: list[Arrival] = []
         self._imports: list[ev.SubmitImport] = []
         self._fetches: defaultdict[str, list[tuple[Key, int]]] = defaultdict(list)
@@ -105,12 +116,27 @@ class Session:
         )
 
     async def join(self, port: HubPort, directory: Any, connection_args: dict[str, Any] | None = None) -> None:
-        """Begin to work for the hub behind ``port``; ``directory`` says where other sites are."""
+        """Begin to work for the hub behind ``port``, or tell one that started anew what goes on here.
+
+        ``directory`` says where other sites are.
+        """
         self.port = port
-        self.fetcher = Fetcher(directory, port.federation, self._take_arrival, connection_args)
-        await self.fetcher.start()
+        self._tell_holdings()
+        if self.fetcher is None:
+            self.fetcher = Fetcher(directory, port.federation, self._take_arrival, connection_args)
+            await self.fetcher.start()
+        self.fetcher.token = port.federation
         self.status = replace(self.status, round_trip_s=self._round_trip_s())
         self.send_status()
+
+    def _tell_holdings(self) -> None:
+        self._tell(self.core.holdings(), self._errors_of_failed())
+
+    def _errors_of_failed(self) -> dict[Key, Any]:
+        """Return the errors of keys that failed, forgetting those of all others."""
+        failed = self.core.holdings().failed
+        self._failures = {key: self._failures[key] for key in failed if key in self._failures}
+        return self._failures
 
     def _round_trip_s(self) -> float:
         return getattr(self.port, "round_trip_s", 0.0)  # a hub in the same process has none
@@ -211,6 +237,14 @@ class Session:
                 self.parcels.pop(key, None)
             case ev.ReleaseAtScheduler(keys):
                 self.wire.release(keys)
+                for key in self._failures.keys() & set(keys):
+                    del self._failures[key]
+            case ev.TellHub(SiteHoldings() as message):
+                self._tell(message, self._errors_of_failed())
+            case ev.TellHub(KeysFailed() as message):
+                error = _beside(message, report)
+                self._failures.update(dict.fromkeys(message.keys, error))
+                self._tell(message, error)
             case ev.TellHub(message):
                 self._tell(message, _beside(message, report))
             case ev.ForgetPayload(block):
@@ -243,7 +277,7 @@ class Session:
     def _fetch_task(self, wanted: ev.SubmitImport) -> Task:
         """Return the task that brings an import to a worker, or raises the error that it failed with."""
         if wanted.failed:
-            error = self._errors.pop(wanted.key)
+            error = self._failures[wanted.key] = self._errors.pop(wanted.key)
             return _by_value_task(wanted.key, raise_import, *map(_framed, (error["exception"], error["traceback"])))
         parcel = self.parcels[wanted.key]
         if parcel.nbytes <= INLINE_BYTES:
