@@ -123,6 +123,8 @@ class HubCore:
         self.recovery.shield(added)
         self._want(event.client, event.wanted)
         for key in event.kept:
+            if not self.recovery.settled:
+                self._promise(key, event.owner)
             if (state := self.ledger.keys.get(key)) is not None:
                 self.ledger.keep(state, event.client)
             else:
@@ -160,9 +162,8 @@ class HubCore:
 
     def _want(self, client: str, keys: Iterable[Key]) -> None:
         for key in keys:
-            if key not in self.ledger.keys and not self.recovery.settled:
-                owner = self.clients.get(client, "")
-                self.ledger.keys[key] = KeyState(key, owner, shielded=True)  # somebody else may know it
+            if not self.recovery.settled:
+                self._promise(key, self.clients.get(client, ""))
             if key in self.ledger.keys:
                 self.ledger.want(client, key)
             else:
@@ -205,8 +206,12 @@ class HubCore:
 
     def _promise_inputs(self, block: BlockState) -> None:
         for key in block.spec.inputs:
-            if key not in self.ledger.keys:
-                self.ledger.keys[key] = KeyState(key, block.spec.owner, shielded=True)
+            self._promise(key, block.spec.owner)
+
+    def _promise(self, key: Key, owner: str) -> None:
+        """Note a key that somebody who is not back yet may know."""
+        if key not in self.ledger.keys:
+            self.ledger.keys[key] = KeyState(key, owner, shielded=True)
 
     def _unmet(self, block: BlockState) -> str | None:
         hellos = [site.hello for site in self.sites.values()]

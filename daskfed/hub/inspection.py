@@ -111,7 +111,8 @@ def _why(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, block: BlockSt
     if state.phase is KeyPhase.FAILED:
         return f"its task failed{f' at {block.site}' if block is not None and block.site else ''}"
     if state.phase is KeyPhase.RETIRED:
-        return f"its value was released; it would be made again for {next(iter(state.heirs))}, which took it"
+        heir = next(iter(state.heirs), "a client that is not back yet")
+        return f"its value was released; it would be made again for {heir}"
     if block is None:
         return "a client expects it, and no graph that makes it has arrived"
     return _why_not_yet(ledger, dispatcher, block)

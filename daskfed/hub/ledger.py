@@ -95,6 +95,7 @@ class Ledger:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.now = 0.0  # seconds, as of the present event
+        self.crossing: dict[str, set[Key]] = {}  # site that is to report its holdings -> keys released there since then
         self.patient = False  # somebody who is not back yet may bring what nobody can make
         self.keys: dict[Key, KeyState] = {}
         self.blocks: dict[str, BlockState] = {}
@@ -150,6 +151,8 @@ class Ledger:
     def release_at(self, site: str, key: Key) -> None:
         """Have a site release a key."""
         self._releases.setdefault(site, []).append(key)
+        if site in self.crossing:
+            self.crossing[site].add(key)
 
     def flush(self) -> list[Command]:
         """Return the commands since the last flush, in order."""
@@ -237,8 +240,11 @@ class Ledger:
                 stack.extend(self._link(block))
 
     def give_up(self, state: KeyState) -> None:
-        """Nobody will submit what makes this key: have its keeper bring it, or fail it."""
-        self._demand(state)
+        """Nobody will submit what makes this key: have its keeper bring it, or end it and what depends on it."""
+        if state.keeper is not None:
+            self._demand(state)
+        else:
+            self.cancel_keys([state.key], "lost dependencies: nobody knows them any more since the hub started anew")
 
     def keep(self, state: KeyState, client: str) -> None:
         """A client keeps a copy of a key."""

@@ -93,6 +93,7 @@ class Recovery:
             self.clients.clear()
         if now - self._asked_at >= self._patience_s:
             self.asked.clear()
+            self.ledger.crossing.clear()
         if not (self.sites or self.clients):
             self._ask_sites(now)
             if not self.asked:
@@ -101,6 +102,7 @@ class Recovery:
     def site_gone(self, name: str, now: float) -> None:
         """A site that was to report will not."""
         self.asked.discard(name)
+        self.ledger.crossing.pop(name, None)
         self.tick(now)
 
     def _settle(self) -> None:
@@ -116,8 +118,9 @@ class Recovery:
 
     def _ask_sites(self, now: float) -> None:
         for site in self.dispatcher.sites.values():
-            if site.unclaimed:
+            if site.unclaimed and site.name not in self.asked:
                 site.unclaimed = False
+                self.ledger.crossing[site.name] = set()
                 self.asked.add(site.name)
                 self._asked_at = now
                 self.ledger.command(TellSite(site.name, ReportHoldings()))
@@ -148,8 +151,9 @@ class Recovery:
         refused = {block.block for block in told.blocks if not self._take_block(site, block)}
         claims = _claims(told, refused)
         nbytes = {made.key: made.nbytes for made in told.held}
+        released = ledger.crossing.pop(site.name, set())
         for key in dict.fromkeys((*nbytes, *told.failed)):
-            if key in claims:
+            if key in claims and key not in released:
                 self._take_key(site, key, nbytes.get(key), claims[key])
         for each in told.coming:
             self._take_coming(site, each.key, each.number)
@@ -167,7 +171,7 @@ class Recovery:
         if block is None and self.waits_for_clients:
             site.unclaimed = True
             return True
-        if block is not None and block.phase in (BlockPhase.WAITING, BlockPhase.READY):
+        if block is not None and _may_adopt(block, held):
             return True
         self._stop(site, held)
         return False
@@ -210,7 +214,7 @@ class Recovery:
         block = self.ledger.blocks.get(held.block)
         if block is None or not held.open or _is_at(site, held, self.ledger):
             return
-        if block.phase in (BlockPhase.WAITING, BlockPhase.READY):
+        if _may_adopt(block, held):
             self.dispatcher.adopt(block, site, held.attempt, held.open)
         else:  # what it was to make came from elsewhere meanwhile
             self._stop(site, held)
@@ -219,6 +223,11 @@ class Recovery:
 def _is_at(site: SiteState, held: HeldBlock, ledger: Ledger) -> bool:
     """Whether the hub knows that this site works at this attempt."""
     return held.block in site.blocks and ledger.blocks[held.block].attempt == held.attempt
+
+
+def _may_adopt(block: BlockState, held: HeldBlock) -> bool:
+    """Whether a block can go on where a site works at it: an attempt that this hub knows of has been taken back."""
+    return block.phase in (BlockPhase.WAITING, BlockPhase.READY) and held.attempt > block.attempt
 
 
 def _claims(told: SiteHoldings, refused: Iterable[str]) -> dict[Key, tuple[str, ...]]:

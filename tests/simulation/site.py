@@ -98,7 +98,7 @@ class SiteNode:
 
     def join(self) -> None:
         """Dial the hub, until it answers, and say what there is."""
-        if self.stopped:
+        if self.stopped or self.connection is not None:
             return
         if self.sim.hub.crashed:
             self.sim.clock.call_later(0.3, self.join)
