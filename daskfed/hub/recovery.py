@@ -158,7 +158,8 @@ class Recovery:
         for each in told.coming:
             self._take_coming(site, each.key, each.number)
         for block in told.blocks:
-            self._adopt(site, block)
+            if block.block not in refused:
+                self._adopt(site, block)
         self.asked.discard(site.name)
         self.sites.discard(site.name)
         self.tick(now)

@@ -189,6 +189,9 @@ class SiteReporter(SchedulerPlugin):
             unused = task is not None and not task.who_wants and not task.waiters
             if unused and task.state in DORMANT:
                 self._forget_lineage(task)
+                for dependent in task.dependents:
+                    if dependent.state == "memory":  # should its worker die, it cannot be made again from this
+                        dependent.has_lost_dependencies = True
             self.importing.discard(key)
 
     def renew(self, keys: Collection[Key], client: str) -> None:

@@ -261,6 +261,9 @@ class FakeScheduler:
         """A fetch task that is not needed and did not land, but is known for its dependents' sake, becomes data."""
         if not task.wanted and not task.waiters and task.state in ABSENT:
             task.state, task.value, task.spec = State.RELEASED, None, None
+            for dependent in task.dependents.values():
+                if dependent.state is State.MEMORY:
+                    dependent.lost_deps = True
 
     def _add_deps(self, task: FakeTaskState, spec: FakeTask) -> None:
         for dep in spec.deps:
