@@ -248,6 +248,11 @@ class LocalSite:
         """What the site says of itself."""
         return self.agent.hello
 
+    @property
+    def connected(self) -> bool:
+        """Always, as it is in the same process."""
+        return True
+
     def send(self, message: Message, payload: Any = None) -> None:
         """Give the agent a message of the hub, after the present step of the hub has ended."""
         asyncio.get_running_loop().call_soon(self.agent.deliver, message, payload)

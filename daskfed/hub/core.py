@@ -109,9 +109,9 @@ class HubCore:
 
     def _client_left(self, event: ev.ClientLeft) -> None:
         self.clients.pop(event.client, None)
-        self.ledger.keeper_left(event.client)
         keys = list(self.ledger.wants.get(event.client, ()))
         self.ledger.unwant(event.client, keys)
+        self.ledger.keeper_left(event.client)
         self.ledger.settle(keys)
         self.recovery.client_back(event.client, self.ledger.now)
 

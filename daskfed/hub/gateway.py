@@ -105,7 +105,11 @@ class Gateway:
         for state in self.hub.core.ledger.keys.values():
             for site in state.holders:
                 held[site] += state.nbytes
-        return {name: site_info(site, held[name]) for name, site in self.hub.core.sites.items()}
+        found = {name: site_info(site, held[name]) for name, site in self.hub.core.sites.items()}
+        for name, port in self.hub.ports.items():
+            if name in found and not port.connected:
+                found[name]["status"] = "away"
+        return found
 
     async def fed_sites(self) -> dict[str, Any]:
         """Return name -> facts of every site."""

@@ -25,6 +25,11 @@ class SitePort(Protocol):
         """What the site said of itself when it joined."""
         ...
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now; one that broke may come back."""
+        ...
+
     def send(self, message: Message, payload: Any = None) -> None:
         """Queue a message on the control stream."""
         ...
@@ -49,23 +54,25 @@ class RemoteSite:
         self.hello = hello
         self.stream = stream
         self.ended = False  # it said that it ends
-        self.attached = asyncio.Event()  # its control stream has a connection
-        self.detached = asyncio.Event()  # it has none
+        self.detached = asyncio.Event()  # its control stream has no connection
         self.detached.set()
         self._idle: deque[Comm] = deque()
         self._parked = asyncio.Condition()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now."""
+        return not self.detached.is_set()
 
     async def serve(self) -> None:
         """Move messages until the connection ends."""
         comm = self.stream.comm
         self.detached.clear()
-        self.attached.set()
         try:
             with suppress(CommClosedError):
                 await self.stream.serve()
         finally:
             comm.abort()
-            self.attached.clear()
             self.detached.set()
 
     async def detach(self) -> None:

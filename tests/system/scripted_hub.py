@@ -107,6 +107,7 @@ class ScriptedHub(OpaqueServer):
         self.secret = secrets.token_hex(8)
         self.relayed = 0  # messages
         self._blocks = itertools.count()
+        self._sessions = itertools.count()
         super().__init__(
             {
                 "register-site": self.register_site,
@@ -130,16 +131,19 @@ class ScriptedHub(OpaqueServer):
                 await asyncio.sleep(0.01)
         return self.sites[name]
 
-    async def register_site(self, comm: Comm, hello: dict[str, Any], token: str) -> Status:
+    async def register_site(
+        self, comm: Comm, hello: dict[str, Any], token: str, session: str, received: int
+    ) -> Status:
         if self.refuse:
             await comm.write({"status": "error", "reason": self.refuse})
             return Status.dont_reply
         decoded = decode(hello)
         assert isinstance(decoded, SiteHello)
-        await comm.write({"status": "OK", "epoch": 1, "federation": self.secret})
+        fresh = f"{decoded.site}/{decoded.incarnation}/{next(self._sessions)}"  # this hub takes up nothing again
+        known = {"epoch": 1, "federation": self.secret}
+        await comm.write({"status": "OK", "session": fresh, "received": 0, **known})
         link = SiteLink(decoded)
-        session = f"{decoded.site}/{decoded.incarnation}/1"
-        link.stream = ControlStream(comm, session, link.take)
+        link.stream = ControlStream(comm, fresh, link.take)
         self.sites[decoded.site] = link
         try:
             await link.stream.serve()

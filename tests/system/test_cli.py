@@ -153,7 +153,10 @@ def test_a_killed_agent_takes_its_cluster_along(start: Callable[..., Any], share
     command.process.kill()
     command.wait()
     assert command.all_gone()
-    assert "north" not in json.loads(status(shared_hub, "--json"))
+    assert json.loads(status(shared_hub, "--json"))["north"]["status"] == "away"
+    deadline = time.monotonic() + 30
+    while "north" in json.loads(status(shared_hub, "--json")):
+        assert time.monotonic() < deadline, "the hub waits for a site that does not come back"
 
 
 def test_when_the_cluster_is_killed_the_site_says_so_and_ends(start: Callable[..., Any], shared_hub: str) -> None:

@@ -84,9 +84,11 @@ def status(threads: int = 1, **changes: Any) -> SiteStatus:
 # -- what is commanded -------------------------------------------------------------------------------------------------
 
 
-def run(site: str, spec: BlockSpec, *imports: Import, n: int = 1, expected_s: float = 0.0) -> ev.TellSite:
-    """Return the order to run a block as attempt ``n``."""
-    return ev.TellSite(site, RunBlock(spec, Attempt(0, n), imports, expected_s))
+def run(
+    site: str, spec: BlockSpec, *imports: Import, n: int = 1, expected_s: float = 0.0, only: str = ""
+) -> ev.TellSite:
+    """Return the order to run a block as attempt ``n``, for all its outputs or ``only`` some."""
+    return ev.TellSite(site, RunBlock(spec, Attempt(0, n), imports, expected_s, keys(only)))
 
 
 def cancel(site: str, name: str, n: int = 1) -> ev.TellSite:
@@ -124,6 +126,11 @@ def forget(names: str) -> ev.ForgetKeys:
     return ev.ForgetKeys(keys(names))
 
 
+def forget_block(name: str, client: str = "c") -> ev.ForgetBlock:
+    """Return the command to drop a block's payload, here and at the client that submitted it."""
+    return ev.ForgetBlock(name, client)
+
+
 # -- what happens ------------------------------------------------------------------------------------------------------
 
 
@@ -138,12 +145,12 @@ class Stage:
             self.join(site, **report)
 
     def __call__(self, *events: ev.Event) -> Commands:
-        """Give events to the core and return all its commands."""
+        """Give events to the core and return all its commands, but for the numbers that submitted blocks get."""
         commands: Commands = []
         for event in events:
             commands += self.core.handle(event, self.now)
             self.core.check()
-        return commands
+        return [command for command in commands if not isinstance(command, ev.BlocksArrived)]
 
     def later(self, seconds: float) -> Commands:
         """Time goes by."""

@@ -93,7 +93,7 @@ class TestProgress:
         stage.made("a", "x")
         assert progress_of(ledger, ["y"]) == {"all": everything, "remaining": {"load": 0, "mean": 2}}
         stage.made("b", "y")
-        assert progress_of(ledger, ["y"]) == {"all": {"mean": 2}, "remaining": {"mean": 0}}
+        assert progress_of(ledger, ["y"]) == {"all": everything, "remaining": {"load": 0, "mean": 0}}
 
     def test_unknown_keys_and_data_are_no_work(self, stage: Stage) -> None:
         stage.scatter("north", "x")
@@ -101,8 +101,15 @@ class TestProgress:
 
 
 def disown(stage: Stage) -> None:
-    stage.key("y").producer = None
-    stage.block("b").live = 0
+    """Block b is to make y, which fails behind its back."""
+    stage.key("y").phase = KeyPhase.FAILED
+    stage.block("b").pending = 0
+
+
+def unwanted(stage: Stage) -> None:
+    """Nobody but the heirs of w is left, and nobody has released it."""
+    stage.key("w").wanted_by.clear()
+    del stage.core.ledger.wants["c"]["w"]
 
 
 Corruption = Callable[[Stage], object]
@@ -117,6 +124,10 @@ CORRUPTIONS: dict[str, Corruption] = {
     "key 'z' waits for a, which ended": lambda s: setattr(s.block("a"), "phase", BlockPhase.DONE),
     "block f is gone and still known": lambda s: setattr(s.block("f"), "phase", BlockPhase.GONE),
     "block b counts 7 live outputs of 1": lambda s: setattr(s.block("b"), "live", 7),
+    "block b counts 0 pending outputs of 1": lambda s: setattr(s.block("b"), "pending", 0),
+    "key 'w' is kept for b, which is not finished": lambda s: s.key("w").heirs.update(b=None),
+    "key 'w' is KeyPhase.HELD though nobody needs its value": unwanted,
+    "block h is done and no heir of its input 'w'": lambda s: s.key("w").heirs.clear(),
     "block b is no consumer of its input 'd'": lambda s: s.key("d").consumers.clear(),
     "block b counts 0 missing inputs of 1": lambda s: setattr(s.block("b"), "missing", 0),
     "block b is unfinished though nothing of it is needed": disown,
@@ -131,10 +142,12 @@ CORRUPTIONS: dict[str, Corruption] = {
 class TestCheck:
     @pytest.fixture
     def running(self, stage: Stage) -> Stage:
-        """Data d; block f made w; block a runs and makes z, for which block b waits to make y."""
+        """Data d; block f made w, and block h made v of it; block a runs and makes z, for which block b waits to make y."""
         stage.scatter("north", "d")
         stage.submit(block("f", "w"), wanted="w")
         stage.made("f", "w")
+        stage.submit(block("h", "v", "w"), wanted="v")
+        stage.made("h", "v")
         stage.submit(block("a", "z"), block("b", "y", "z d"), wanted="y")
         return stage
 

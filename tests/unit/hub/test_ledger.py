@@ -13,12 +13,22 @@ from daskfed.errors import IllegalTransition
 from daskfed.hub import events as ev
 from daskfed.hub.ledger import Ledger
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase, next_block_phase, next_key_phase
-from daskfed.messages import Import, ImportFailed, KeyImported, KeysLost, ReleaseKeys
+from daskfed.messages import (
+    Attempt,
+    HeldBlock,
+    Import,
+    ImportFailed,
+    KeyImported,
+    KeysLost,
+    ReleaseKeys,
+    SiteHoldings,
+)
 from tests.unit.hub.builders import (
     Stage,
     block,
     cancel,
     forget,
+    forget_block,
     release,
     run,
     told,
@@ -39,31 +49,31 @@ class TestRelease:
     def test_of_a_block_that_waits(self, stage: Stage) -> None:
         stage.desire("x", client="d")
         stage.submit(block("b", "y", "x"), wanted="y")
-        assert stage.drop("y") == [forget("y"), ev.ForgetBlock("b")]
+        assert stage.drop("y") == [forget("y"), forget_block("b")]
         assert stage.key("x").consumers == {}
 
     def test_of_a_block_that_is_ready(self) -> None:
         stage = Stage()
         stage.submit(block("b", "x"), wanted="x")
-        assert stage.drop("x") == [forget("x"), ev.ForgetBlock("b")]
+        assert stage.drop("x") == [forget("x"), forget_block("b")]
         assert stage.join("north") == []
         assert stage.empty
 
     def test_of_a_block_that_runs(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")
-        assert stage.drop("x") == [forget("x"), cancel("north", "b"), ev.ForgetBlock("b")]
+        assert stage.drop("x") == [forget("x"), cancel("north", "b"), forget_block("b")]
         assert stage.empty
 
     def test_of_one_output_of_a_block_that_runs(self, stage: Stage) -> None:
         stage.submit(block("b", "x y"), wanted="x y")
         assert stage.drop("x") == [forget("x")]
         assert stage.made("b", "x y") == [release("north", "x"), told("y")]
-        assert stage.drop("y") == [release("north", "y"), forget("y"), ev.ForgetBlock("b")]
+        assert stage.drop("y") == [release("north", "y"), forget("y"), forget_block("b")]
 
     def test_of_a_chain_while_its_first_block_runs(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), block("b", "y", "x"), wanted="y")
         assert stage.drop("y") == [
-            forget("y"), ev.ForgetBlock("b"), forget("x"), cancel("north", "a"), ev.ForgetBlock("a")
+            forget("y"), forget_block("b"), forget("x"), cancel("north", "a"), forget_block("a")
         ]  # fmt: skip
         assert stage.empty
 
@@ -72,14 +82,14 @@ class TestRelease:
         stage.made("a", "x")
         stage.submit(block("b", "y", "x"), wanted="y")
         assert stage.drop("x") == []
-        assert stage.made("b", "y") == [release("north", "x"), told("y"), forget("x"), ev.ForgetBlock("a")]
+        assert stage.made("b", "y") == [release("north", "x"), told("y")]
 
     def test_of_a_key_that_is_being_imported(self, stage: Stage) -> None:
         stage.scatter("north", "x")
         stage.submit(block("b", "y", "x", sites=("south",)), wanted="y")
         stage.drop("x")
         assert stage.drop("y") == [
-            forget("y"), cancel("south", "b"), ev.ForgetBlock("b"),
+            forget("y"), cancel("south", "b"), forget_block("b"),
             release("north", "x"), release("south", "x"), forget("x"),
         ]  # fmt: skip
         assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False)) == []
@@ -92,7 +102,7 @@ class TestRelease:
         stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False))
         assert stage.made("b", "y") == [told("y")]
         assert stage.drop("z") == [
-            forget("z"), cancel("west", "d"), ev.ForgetBlock("d"), release("south", "x"), release("west", "x")
+            forget("z"), cancel("west", "d"), forget_block("d"), release("south", "x"), release("west", "x")
         ]  # fmt: skip
         assert list(stage.key("x").holders) == ["north"]
 
@@ -105,8 +115,8 @@ class TestCancel:
     def test_it_ends_the_key_and_all_that_depends_on_it(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), block("b", "y", "x"), block("d", "z", "y"), wanted="x y z")
         assert stage(ev.KeysCancelled("c", ("x",), reason="enough")) == [
-            told_cancelled("x y z", reason="enough"), forget("z"), ev.ForgetBlock("d"), forget("y"),
-            ev.ForgetBlock("b"), forget("x"), cancel("north", "a"), ev.ForgetBlock("a"),
+            told_cancelled("x y z", reason="enough"), forget("z"), forget_block("d"), forget("y"),
+            forget_block("b"), forget("x"), cancel("north", "a"), forget_block("a"),
         ]  # fmt: skip
         assert stage.empty
 
@@ -121,22 +131,22 @@ class TestCancel:
         stage.desire("x", client="d")
         assert stage(ev.KeysCancelled("c", ("x",), force=True)) == [
             told_cancelled("x"), told_cancelled("x", client="d"), forget("x"), cancel("north", "b"),
-            ev.ForgetBlock("b"),
+            forget_block("b"),
         ]  # fmt: skip
 
     def test_dependents_end_for_other_clients_too(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), wanted="x")
         stage.submit(block("b", "y", "x"), wanted="y", client="d")
         assert stage(ev.KeysCancelled("c", ("x",))) == [
-            told_cancelled("x"), told_cancelled("y", client="d"), forget("y"), ev.ForgetBlock("b"), forget("x"),
-            cancel("north", "a"), ev.ForgetBlock("a"),
+            told_cancelled("x"), told_cancelled("y", client="d"), forget("y"), forget_block("b"), forget("x"),
+            cancel("north", "a"), forget_block("a"),
         ]  # fmt: skip
 
     def test_of_a_key_in_memory_releases_it(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")
         stage.made("b", "x")
         assert stage(ev.KeysCancelled("c", ("x",))) == [
-            release("north", "x"), told_cancelled("x"), forget("x"), ev.ForgetBlock("b")
+            release("north", "x"), told_cancelled("x"), forget("x"), forget_block("b")
         ]  # fmt: skip
 
     def test_of_unknown_keys_does_nothing(self, stage: Stage) -> None:
@@ -167,14 +177,6 @@ class TestLosses:
         assert stage.leave("north") == []  # a waits for its site
         assert stage.join("north") == [run("north", a, n=2)]
         assert stage.key("y").holders == {"south": ("b",)}
-
-    def test_a_result_whose_inputs_were_released_cannot_be_made_again(self, stage: Stage) -> None:
-        stage.submit(block("a", "x"), block("b", "y", "x"), wanted="y")
-        stage.made("a", "x")
-        stage.made("b", "y")
-        assert stage.leave("north") == [
-            ev.FailKeys(("y",), "SiteLostError", UNRECOMPUTABLE), told_failed("y")
-        ]  # fmt: skip
 
     def test_what_needs_data_that_is_gone_fails_from_it(self, stage: Stage) -> None:
         stage.scatter("north", "x")
@@ -222,7 +224,8 @@ class TestLosses:
         stage.leave("north")
         assert stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False)) == [told("x")]
         assert stage.made("b", "y") == [told("y")]
-        assert stage.drop("x") == [release("south", "x"), forget("x")]
+        assert stage.drop("x") == [release("south", "x")]
+        assert stage.drop("y") == [release("south", "y"), forget("y"), forget_block("b"), forget("x")]
 
     def test_keys_that_a_site_lost_are_made_again(self, stage: Stage) -> None:
         b = block("b", "x")
@@ -230,12 +233,15 @@ class TestLosses:
         stage.made("b", "x")
         assert stage.says("north", KeysLost(("x", "unknown"))) == [run("north", b, n=2)]
 
-    def test_a_block_that_runs_starts_again_where_an_output_of_it_is_lost(self, stage: Stage) -> None:
+    def test_a_block_one_of_whose_outputs_is_lost_while_it_runs_makes_it_again_when_it_has_finished(
+        self, stage: Stage
+    ) -> None:
         b = block("b", "x y")
         stage.submit(b, wanted="x y")
         stage.made("b", "x")
-        assert stage.says("north", KeysLost(("x",))) == [cancel("north", "b"), run("north", b, n=2)]
-        assert stage.made("b", "x y") == [told("x y")]
+        assert stage.says("north", KeysLost(("x",))) == []
+        assert stage.made("b", "y") == [told("y"), run("north", b, n=2, only="x")]
+        assert stage.made("b", "x") == [told("x")]
 
     def test_a_block_that_runs_is_left_alone_where_another_copy_of_its_output_is_lost(self, stage: Stage) -> None:
         stage.submit(block("a", "x y"), wanted="x y")
@@ -278,7 +284,7 @@ class TestClaims:
         assert (shared.key("x").phase, shared.key("x").holders) == (KeyPhase.PENDING, {})
 
     def test_when_one_is_cancelled_the_key_stays(self, shared: Stage) -> None:
-        assert shared.drop("y") == [forget("y"), cancel("north", "b"), ev.ForgetBlock("b")]
+        assert shared.drop("y") == [forget("y"), cancel("north", "b"), forget_block("b")]
         assert shared.key("x").holders == {"north": ("a",)}
 
     def test_data_that_was_brought_in_outlives_the_block_that_made_it_too(self, stage: Stage) -> None:
@@ -327,6 +333,36 @@ def waiting(stage: Stage) -> None:
     stage.submit(block("b", "y", "x"), wanted="y")
 
 
+def used(stage: Stage) -> None:
+    """Block b made y, of which block d made z."""
+    north = {"sites": ("north",)}
+    first, then, last = block("a", "x", sites=("west",)), block("b", "y", "x", **north), block("d", "z", "y", **north)
+    stage.submit(first, then, last, wanted="y z", wait=True)
+    stage.join("west")
+    stage.made("a", "x")
+    stage.made("b", "y")
+    stage.made("d", "z")
+
+
+def retired(stage: Stage) -> None:
+    """Only z is needed."""
+    used(stage)
+    stage.drop("y")
+
+
+def needed_again(stage: Stage) -> None:
+    """A new block needs y too; block b waits for x, which only west may make."""
+    retired(stage)
+    stage.leave("west")
+    stage.submit(block("e", "w", "y"), wanted="w")
+
+
+def adopted(stage: Stage) -> None:
+    """North says that it works at block b since before this hub started."""
+    held = HeldBlock("b", Attempt(0, 1), open=("y",), kept=())
+    stage.says("north", SiteHoldings((), (), (), (), (held,), 0))
+
+
 def made_after_all(stage: Stage) -> None:
     """Another block makes the key that failed."""
     stage.submit(block("other", "y z"), wanted="z")
@@ -344,7 +380,11 @@ BLOCK_STORIES: dict[tuple[BlockPhase, str], tuple[Story, Story]] = {
     (BlockPhase.RECALLING, "finished"): (recalling, lambda stage: stage.made("b", "y")),
     (BlockPhase.PLACED, "site lost"): (placed, lambda stage: stage.leave("north")),
     (BlockPhase.RECALLING, "site lost"): (recalling, lambda stage: stage.leave("north")),
-    (BlockPhase.DONE, "output lost"): (done, lambda stage: stage.leave("north")),
+    (BlockPhase.DONE, "needed again"): (done, lambda stage: stage.leave("north")),
+    (BlockPhase.WAITING, "stand down"): (needed_again, lambda stage: stage.drop("w")),
+    (BlockPhase.READY, "stand down"): (ready, lambda stage: stage.scatter("north", "y")),
+    (BlockPhase.WAITING, "adopt"): (waiting, adopted),
+    (BlockPhase.READY, "adopt"): (ready, adopted),
     (BlockPhase.WAITING, "cancel"): (waiting, lambda stage: stage.drop("y")),
     (BlockPhase.READY, "cancel"): (ready, lambda stage: stage.drop("y")),
     (BlockPhase.PLACED, "cancel"): (placed, lambda stage: stage.drop("y")),
@@ -357,6 +397,11 @@ KEY_STORIES: dict[tuple[KeyPhase, str], tuple[Story, Story]] = {
     (KeyPhase.PENDING, "failed"): (placed, lambda stage: stage.failed("b", "y")),
     (KeyPhase.HELD, "lost"): (done, lambda stage: stage.leave("north")),
     (KeyPhase.FAILED, "made"): (failed, made_after_all),
+    (KeyPhase.PENDING, "retire"): (needed_again, lambda stage: stage.drop("w")),
+    (KeyPhase.HELD, "retire"): (used, lambda stage: stage.drop("y")),
+    (KeyPhase.RETIRED, "needed again"): (retired, lambda stage: stage.desire("y")),
+    (KeyPhase.RETIRED, "made"): (retired, lambda stage: stage.scatter("north", "y")),
+    (KeyPhase.RETIRED, "release"): (retired, lambda stage: stage.drop("z")),
     (KeyPhase.PENDING, "release"): (placed, lambda stage: stage.drop("y")),
     (KeyPhase.HELD, "release"): (done, lambda stage: stage.drop("y")),
     (KeyPhase.FAILED, "release"): (failed, lambda stage: stage.drop("y")),
@@ -425,9 +470,9 @@ class TestCommands:
         ledger.tell(("c", "d"), ev.Outcome.IN_MEMORY, "x")
         ledger.tell(("c",), ev.Outcome.IN_MEMORY, "y")
         ledger.release_at("north", "x")
-        ledger.command(ev.ForgetBlock("b"))
+        ledger.command(forget_block("b"))
         ledger.release_at("north", "y")
         assert ledger.flush() == [
-            release("north", "x"), told("x y"), told("x", client="d"), ev.ForgetBlock("b"), release("north", "y")
+            release("north", "x"), told("x y"), told("x", client="d"), forget_block("b"), release("north", "y")
         ]  # fmt: skip
         assert ledger.flush() == []
