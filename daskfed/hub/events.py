@@ -206,7 +206,7 @@ class FailKeys:
 
 @dataclass(frozen=True, slots=True)
 class BlocksArrived:
-    """Tell a client the arrival number of a block; ``count`` blocks of its submission from there on have it and the next.
+    """Tell a client a block's arrival number; ``count`` blocks of its submission from there on have it and the next.
 
     A client that comes back after the hub started anew repeats them, so that the order stays what it was.
     """

@@ -3,8 +3,8 @@
 It has what exists nowhere else: the secret of the federation, which sites and clients there are, and coordination
 state. Blocks, keys and results are not in it: clients and sites know them, and tell a hub that starts anew.
 
-Every write is committed when it returns. That outlives the process, however it ends; a machine that loses power may lose
-the last moments.
+Every write is committed when it returns. That outlives the process, however it ends; a machine that loses power may
+lose the last moments.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Journal:
             os.lockf(self._lock, os.F_TLOCK, 0)
             os.close(os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o600))
         except BlockingIOError:
-            raise ConfigurationError(f"another hub keeps its state in {folder}: end it, or name another folder") from None
+            problem = f"another hub keeps its state in {folder}: end it, or name another folder"
+            raise ConfigurationError(problem) from None
         except OSError as exc:
             raise ConfigurationError(f"the hub cannot keep its state in {folder}: {exc}") from None
         return folder / FILE

@@ -4,8 +4,8 @@ A key is *needed* while a client wants it or an unfinished block takes it as an 
 a finished block, some of whose outputs live, took it: then it is retired, its value is gone, but it can be made again.
 A block lives while one of the keys that it is the producer of lives, as their recipe. Everything else follows: when the
 need of a key ends, its value is released wherever it is; when the last that was made from it ends, so does the key, its
-producer is cancelled or forgotten if nothing else of it lives, and so on up the graph. When a key that is needed is lost,
-its producer runs again for the outputs that are missing, and so on up the graph as far as values are missing.
+producer is cancelled or forgotten if nothing else of it lives, and so on up the graph. When a key that is needed is
+lost, its producer runs again for the outputs that are missing, and so on up the graph as far as values are missing.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Recovery:
     # -- sites -------------------------------------------------------------------------------------------------------
 
     def take_holdings(self, site: SiteState, told: SiteHoldings, now: float) -> None:
-        """Take in what a site holds and works at; what nobody knows or needs is released, unless clients are awaited."""
+        """Take in what a site holds and works at; what nobody needs is released, unless clients are awaited."""
         ledger = self.ledger
         ledger.reports[site.name] = told.reports
         self.dispatcher.imports = max([self.dispatcher.imports, *(each.number for each in told.coming)])

@@ -58,7 +58,8 @@ class Hub(Hosting, OpaqueServer):
     """A federation's hub, on the current event loop.
 
     ``policy`` chooses sites; ``security`` is a ``distributed.Security`` or None; ``fixed`` declares that no site will
-    join after the first ones; ``state`` is a folder for what must outlive this process. Start it with ``await hub.start_at(address)``, end it with ``await hub.close()``.
+    join after the first ones; ``state`` is a folder for what must outlive this process. Start it with
+    ``await hub.start_at(address)``, end it with ``await hub.close()``.
     """
 
     default_port = 8700

@@ -236,7 +236,7 @@ class SiteCore:
         if block.phase in RECALLABLE:
             self._command(ev.ForgetPayload(block.spec.id, block.attempt))
         self._move_block(block, move)
-        name, kept = block.spec.id, block.kept
+        name = block.spec.id
         del self.blocks[name]
         self.runway.end(name)
         if move == "step back":  # an earlier attempt made these, and the hub still counts on them

@@ -19,6 +19,7 @@ from daskfed.messages import (
     BlockKind,
     BlockSpec,
     Constraint,
+    HeldBlock,
     Import,
     KeysMade,
     MadeKey,
@@ -69,6 +70,7 @@ TYPES: dict[str, st.SearchStrategy[Any]] = {
     "BlockSpec": st.deferred(lambda: built(BlockSpec)),
     "tuple[Import, ...]": st.deferred(lambda: tuples(built(Import))),
     "tuple[MadeKey, ...]": st.deferred(lambda: tuples(built(MadeKey))),
+    "tuple[HeldBlock, ...]": st.deferred(lambda: tuples(built(HeldBlock))),
 }
 JUNK: st.SearchStrategy[Any] = (
     st.none() | st.integers() | NAMES | tuples(NAMES) | st.dictionaries(NAMES | st.integers(), st.none(), max_size=2)
