@@ -90,6 +90,7 @@ from distributed.protocol.serialize import ToPickle as ToPickle
 from distributed.protocol.serialize import msgpack_decode_default as msgpack_decode_default  # imports an Enum
 from distributed.protocol.utils import host_array_from_buffers as host_array_from_buffers
 from distributed.protocol.utils import merge_memoryviews as merge_memoryviews  # joins neighbours, no copy
+from distributed.protocol.utils import pack_frames as pack_frames
 from distributed.protocol.utils import unpack_frames as unpack_frames
 from distributed.publish import PublishExtension as PublishExtension
 from distributed.queues import QueueExtension as QueueExtension

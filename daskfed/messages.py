@@ -15,6 +15,10 @@ from enum import Enum, StrEnum
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 PROTOCOL_VERSION = 1
+COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
+"""Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
+REQUEST = "fed_request"
+"""The name under which an op of coordination carries an id, so that it is done once though it is asked again."""
 
 Key: TypeAlias = str | bytes | int | float | tuple[Any, ...]
 """What Dask calls a key: the name of one result."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from daskfed.client.submission import Submission
-from daskfed.messages import BlockSpec, Key, encode
+from daskfed.messages import COORDINATION, REQUEST, BlockSpec, Key, encode
 
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
 
@@ -66,6 +67,7 @@ class Memory:
 class PatientRPC:
     """The calls of a client to its hub: while the hub is gone, and the client tries to reach it, they wait.
 
+    What is asked again then is done once: calls of coordination carry an id of their own.
     ``rpc`` makes a call, ``waiting`` says whether the client still tries.
     """
 
@@ -79,6 +81,8 @@ class PatientRPC:
             return found
 
         async def call(**kwargs: Any) -> Any:
+            if name.startswith(COORDINATION):
+                kwargs[REQUEST] = secrets.token_hex(8)
             for pause in pauses():
                 try:
                     return await found(**kwargs)

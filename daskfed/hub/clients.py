@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_OWNER = "local"
+FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client waits for it
+GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
 FLUSH_S = 0.002  # what is sent to a client within this time travels together
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
@@ -106,6 +108,7 @@ class ClientSessions:
             self.hub.journal.forget_client(session.client)
             self.hub.coordination.client_gone(session.client)
             self.hub.take(ev.ClientLeft(session.client))
+            self.hub.ownerless.take_over(session.client)
 
     async def _serve(self, comm: Comm, session: ClientSession) -> None:
         while True:
@@ -126,7 +129,8 @@ class ClientSessions:
         if handler is None:
             logger.warning("client %s sent %r, which the hub does not know", session.client, op)
             return
-        message["client"] = session.client  # a client speaks for itself only
+        if op != "client-desires-keys" or message.get("client") != FIRE_AND_FORGET:
+            message["client"] = session.client  # a client speaks for itself only
         try:
             result = handler(**message)
             if inspect.isawaitable(result):
@@ -187,6 +191,7 @@ class ClientSessions:
         self.hub.stores.keep_payloads(specs, payloads)
         known = tuple(zip(specs, arrivals, strict=True))
         self.hub.take(ev.ClientBack(client, owner, known, tuple(wanted), tuple(kept)))
+        self.hub.coordination.client_back(client)
         logger.info("client %s is back with %d blocks", client, len(specs))
 
     def update_graph(self, client: str, keys: Collection[Key], **fields: Any) -> None:
@@ -214,7 +219,10 @@ class ClientSessions:
         return max(sites, key=lambda site: site.threads).name if sites else None
 
     def desire(self, client: str, keys: Collection[Key]) -> None:
-        """A client wants keys."""
+        """A client wants keys, or wants them made for nobody."""
+        if client == FIRE_AND_FORGET:
+            self.hub.coordination.hold(keys, client)
+            return
         self.hub.take(ev.KeysDesired(client, tuple(keys)))
 
     def release(self, client: str, keys: Collection[Key]) -> None:
@@ -240,8 +248,10 @@ class ClientSessions:
         """Pass on how keys stand."""
         session = self.sessions.get(command.client)
         if session is None:
+            if command.client == FIRE_AND_FORGET or command.outcome in GONE:
+                self.hub.loop.add_callback(self.hub.coordination.let_go, command.keys, command.client)
             return
-        if command.outcome in (ev.Outcome.CANCELLED, ev.Outcome.LOST):
+        if command.outcome in GONE:
             reason = {"reason": command.reason or "lost dependencies", "msg": None}
             session.send({"op": "cancelled-keys", "keys": list(command.keys), **reason})
             return

@@ -12,9 +12,17 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast
 
+import msgpack
+from distributed.protocol import dumps
+
+from daskfed.comm.opaque import loads_opaque
+from daskfed.dask_private import pack_frames, unpack_frames
 from daskfed.errors import ConfigurationError
 from daskfed.hub.recovery import Awaited
 
@@ -23,7 +31,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sites (name TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS clients (id TEXT PRIMARY KEY, owner TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS things (kind TEXT, name TEXT, value BLOB NOT NULL, PRIMARY KEY (kind, name));
+CREATE TABLE IF NOT EXISTS things (kind TEXT, name BLOB, value BLOB NOT NULL, PRIMARY KEY (kind, name));
 """
 
 
@@ -34,6 +42,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.durable = folder is not None
         self._lock: int | None = None
         self._db = sqlite3.connect(":memory:" if folder is None else self._prepared(Path(folder)), isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -99,17 +108,32 @@ class Journal:
 
     # -- things ------------------------------------------------------------------------------------------------------
 
-    def keep(self, kind: str, name: str, value: bytes) -> None:
-        """Keep the present value of a thing, say of the queue ``name``."""
-        self._db.execute("INSERT OR REPLACE INTO things VALUES (?, ?, ?)", (kind, name, value))
+    def keep(self, kind: str, name: Any, value: Any = None) -> None:
+        """Keep the present value of a thing, say of the queue ``name``; whatever msgpack writes, and unopened parts."""
+        if self.durable:
+            self._db.execute("INSERT OR REPLACE INTO things VALUES (?, ?, ?)", (kind, packed(name), written(value)))
 
-    def forget(self, kind: str, name: str) -> None:
+    def forget(self, kind: str, name: Any) -> None:
         """Forget a thing."""
-        self._db.execute("DELETE FROM things WHERE kind = ? AND name = ?", (kind, name))
+        if self.durable:
+            self._db.execute("DELETE FROM things WHERE kind = ? AND name = ?", (kind, packed(name)))
 
-    def things(self, kind: str) -> dict[str, bytes]:
-        """Return name -> value of all things of a kind."""
-        return dict(self._db.execute("SELECT name, value FROM things WHERE kind = ?", (kind,)).fetchall())
+    def things(self, kind: str) -> list[tuple[Any, Any]]:
+        """Return (name, value) of all things of a kind, the one that was kept longest ago first."""
+        rows = self._db.execute("SELECT name, value FROM things WHERE kind = ? ORDER BY rowid", (kind,)).fetchall()
+        return [(unpacked(name), read(value)) for name, value in rows]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is kept and forgotten within this context is so all at once."""
+        if not self.durable or self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Close the database; another hub may use it then."""
@@ -117,3 +141,23 @@ class Journal:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def packed(name: Any) -> bytes:
+    """Return a name as bytes; tuples come back as tuples."""
+    return cast(bytes, msgpack.packb(name, use_bin_type=True))
+
+
+def unpacked(name: bytes) -> Any:
+    """Return the name that was packed."""
+    return msgpack.unpackb(name, use_list=False, strict_map_key=False)
+
+
+def written(value: Any) -> bytes:
+    """Return a message as bytes, unopened parts as they are."""
+    return bytes(pack_frames(dumps(value)))
+
+
+def read(value: bytes) -> Any:
+    """Return the message that was written, its payloads unopened."""
+    return loads_opaque(list(unpack_frames(value)))

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from distributed.comm.core import Comm
@@ -22,6 +23,7 @@ from tornado.ioloop import PeriodicCallback
 
 from daskfed.comm.control import ControlStream
 from daskfed.comm.opaque import OpaqueError, OpaqueServer, relays_errors
+from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
 from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import attach
@@ -29,6 +31,7 @@ from daskfed.hub.core import HubCore
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.journal import Journal
+from daskfed.hub.ownerless import Ownerless
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
 from daskfed.hub.states import KeyPhase
@@ -76,7 +79,7 @@ class Hub(Hosting, OpaqueServer):
         self.journal = Journal(state)
         epoch = max(int(self.started_at * 1000), self.journal.epoch + 1)
         self.journal.epoch = epoch
-        self.core = HubCore(epoch, policy, self.journal.awaited())
+        self.core = HubCore(epoch, policy, replace(self.journal.awaited(), lease_s=client_grace_s()))
         self.stores = Stores()
         self.ports: dict[str, SitePort] = {}
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
@@ -89,7 +92,8 @@ class Hub(Hosting, OpaqueServer):
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
         self.handlers = Handlers(self.handlers | self._own_handlers() | self.gateway.handlers())
         self.stream_handlers.update(self.sessions.stream_handlers())
-        self.coordination = attach(self)
+        self.coordination = attach(self, self.journal, self.recovered)
+        self.ownerless = Ownerless(self)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
 
     def _own_handlers(self) -> dict[str, Any]:
@@ -112,11 +116,36 @@ class Hub(Hosting, OpaqueServer):
 
     async def start_unsafe(self) -> Hub:
         """Start listening; called by ``start``."""
+        self._restore()
         listen_args = self.security.get_listen_args("scheduler") if self.security else {}
         await self.listen(self._start_address, **listen_args)
         await super().start_unsafe()
         self.start_periodic_callbacks()
         return self
+
+    def _restore(self) -> None:
+        """Take up what an earlier hub journalled, before anybody is served."""
+        self.coordination.restore()
+        self.ownerless.restore()
+        if not self.core.recovery.settled:
+            self._ongoing_background_tasks.call_soon(self._forget_absent_sites)
+            self.loop.call_later(client_grace_s(), self._forget_absent_clients)
+
+    async def recovered(self) -> None:
+        """Return once the sites and clients are back that were there before, or have had time enough for it."""
+        while not self.core.recovery.may_place(time.monotonic()):
+            await asyncio.sleep(POLL_S)
+
+    async def _forget_absent_sites(self) -> None:
+        await self.recovered()
+        for site in self.journal.awaited().sites - self.ports.keys():
+            self.journal.forget_site(site)
+            self.coordination.site_gone(site)
+
+    def _forget_absent_clients(self) -> None:
+        for client in self.journal.awaited().clients.keys() - self.sessions.sessions.keys():
+            self.journal.forget_client(client)
+            self.coordination.client_gone(client)
 
     async def terminate(self) -> None:
         """End the hub at a client's request, after the reply was written."""
@@ -155,6 +184,7 @@ class Hub(Hosting, OpaqueServer):
                 self.stores.forget_keys(keys)
             case ev.ForgetBlock(block, client):
                 self.stores.forget_block(block)
+                self.ownerless.forget(block)
                 self.sessions.tell_own(client, {"op": "fed-forget", "block": block})
             case ev.BlocksArrived(client, block, arrival, count):
                 told = {"op": "fed-arrived", "block": block, "arrival": arrival, "count": count}
@@ -330,11 +360,13 @@ class Hub(Hosting, OpaqueServer):
             await asyncio.sleep(POLL_S)
         self.take(ev.KeysNeeded(site, tuple(keys)))
 
-    async def forward(self, site: str, hub_op: str, kwargs: Mapping[str, Any], token: str) -> Any:
-        """Do what a task at a site asked of its scheduler; raises PermissionError for a stranger."""
+    async def forward(
+        self, site: str, hub_op: str, kwargs: Mapping[str, Any], token: str, request: str | None = None
+    ) -> Any:
+        """Do what a task at a site asked of its scheduler, once per ``request``; PermissionError for a stranger."""
         self._check_token(token)
         try:
-            return await self.coordination.serve_site(site, hub_op, dict(kwargs))
+            return await self.coordination.serve_site(site, hub_op, dict(kwargs), request)
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
 

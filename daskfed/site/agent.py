@@ -276,7 +276,7 @@ class Agent:
 
     async def call_hub(self, op: str, **kwargs: Any) -> Any:
         """Have the hub do a coordination op for this site and return its reply, unopened; raises OpaqueError."""
-        return await self._ask_hub("forward", hub_op=op, kwargs=kwargs)
+        return await self._ask_hub("forward", hub_op=op, kwargs=kwargs, request=secrets.token_hex(8))
 
     async def _ask_hub(self, op: str, **kwargs: Any) -> Any:
         """Call the hub in the name of this site; one that is gone is waited for."""

@@ -28,12 +28,10 @@ from typing import Any, Protocol
 from distributed import SchedulerPlugin
 
 from daskfed.comm.opaque import OpaqueError, OpaquePool, relays_errors, settle
-from daskfed.messages import Key
+from daskfed.messages import COORDINATION, Key
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
-"""Ops of the scheduler that begin so are forwarded, RPCs and stream ops alike."""
 TAKEN_OPS = ("variable-future-received-confirm", "queue-future-release")
 """Stream ops by which a task's client says that it has a future now; the hub then holds the key for it."""
 RELEASE = "client-releases-keys"
@@ -167,11 +165,11 @@ class ForwardCoordination(SchedulerPlugin):
         handlers.update(new)
 
     def _rpc_handlers(self, own: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-        forwarded = {op: self._forwarder(op) for op in own if op.startswith(PREFIXES)}
+        forwarded = {op: self._forwarder(op) for op in own if op.startswith(COORDINATION)}
         return forwarded | {"log_event": self._logger(own["log_event"])}
 
     def _stream_handlers(self, own: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-        forwarded = {op: self._stream_forwarder(op) for op in own if op.startswith((*PREFIXES, *TAKEN_OPS))}
+        forwarded = {op: self._stream_forwarder(op) for op in own if op.startswith((*COORDINATION, *TAKEN_OPS))}
         return forwarded | {RELEASE: self._releaser(own[RELEASE]), "log-event": self._logger(own["log-event"])}
 
     def _forwarder(self, op: str) -> Callable[..., Any]:

@@ -14,12 +14,13 @@ from distributed.core import Status
 
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.hub.coordination import attach
+from daskfed.hub.journal import Journal
 
 
 class SmallHub(OpaqueServer):
     """Serves stock clients; ``data`` holds what they scatter, unopened, and ``wanted`` who wants which key."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal | None = None) -> None:
         super().__init__({"register-client": self.add_client, "scatter": self.scatter, "gather": self.gather})
         self.handlers["from-site"] = self.from_site
         self.stream_handlers["client-desires-keys"] = self.client_desires_keys
@@ -29,7 +30,7 @@ class SmallHub(OpaqueServer):
         self.tasks: dict[Any, Any] = {}
         self.data: dict[Any, Any] = {}
         self.wanted: dict[str, set[Any]] = defaultdict(set)
-        self.coordination = attach(self)
+        self.coordination = attach(self, journal)
 
     def identity(self, n_workers: int = 0) -> dict[str, Any]:
         """Say what a client asks first."""
