@@ -7,6 +7,7 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,6 +20,7 @@ from daskfed.errors import ConfigurationError
 
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
 DEFAULT_GRACE = "1h"
+DEFAULT_SITE_TIMEOUT = "5m"
 DEFAULT_CLUSTER = "dask.distributed.LocalCluster"
 
 
@@ -100,6 +102,15 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def site_timeout_s() -> float:
+    """Return how long work waits where no site meets its constraint any more before it fails, in seconds.
+
+    ``daskfed.client.site-timeout`` in Dask's configuration, by default "5m"; "inf" waits for ever.
+    """
+    given = dask.config.get("daskfed.client.site-timeout", DEFAULT_SITE_TIMEOUT)
+    return inf if str(given) == "inf" else float(parse_timedelta(given))
 
 
 def client_grace_s() -> float:

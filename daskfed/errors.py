@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from distributed.scheduler import KilledWorker
+
 
 class DaskfedError(Exception):
     """Base of all errors of daskfed."""
@@ -25,6 +27,16 @@ class SiteStartError(DaskfedError, RuntimeError):
 
 class SiteLostError(DaskfedError, RuntimeError):
     """Something that cannot be recomputed was at a site that is gone."""
+
+
+class KilledSite(DaskfedError, KilledWorker):
+    """A task was given up: each time it was tried, the workers or the site that ran it died."""
+
+    def __init__(self, reason: str) -> None:
+        Exception.__init__(self, reason)
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}. Look into the logs of those workers; often a task needs more memory than they have."
 
 
 class TransferError(DaskfedError, OSError):

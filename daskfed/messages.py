@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
+from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 PROTOCOL_VERSION = 1
@@ -69,6 +70,8 @@ class BlockSpec:
     rank: int = 0  # place in the order in which the client would like its blocks to run
     near: tuple[str, ...] = ()  # names or labels of sites that most of its data is bound to, or goes to: a hint
     label: str = ""  # what a person calls it: the prefixes of its outputs
+    stateful: bool = False  # its results are actors: they end with their site
+    patience_s: float = inf  # how long it waits for a site that meets its constraint where there is none any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +279,7 @@ class KeysFailed(Message):
     block: str
     attempt: Attempt
     keys: tuple[Key, ...]
+    blame: Key | None = None  # the task that the scheduler gave up since its workers died; it may be innocent
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from daskfed.client.graphs import MaterialisedGraph, external_futures, materiali
 from daskfed.client.returning import Memory, PatientRPC, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
-from daskfed.config import client_grace_s
+from daskfed.config import client_grace_s, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
@@ -115,7 +115,8 @@ class Client(distributed.Client):
             raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
-        self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, "owner": getpass.getuser()})
+        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s()}
+        self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
             wanted = wanted_keys(self.futures, self._assemblies)
             self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted, ()))

@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from distributed.batched import BatchedSend
@@ -40,7 +41,7 @@ class ClientSession:
         self.stream = stream
         self.federated = False  # it is daskfed's client, not a stock one
         self.ended = False  # it said that it ends
-        self.home: str | None = None  # the site that runs all of a stock client's graphs
+        self.patience_s = inf  # how long its work waits for a site where there is none that may run it
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue a message; one that can no longer be sent is dropped."""
@@ -150,14 +151,14 @@ class ClientSessions:
 
     # -- told by clients ---------------------------------------------------------------------------------------------
 
-    def hello(self, client: str, protocol: int, owner: str) -> None:
-        """A client says that it is daskfed's own, and for which user it acts."""
+    def hello(self, client: str, protocol: int, owner: str, patience_s: float = inf) -> None:
+        """A client says that it is daskfed's own, for which user it acts, and how long its work waits for a site."""
         session = self.sessions[client]
         if protocol != PROTOCOL_VERSION:
             problem = f"the hub speaks protocol {PROTOCOL_VERSION}, this client {protocol}: install the same daskfed"
             session.send({"op": "fed-refused", "reason": problem})
             return
-        session.federated, session.owner = True, owner or DEFAULT_OWNER
+        session.federated, session.owner, session.patience_s = True, owner or DEFAULT_OWNER, patience_s
         self.hub.journal.keep_client(client, session.owner)
         self.hub.take(ev.ClientJoined(client, session.owner))
         session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})
@@ -171,8 +172,7 @@ class ClientSessions:
         wait: bool = False,
     ) -> None:
         """A client submits blocks that it cut."""
-        owner = self.sessions[client].owner
-        specs = tuple(decode_block({**block, "client": client, "owner": owner}) for block in blocks)
+        specs = self._specs(client, blocks)
         self.hub.stores.keep_payloads(specs, payloads)
         self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
 
@@ -186,21 +186,25 @@ class ClientSessions:
         kept: Collection[Key] = (),
     ) -> None:
         """A client whose connection broke, or whose hub started anew, tells what it wants and how it is made."""
-        owner = self.sessions[client].owner
-        specs = tuple(decode_block({**block, "client": client, "owner": owner}) for block in blocks)
+        specs = self._specs(client, blocks)
         self.hub.stores.keep_payloads(specs, payloads)
         known = tuple(zip(specs, arrivals, strict=True))
-        self.hub.take(ev.ClientBack(client, owner, known, tuple(wanted), tuple(kept)))
+        self.hub.take(ev.ClientBack(client, self.sessions[client].owner, known, tuple(wanted), tuple(kept)))
         self.hub.coordination.client_back(client)
         logger.info("client %s is back with %d blocks", client, len(specs))
+
+    def _specs(self, client: str, blocks: Collection[dict[str, Any]]) -> tuple[BlockSpec, ...]:
+        """Return the blocks of a client, which speaks for itself only."""
+        session = self.sessions[client]
+        own = {"client": client, "owner": session.owner, "patience_s": session.patience_s}
+        return tuple(decode_block({**block, **own}) for block in blocks)
 
     def update_graph(self, client: str, keys: Collection[Key], **fields: Any) -> None:
         """A client submits a whole graph, unopened: it runs at the client's home site."""
         session = self.sessions[client]
-        if session.home not in self.hub.core.sites:
-            session.home = self._pick_home()
+        home = self.hub.core.homes.home_of(client)
         spec = BlockSpec(
-            id=f"{client}/whole/{next(self._graphs)}",
+            id=f"{client}/whole/{self.hub.core.ledger.epoch}-{next(self._graphs)}",
             client=client,
             owner=session.owner,
             kind=BlockKind.WHOLE,
@@ -208,15 +212,13 @@ class ClientSessions:
             outputs=tuple(keys),
             ntasks=max(1, len(keys)),
             prefixes=(),
-            constraint=Constraint(sites=(session.home,) if session.home else ()),
+            constraint=Constraint(sites=(home,) if home else ()),
+            stateful=bool(fields.get("actors")),
+            patience_s=session.patience_s,
         )
         payload = {name: fields[name] for name in OPAQUE_FIELDS if name in fields} | {"keys": list(keys)}
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
-
-    def _pick_home(self) -> str | None:
-        sites = self.hub.core.sites.values()
-        return max(sites, key=lambda site: site.threads).name if sites else None
 
     def desire(self, client: str, keys: Collection[Key]) -> None:
         """A client wants keys, or wants them made for nobody."""

@@ -6,14 +6,16 @@ is the switchboard between the two and the outside; the order in every step is: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from daskfed.hub import events as ev
 from daskfed.hub import inspection
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
+from daskfed.hub.homes import Homes
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
+from daskfed.hub.poison import Poison
 from daskfed.hub.recovery import DATA, Awaited, Recovery
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
@@ -48,6 +50,8 @@ class HubCore:
     def __init__(self, epoch: int = 0, policy: Policy | None = None, awaited: Awaited | None = None) -> None:
         self.ledger = Ledger(epoch)
         self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
+        self.poison = Poison(self.ledger)
+        self.homes = Homes(self.ledger, self.dispatcher)
         self.recovery = Recovery(self.ledger, self.dispatcher, awaited)
         self.clients: dict[str, str] = {}  # client -> owner
         self._arrivals = epoch << EPOCH_BITS
@@ -109,6 +113,7 @@ class HubCore:
 
     def _client_left(self, event: ev.ClientLeft) -> None:
         self.clients.pop(event.client, None)
+        self.homes.forget(event.client)
         keys = list(self.ledger.wants.get(event.client, ()))
         self.ledger.unwant(event.client, keys)
         self.ledger.keeper_left(event.client)
@@ -258,6 +263,9 @@ class HubCore:
                 state = self.ledger.keys[key] = KeyState(key, self.clients.get(event.client, ""))
             if event.kept:
                 self.ledger.keep(state, event.client)
+            if event.replicas > 1:
+                state.replicas = event.replicas
+                self.dispatcher.replicated[key] = None
             state.importing.pop(event.site, None)
             self.ledger.key_made(state, event.site, nbytes, DATA)
             if event.client not in state.wanted_by and not event.again:
@@ -275,14 +283,18 @@ class HubCore:
     # -- sites -------------------------------------------------------------------------------------------------------
 
     def _site_joined(self, event: ev.SiteJoined) -> None:
-        self.dispatcher.add_site(event.hello)
-        self.ledger.reports[event.hello.site] = 0
+        hello = event.hello
+        self.dispatcher.add_site(hello)
+        self.ledger.reports[hello.site] = 0
+        self.poison.site_joined(hello)
+        self.homes.find()
 
     def _site_left(self, event: ev.SiteLeft) -> None:
         site = self.sites.get(event.site)
         if site is None or site.hello.incarnation != event.incarnation:
             return
         blocks = [self.ledger.blocks[name] for name in site.blocks]
+        self.poison.site_lost(site)
         for block in blocks:
             self.ledger.return_block(block, "site lost")
         self.dispatcher.update()
@@ -291,6 +303,7 @@ class HubCore:
         for state in list(self.ledger.keys.values()):
             state.importing.pop(event.site, None)
             self.ledger.lose_key_at(state, event.site)
+        self.homes.find()
         self.recovery.site_gone(event.site, self.ledger.now)
 
     def _from_site(self, event: ev.FromSite) -> None:
@@ -313,6 +326,15 @@ class HubCore:
         self.dispatcher.place()
         self.dispatcher.balance()
         self.dispatcher.hand_over()
+        self.dispatcher.replicate()
+        for block in self.dispatcher.stranded():
+            self._strand(block)
+
+    def _strand(self, block: BlockState) -> None:
+        constraint = block.spec.constraint
+        problem = unmet(constraint, [site.hello for site in self.sites.values()]) or f"no site meets {constraint}"
+        waited = f"waited {block.spec.patience_s:g} s (daskfed.client.site-timeout)"
+        self.ledger.fail_block(block, "UnknownSiteError", f"{block.spec.label or block.spec.id}: {problem}; {waited}")
 
     def _learned(self, site: SiteState, message: Learned) -> None:
         for prefix, count, seconds in message.durations:
@@ -369,15 +391,22 @@ class HubCore:
         block = self._attempt(site, message)
         if block is None:
             return
+        again = self._to_try_again(site, block, message)
         for key in message.keys:
             block.open_outputs.discard(key)
             state = self.ledger.keys.get(key)
-            if state is None or _exists_elsewhere(state, site.name):
+            if state is None or _exists_elsewhere(state, site.name) or key in again:
                 self.ledger.release_at(site.name, key)
             else:
                 state.failed_at[site.name] = None
                 self.ledger.key_failed(state)
         self.ledger.finish_if_done(block)
+
+    def _to_try_again(self, site: SiteState, block: BlockState, message: KeysFailed) -> Collection[Key]:
+        """Return the outputs that failed since workers died, and may be innocent."""
+        if message.blame is None:
+            return ()
+        return self.poison.workers_died(site, block, message.keys, message.blame)
 
     def _block_lost(self, site: SiteState, message: BlockLost) -> None:
         if (block := self._attempt(site, message)) is not None:

@@ -18,6 +18,7 @@ from daskfed.hub.events import TellSite
 from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
 from daskfed.hub.placement import Candidate, Policy, finish_s, worth_moving
 from daskfed.hub.states import BlockPhase, KeyPhase
+from daskfed.hub.suspicion import choose, on_trial
 from daskfed.messages import (
     Attempt,
     BlockKind,
@@ -55,6 +56,7 @@ class SiteState:
     recalled_for: str | None = None  # block that is being recalled for the sake of this site
     copying: set[Key] = field(default_factory=set)  # keys that it hands over before it leaves
     leaving: bool = False  # it was told to close
+    trials: set[str] = field(default_factory=set)  # blocks here of which all that is to be made is suspect
     unclaimed: bool = False  # it holds, or works at, what nobody here knows, while clients are still awaited
 
     @property
@@ -124,7 +126,9 @@ class Dispatcher:
         self.queues: dict[Where, list[tuple[Order, str]]] = {}
         self.imports = 0  # asked for so far
         self.resting: list[tuple[float, Order, str]] = []  # (until, order, block) that are ready but failed before
+        self.replicated: dict[Key, None] = {}  # keys that several sites are to hold
         self._eligible: dict[Constraint, list[SiteState]] = {}
+        self._lonely: dict[Where, float] = {}  # queues that no site may take from -> since when
 
     # -- membership --------------------------------------------------------------------------------------------------
 
@@ -164,6 +168,7 @@ class Dispatcher:
         site = self.sites.get(name)
         if site is not None and block.spec.id in site.blocks:
             del site.blocks[block.spec.id]
+            site.trials.discard(block.spec.id)
             site.backlog.remove(*_work(block))
         self.recall_ended(block)
 
@@ -207,12 +212,17 @@ class Dispatcher:
                 break
             entry = heapq.heappop(queue)
             site = self._best(block, sites)
-            if whole or site.has_room(priority):
+            if block.suspects and site.trials and self._is_trial(block):
+                deferred.append(entry)
+            elif whole or site.has_room(priority):
                 self._send(block, site)
             else:
                 deferred.append(entry)
         for entry in deferred:
             heapq.heappush(queue, entry)
+
+    def _is_trial(self, block: BlockState) -> bool:
+        return on_trial(block.suspects, [state.key for state in self.ledger.pending_of(block)])
 
     def _best(self, block: BlockState, sites: list[SiteState]) -> SiteState:
         block.expected_s = self.functions.block_s(block.spec)
@@ -284,6 +294,9 @@ class Dispatcher:
         known = self.ledger.keys
         outputs = block.spec.outputs
         only = tuple(key for key in outputs if key in known and known[key].phase is KeyPhase.PENDING)
+        if on_trial(block.suspects, only):
+            self.sites[str(block.site)].trials.add(block.spec.id)
+        only = choose(block.suspects, only, len(outputs))
         block.open_outputs = set(only)
         return only if len(only) < len(outputs) else ()
 
@@ -368,6 +381,27 @@ class Dispatcher:
         state = self.ledger.keys.get(key)
         if state is not None and state.holders and not state.present_at(site.name):
             self._copy(key, site)
+
+    def replicate(self) -> None:
+        """Have sites copy the keys of which more are to hold a copy than do."""
+        for key in list(self.replicated):
+            state = self.ledger.keys.get(key)
+            if state is None:
+                del self.replicated[key]
+            elif state.holders and (lacking := state.replicas - len(state.holders) - len(state.importing)) > 0:
+                takers = [site for site in self.sites.values() if not site.draining and not state.present_at(site.name)]
+                for site in sorted(takers, key=lambda site: (len(site.copying), site.backlog_s))[:lacking]:
+                    self._copy(key, site)
+
+    def stranded(self) -> list[BlockState]:
+        """Return ready blocks whose constraint no site has met for longer than they wait."""
+        found, now = [], self.ledger.now
+        lonely = {where for where, queue in self.queues.items() if queue and not self.eligible(where[0])}
+        self._lonely = {where: self._lonely.get(where, now) for where in lonely}
+        for where, since in self._lonely.items():
+            blocks = (self.ledger.blocks.get(name) for _, name in self.queues[where])
+            found += [block for block in blocks if block is not None and now - since > block.spec.patience_s]
+        return [block for block in found if block.phase is BlockPhase.READY]
 
     def _is_coming(self, key: Key, site: str) -> bool:
         state = self.ledger.keys.get(key)

@@ -88,7 +88,7 @@ class KeysScattered:
     """A client's data, or keys made inside a task, are in memory at a site: they cannot be recomputed.
 
     ``kept``: the client keeps a copy and brings it again when asked (:class:`AskForData`); ``again``: it does so now,
-    which makes nobody want the keys that did not want them before.
+    which makes nobody want the keys that did not want them before; ``replicas``: how many sites are to hold them.
     """
 
     client: str
@@ -96,6 +96,7 @@ class KeysScattered:
     keys: tuple[tuple[Key, int], ...]  # (key, bytes)
     kept: bool = False
     again: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)

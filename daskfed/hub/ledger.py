@@ -28,6 +28,7 @@ from daskfed.hub.events import (
     TellSite,
 )
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
+from daskfed.hub.suspicion import Suspicion
 from daskfed.messages import Attempt, BlockSpec, CancelBlock, Key, ReleaseKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
@@ -54,6 +55,8 @@ class KeyState:
     wanted_by: dict[str, None] = field(default_factory=dict)  # clients
     consumers: dict[str, None] = field(default_factory=dict)  # unfinished blocks that need it
     shielded: bool = False  # a client that is not back yet may want it
+    replicas: int = 1  # how many sites are to hold it
+    lost_at: str = ""  # the site that held it last
     heirs: dict[str, None] = field(default_factory=dict)  # finished blocks that took it and may have to run again
 
     @property
@@ -84,6 +87,7 @@ class BlockState:
     expected_s: float = 0.0  # estimated seconds of one thread
     started: bool = False  # its tasks are with the site's scheduler
     wait: bool = False  # wait where no site meets its constraint
+    suspects: dict[Key, Suspicion] = field(default_factory=dict)  # outputs that may have killed workers or sites
 
 
 class Ledger:
@@ -233,7 +237,7 @@ class Ledger:
             block = self.blocks.get(state.producer or "")
             if block is None and state.keeper is not None:
                 self.command(AskForData(state.keeper, (state.key,)))
-            elif block is None:
+            elif block is None or (block.spec.stateful and block.phase is BlockPhase.DONE):
                 self._lost_for_good(state)
             elif block.phase is BlockPhase.DONE:
                 self.move_block(block, "needed again")
@@ -270,7 +274,11 @@ class Ledger:
     def _lost_for_good(self, state: KeyState) -> None:
         if self.patient:
             return
-        self.command(FailKeys((state.key,), "SiteLostError", "its site is gone and it cannot be computed again"))
+        where = f"site {state.lost_at!r}" if state.lost_at else "its site"
+        actor = state.producer is not None
+        advice = "create the actor again" if actor else "scatter it with replicas=2, or keep its client connected"
+        why = f"{state.key!r} was at {where}, which is gone, and cannot be computed again: {advice}"
+        self.command(FailKeys((state.key,), "SiteLostError", why))
         self.key_failed(state)
 
     def _ready_if_complete(self, block: BlockState) -> None:
@@ -343,10 +351,18 @@ class Ledger:
 
     def fail_block(self, block: BlockState, kind: str, reason: str) -> None:
         """Fail the open outputs of a block that cannot run, with an error of the hub's own."""
-        pending = [state for state in self.produced_by(block) if state.phase is KeyPhase.PENDING]
-        self.command(FailKeys(tuple(state.key for state in pending), kind, reason))
-        for state in pending:
+        self.fail_keys(self.pending_of(block), kind, reason)
+
+    def fail_keys(self, states: Iterable[KeyState], kind: str, reason: str) -> None:
+        """Fail keys that will not be made, with an error of the hub's own; ``kind`` names its class."""
+        states = list(states)
+        self.command(FailKeys(tuple(state.key for state in states), kind, reason))
+        for state in states:
             self.key_failed(state)
+
+    def pending_of(self, block: BlockState) -> list[KeyState]:
+        """Return the outputs of a block that are still to be made."""
+        return [state for state in self.produced_by(block) if state.phase is KeyPhase.PENDING]
 
     def produced_by(self, block: BlockState) -> list[KeyState]:
         """Return the outputs of a block that live and that no other block is the producer of."""
@@ -399,6 +415,7 @@ class Ledger:
         if site not in state.holders:
             return
         del state.holders[site]
+        state.lost_at = site
         if state.holders or state.phase is not KeyPhase.HELD:
             return
         self._remake(state)
@@ -475,13 +492,12 @@ class Ledger:
         state.failed_at.clear()
 
     def _drop_replicas(self, state: KeyState) -> None:
-        """Keep one copy of a key that is only wanted, not about to be used."""
-        spare = list(state.holders)[1:]
-        for site in spare:
-            del state.holders[site]
-        for site in (*spare, *state.importing):
+        """Keep one copy of a key that is only wanted, not about to be used, or as many as were asked for."""
+        sites = (*state.holders, *state.importing)
+        for site in sites[state.replicas :]:
+            state.holders.pop(site, None)
+            state.importing.pop(site, None)
             self.release_at(site, state.key)
-        state.importing.clear()
 
     def _free(self, state: KeyState) -> Iterable[Key]:
         self.move_key(state, "release")

@@ -451,7 +451,7 @@ class SiteCore:
                 reports.setdefault(name, []).append(state.key)
         for name, keys in reports.items():
             self._report(name, keys)
-            self._tell(KeysFailed(name, self.blocks[name].attempt, tuple(keys)))
+            self._tell(KeysFailed(name, self.blocks[name].attempt, tuple(keys), event.blame))
         self._after_report(reports, failed)
 
     def _key_failed(self, state: KeyState) -> None:

@@ -37,6 +37,7 @@ class KeysErred:
 
     keys: tuple[Key, ...]
     transfer: bool = False  # an import could not be brought to a worker: no fault of the tasks
+    blame: Key | None = None  # the task that the scheduler gave up since too many workers died while they ran it
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ stream, in step with what the scheduler says there:
 
 ==============  ====================================================================================================
 fed-key         a key that the agent wants is in memory: its ``nbytes``
-fed-erred       a key that the agent wants failed because an import could not be brought in
+fed-erred       a key that the agent wants failed because an import could not be brought in, or because workers died:
+                ``blame`` is the task that Dask gave up, None for an import
 fed-load        unfinished tasks and threads; LOAD_S after they changed, or BUSY_S while there is plenty of work
 fed-status      workers, threads, memory, running and queued tasks; every STATUS_S and when workers come and go
 fed-learned     durations and sizes of results per key prefix since the last time
@@ -115,8 +116,12 @@ class SiteReporter(SchedulerPlugin):
         if key in self.importing and "TransferError" in str(task.exception_text)[:64]:
             self.failed_imports.add(key)
         blame = task.exception_blame
-        if blame is not None and blame.key in self.failed_imports and self._wanted(task):
-            self._send({"op": "fed-erred", "key": key})
+        if blame is None or not self._wanted(task):
+            return
+        if blame.key in self.failed_imports:
+            self._send({"op": "fed-erred", "key": key, "blame": None})
+        elif blame.suspicious > self.scheduler.allowed_failures:
+            self._send({"op": "fed-erred", "key": key, "blame": blame.key})
 
     def _wanted(self, task: Any) -> bool:
         return any(client.client_key == self.client for client in task.who_wants or ())

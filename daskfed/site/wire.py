@@ -192,7 +192,7 @@ class Reading:
         """Return what a batch says."""
         report = Report()
         sizes = {each["key"]: each["nbytes"] for each in batch if each.get("op") == "fed-key"}
-        transfers = {each["key"] for each in batch if each.get("op") == "fed-erred"}
+        causes = {each["key"]: each["blame"] for each in batch if each.get("op") == "fed-erred"}
         ready: list[MadeKey] = []
         erred: list[Key] = []
         for message in batch:
@@ -202,15 +202,15 @@ class Reading:
             if op != "key-in-memory":
                 _flush_ready(report, ready)
             if op != "task-erred":
-                _flush_erred(report, erred, transfers)
+                _flush_erred(report, erred, causes)
             if op == "key-in-memory":
                 self._key_in_memory(report, ready, message, sizes)
             elif op == "task-erred":
-                self._task_erred(report, erred, message, transfers)
+                self._task_erred(report, erred, message, causes)
             else:
                 self._other(report, message)
         _flush_ready(report, ready)
-        _flush_erred(report, erred, transfers)
+        _flush_erred(report, erred, causes)
         return report
 
     def _key_in_memory(
@@ -222,14 +222,16 @@ class Reading:
             if "type" in message:
                 report.types[key] = message["type"]
 
-    def _task_erred(self, report: Report, erred: list[Key], message: dict[str, Any], transfers: set[Key]) -> None:
+    def _task_erred(
+        self, report: Report, erred: list[Key], message: dict[str, Any], causes: Mapping[Key, Key | None]
+    ) -> None:
         key = message["key"]
         self.failures = True
         if key in self._silent:
             return
         error = {"exception": message["exception"], "traceback": message["traceback"]}
-        if erred and not _same(report.errors[erred[-1]], error):
-            _flush_erred(report, erred, transfers)
+        if erred and not (_same(report.errors[erred[-1]], error) and _as_one(causes, erred[-1], key)):
+            _flush_erred(report, erred, causes)
         report.errors[key] = error
         erred.append(key)
 
@@ -263,10 +265,16 @@ def _flush_ready(report: Report, ready: list[MadeKey]) -> None:
         ready.clear()
 
 
-def _flush_erred(report: Report, erred: list[Key], transfers: set[Key]) -> None:
+def _flush_erred(report: Report, erred: list[Key], causes: Mapping[Key, Key | None]) -> None:
     if erred:
-        report.events.append(ev.KeysErred(tuple(erred), transfer=erred[0] in transfers))
+        blame = causes.get(erred[0])
+        report.events.append(ev.KeysErred(tuple(erred), erred[0] in causes and blame is None, blame))
         erred.clear()
+
+
+def _as_one(causes: Mapping[Key, Key | None], one: Key, other: Key) -> bool:
+    """Whether two keys failed for one reason, as far as the reporter said why."""
+    return (one in causes) is (other in causes) and causes.get(one) == causes.get(other)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

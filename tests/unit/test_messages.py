@@ -66,6 +66,7 @@ TYPES: dict[str, st.SearchStrategy[Any]] = {
     "tuple[tuple[str, int, int], ...]": tuples(NAMES, INTEGERS, INTEGERS),
     "Attempt": st.builds(Attempt, INTEGERS, INTEGERS),
     "BlockKind": st.sampled_from(BlockKind),
+    "Key | None": st.none() | KEYS,
     "Constraint": st.deferred(lambda: built(Constraint)),
     "BlockSpec": st.deferred(lambda: built(BlockSpec)),
     "tuple[Import, ...]": st.deferred(lambda: tuples(built(Import))),

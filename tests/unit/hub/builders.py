@@ -6,6 +6,7 @@ Several keys are written as one string, ``"x y"``.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from daskfed.hub import events as ev
@@ -52,12 +53,15 @@ def block(
     prefixes: tuple[tuple[str, int], ...] = (),
     label: str = "",
     near: tuple[str, ...] = (),
+    stateful: bool = False,
+    patience_s: float = inf,
     **constraint: Any,
 ) -> BlockSpec:
     """Return a block; without ``prefixes`` it is expected to take no time at all."""
     return BlockSpec(
         id=name, client="c", owner="ann", kind=kind, inputs=keys(needs), outputs=keys(outputs), ntasks=ntasks,
         prefixes=prefixes, constraint=Constraint(**constraint), label=label, near=near,
+        stateful=stateful, patience_s=patience_s,
     )  # fmt: skip
 
 
@@ -131,6 +135,13 @@ def forget_block(name: str, client: str = "c") -> ev.ForgetBlock:
     return ev.ForgetBlock(name, client)
 
 
+def lost_for_good(key: str, site: str, actor: bool = False) -> ev.FailKeys:
+    """Return the error of a key that was at a site which is gone, and that nobody can make again."""
+    advice = "create the actor again" if actor else "scatter it with replicas=2, or keep its client connected"
+    why = f"{key!r} was at site {site!r}, which is gone, and cannot be computed again: {advice}"
+    return ev.FailKeys((key,), "SiteLostError", why)
+
+
 # -- what happens ------------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +212,9 @@ class Stage:
         made = tuple(MadeKey(key, nbytes) for key in keys(names))
         return self.says(self.site_of(name), KeysMade(name, self.attempt(name), made))
 
-    def failed(self, name: str, names: str) -> Commands:
-        """Outputs of a block raised."""
-        return self.says(self.site_of(name), KeysFailed(name, self.attempt(name), keys(names)))
+    def failed(self, name: str, names: str, blame: str | None = None) -> Commands:
+        """Outputs of a block raised; with ``blame``, since workers died that ran this task."""
+        return self.says(self.site_of(name), KeysFailed(name, self.attempt(name), keys(names), blame))
 
     def gave_back(self, name: str, given: bool = True) -> Commands:
         """The site of a block answered a recall."""

@@ -32,6 +32,7 @@ from tests.unit.hub.builders import (
     forget,
     forget_block,
     hello,
+    lost_for_good,
     release,
     run,
     told,
@@ -326,13 +327,13 @@ class TestScatter:
     def test_data_that_is_lost_is_an_error(self, stage: Stage) -> None:
         stage.scatter("south", "x")
         assert stage.leave("south") == [
-            ev.FailKeys(("x",), "SiteLostError", "its site is gone and it cannot be computed again"), told_failed("x")
+            lost_for_good("x", "south"), told_failed("x")
         ]  # fmt: skip
 
     def test_data_put_at_a_site_that_left_meanwhile_is_an_error(self, stage: Stage) -> None:
         stage.leave("south")
         assert stage.scatter("south", "x") == [
-            told("x"), ev.FailKeys(("x",), "SiteLostError", "its site is gone and it cannot be computed again"),
+            told("x"), lost_for_good("x", "south"),
             told_failed("x"),
         ]  # fmt: skip
 

@@ -29,6 +29,7 @@ from tests.unit.hub.builders import (
     cancel,
     forget,
     forget_block,
+    lost_for_good,
     release,
     run,
     told,
@@ -37,7 +38,6 @@ from tests.unit.hub.builders import (
 )
 
 Phase = TypeVar("Phase", bound=Enum)
-UNRECOMPUTABLE = "its site is gone and it cannot be computed again"
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ class TestLosses:
         b = block("b", "y", "x", sites=("south",))
         stage.submit(b, wanted="y")
         assert stage.leave("north") == [
-            ev.FailKeys(("x",), "SiteLostError", UNRECOMPUTABLE), told_failed("x")
+            lost_for_good("x", "north"), told_failed("x")
         ]  # fmt: skip
         imported = Import("x", "", 0, failed=True)
         assert stage.says("south", ImportFailed("x", "north", "no such site")) == [

@@ -5,9 +5,18 @@ from __future__ import annotations
 from daskfed.hub import events as ev
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import BlockSpec, Import, ImportFailed
-from tests.unit.hub.builders import Stage, block, forget, forget_block, hello, release, run, told, told_failed
-
-LOST = "its site is gone and it cannot be computed again"
+from tests.unit.hub.builders import (
+    Stage,
+    block,
+    forget,
+    forget_block,
+    hello,
+    lost_for_good,
+    release,
+    run,
+    told,
+    told_failed,
+)
 
 
 def chain(length: int) -> list[BlockSpec]:
@@ -121,7 +130,7 @@ def test_data_is_lost_with_the_client_that_kept_it() -> None:
     stage(ev.ClientJoined("d", "ann"), ev.KeysScattered("d", "north", (("x", 8),), kept=True))
     stage.desire("x")
     stage.leave("north")
-    assert stage(ev.ClientLeft("d")) == [ev.FailKeys(("x",), "SiteLostError", LOST), told_failed("x")]
+    assert stage(ev.ClientLeft("d")) == [lost_for_good("x", "north"), told_failed("x")]
 
 
 def test_a_copy_is_dropped_with_its_key() -> None:

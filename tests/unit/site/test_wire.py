@@ -64,8 +64,14 @@ def test_large_errors_are_not_compared() -> None:
 
 
 def test_failures_for_want_of_an_import_are_marked_as_such() -> None:
-    report = Reading("c").report([{"op": "fed-erred", "key": "a"}, erred("a")])
+    report = Reading("c").report([{"op": "fed-erred", "key": "a", "blame": None}, erred("a")])
     assert report.events == [KeysErred(("a",), transfer=True)]
+
+
+def test_failures_for_want_of_workers_name_the_task_that_is_blamed() -> None:
+    blamed = [{"op": "fed-erred", "key": key, "blame": blame} for key, blame in (("a", "a"), ("b", "a"), ("c", "c"))]
+    report = Reading("c").report([*blamed, *map(erred, "abcd")])
+    assert report.events == [KeysErred(("a", "b"), blame="a"), KeysErred(("c",), blame="c"), KeysErred(("d",))]
 
 
 def test_a_load_says_which_blocks_it_includes() -> None:
