@@ -21,6 +21,8 @@ from daskfed.errors import ConfigurationError
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
 DEFAULT_GRACE = "1h"
 DEFAULT_SITE_TIMEOUT = "5m"
+DEFAULT_HUB_MEMORY = "512 MiB"
+DEFAULT_CLIENT_MEMORY = "1 GiB"
 DEFAULT_CLUSTER = "dask.distributed.LocalCluster"
 
 
@@ -102,6 +104,22 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def hub_memory() -> str:
+    """Return how much the hub keeps of the graphs that it may have to run again; the rest goes to disk.
+
+    ``daskfed.hub.memory`` in Dask's configuration, by default "512 MiB".
+    """
+    return str(dask.config.get("daskfed.hub.memory", DEFAULT_HUB_MEMORY))
+
+
+def client_memory() -> str:
+    """Return how much a client keeps of its graphs, and of the data that it scattered; the rest goes to disk.
+
+    ``daskfed.client.memory`` in Dask's configuration, by default "1 GiB" for each of both.
+    """
+    return str(dask.config.get("daskfed.client.memory", DEFAULT_CLIENT_MEMORY))
 
 
 def site_timeout_s() -> float:

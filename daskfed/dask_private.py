@@ -54,6 +54,9 @@ from dask.core import validate_key as validate_key
 from dask.sizeof import sizeof as sizeof
 from dask.utils import has_keyword as has_keyword
 
+# -- data/spill.py: folders that end with their process, or are cleared away by the next one -------------------------
+from distributed.diskutils import WorkSpace as WorkSpace
+
 # -- hub/coordination.py: distributed's own Variables, Queues, Locks ..., hosted by the hub instead of a scheduler ---
 from distributed.broker import Broker as Broker  # topics and their events
 from distributed.comm.addressing import parse_address as parse_address  # "tcp://host:port" -> scheme, rest

@@ -10,6 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import dask
@@ -26,7 +27,7 @@ from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.returning import Memory, PatientRPC, pauses, wanted_keys
+from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
@@ -81,6 +82,8 @@ class Client(distributed.Client):
             "fed-refused": self._handle_refused,
             "fed-arrived": self._handle_arrived,
             "fed-forget": self._memory.forget,
+            "fed-bring-data": self._handle_bring_data,
+            "fed-drop-copies": self._handle_drop_copies,
             "fed-ended": self._handle_ended,
         }
         super().start(**kwargs)
@@ -99,14 +102,19 @@ class Client(distributed.Client):
             self._set_methods.__exit__(None, None, None)
             self._set_methods = None
         await super()._close(fast=fast)
+        self._memory.close()
 
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, lambda: self.status == "connecting" and self._epoch > 0)
+            self.scheduler = PatientRPC(self.scheduler, self._is_away, self._memory)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
+
+    def _is_away(self) -> bool:
+        """Say whether there was a connection with the hub and another one is being tried."""
+        return self.status == "connecting" and self._epoch > 0
 
     def _say_hello(self) -> None:
         info = self._scheduler_identity
@@ -119,7 +127,7 @@ class Client(distributed.Client):
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
             wanted = wanted_keys(self.futures, self._assemblies)
-            self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted, ()))
+            self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted))
         self._epoch = fed["epoch"]
 
     async def _reconnect(self) -> None:
@@ -153,6 +161,22 @@ class Client(distributed.Client):
 
     def _handle_arrived(self, block: str, arrival: int, count: int) -> None:
         self._memory.arrived(block, arrival, count, self._epoch)
+
+    def _handle_bring_data(self, keys: Collection[Key]) -> None:
+        """The site is gone that had data of this client: put its copy at another one."""
+        copies = self._memory.copies(keys)
+        if absent := [key for key in keys if key not in copies]:
+            self.scheduler_comm.send({"op": "fed-no-copies", "keys": absent})
+        if copies:
+            self.loop.add_callback(self._bring_data, copies)
+
+    async def _bring_data(self, copies: dict[Key, Any]) -> None:
+        with suppress(OSError):  # a hub that is gone will ask again
+            await self.scheduler.bring(copies, self.id, client_grace_s())
+
+    def _handle_drop_copies(self, keys: Collection[Key]) -> None:
+        """Nobody needs data any more that this client scattered, unless it has done so again meanwhile."""
+        self._memory.drop_data([key for key in keys if key not in self.futures])
 
     def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
         joined = {name: facts for name, facts in sites.items() if name not in self._sites}
@@ -374,11 +398,20 @@ class Client(distributed.Client):
 
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def scatter(self, data: Any, *args: Any, site: Any = None, **kwargs: Any) -> Any:
-        """Put data at a site; as ``distributed.Client.scatter``, with ``site=`` (a name, a label, or a list)."""
+    def scatter(
+        self, data: Any, workers: Any = None, *args: Any, site: Any = None, replicas: int = 1, **kwargs: Any
+    ) -> Any:
+        """Put data at a site; as ``distributed.Client.scatter``, with ``site=`` (a name, a label, or a list).
+
+        ``replicas`` sites hold it, so that one of them may be lost. This client keeps a copy too, and brings it to
+        another site when the last of them is lost; once the client is gone, a loss is a SiteLostError.
+        """
         if site is not None:
-            kwargs["workers"] = [f"fed://{selector}" for selector in site_selectors(site)]
-        return super().scatter(data, *args, **kwargs)
+            workers = [f"fed://{selector}" for selector in site_selectors(site)]
+        if not isinstance(replicas, int) or replicas < 1:
+            raise ValueError(f"replicas={replicas!r} must be the number of sites that are to hold the data")
+        places = [workers] if isinstance(workers, str) else list(workers or ())
+        return super().scatter(data, [*places, Replicas(replicas)], *args, **kwargs)
 
 
 class _annotated:

@@ -258,7 +258,8 @@ class LocalSite:
         asyncio.get_running_loop().call_soon(self.agent.deliver, message, payload)
 
     async def call(self, op: str, /, **kwargs: Any) -> Any:
-        """Call an RPC handler of the agent."""
+        """Call an RPC handler of the agent, after it got what was sent before."""
+        await asyncio.sleep(0)
         return await self.agent.call(op, **kwargs)
 
     def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from daskfed.client.submission import Submission
+from daskfed.config import client_memory
+from daskfed.data.spill import Spilled
 from daskfed.messages import COORDINATION, REQUEST, BlockSpec, Key, encode
 
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
@@ -24,25 +26,55 @@ class Kept:
     """A block that may be needed again."""
 
     spec: BlockSpec
-    payload: dict[str, Any]
     arrival: int = 0  # the number that a hub gave it
     epoch: int = 0  # of that hub
 
 
 class Memory:
-    """The blocks of one client, in the order of submission."""
+    """The blocks of one client, in the order of submission, and copies of the data that it scattered.
+
+    Of each, as many bytes stay in memory as the configuration says; the rest goes to disk.
+    """
 
     def __init__(self) -> None:
         self.blocks: dict[str, Kept] = {}
+        self.payloads = Spilled(client_memory())
+        self.data = Spilled(client_memory())
+        self.keys: dict[Key, str] = {}  # of the data -> name in ``data``
+        self._names = itertools.count()
 
     def keep(self, submission: Submission) -> None:
         """Keep the blocks of a submission."""
         for spec, payload in zip(submission.blocks, submission.payloads, strict=True):
-            self.blocks[spec.id] = Kept(spec, payload)
+            self.blocks[spec.id] = Kept(spec)
+            self.payloads[spec.id] = payload
 
     def forget(self, block: str) -> None:
         """The hub will never need a block again."""
         self.blocks.pop(block, None)
+        self.payloads.pop(block, None)
+
+    def keep_data(self, data: Mapping[Key, Any]) -> None:
+        """Keep a copy of what is scattered."""
+        for key, value in data.items():
+            if key not in self.keys:
+                self.keys[key] = name = str(next(self._names))
+                self.data[name] = value
+
+    def drop_data(self, keys: Collection[Key]) -> None:
+        """Nobody will need these copies again."""
+        for key in keys:
+            if (name := self.keys.pop(key, None)) is not None:
+                del self.data[name]
+
+    def copies(self, keys: Collection[Key]) -> dict[Key, Any]:
+        """Return those of ``keys`` of which there is a copy."""
+        return {key: self.data[self.keys[key]] for key in keys if key in self.keys}
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.payloads.close()
+        self.data.close()
 
     def arrived(self, block: str, arrival: int, count: int, epoch: int) -> None:
         """A hub has numbered ``count`` blocks that were submitted together, from ``block`` on."""
@@ -51,29 +83,37 @@ class Memory:
             if (kept := self.blocks.get(f"{stem}/{int(first) + n}")) is not None:
                 kept.arrival, kept.epoch = arrival + n, epoch
 
-    def message(self, epoch: int, wanted: Collection[Key], kept: Collection[Key]) -> dict[str, Any]:
+    def message(self, epoch: int, wanted: Collection[Key]) -> dict[str, Any]:
         """Return what a client says when it is back at a hub of this epoch."""
         unknown = [block for block in self.blocks.values() if block.epoch != epoch]
         return {
             "op": "fed-back",
             "blocks": [encode(block.spec) for block in unknown],
             "arrivals": [block.arrival for block in unknown],
-            "payloads": [block.payload for block in unknown],
+            "payloads": [self.payloads[block.spec.id] for block in unknown],
             "wanted": list(wanted),
-            "kept": list(kept),
+            "kept": list(self.keys),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """How many sites are to hold what is scattered; it travels among the workers, as stock takes nothing else."""
+
+    count: int
 
 
 class PatientRPC:
     """The calls of a client to its hub: while the hub is gone, and the client tries to reach it, they wait.
 
-    What is asked again then is done once: calls of coordination carry an id of their own.
-    ``rpc`` makes a call, ``waiting`` says whether the client still tries.
+    What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
+    ``waiting`` says whether the client still tries, ``memory`` keeps what is scattered.
     """
 
-    def __init__(self, rpc: Any, waiting: Callable[[], bool]) -> None:
+    def __init__(self, rpc: Any, waiting: Callable[[], bool], memory: Memory) -> None:
         self._rpc = rpc
         self._waiting = waiting
+        self._memory = memory
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._rpc, name)
@@ -83,15 +123,36 @@ class PatientRPC:
         async def call(**kwargs: Any) -> Any:
             if name.startswith(COORDINATION):
                 kwargs[REQUEST] = secrets.token_hex(8)
-            for pause in pauses():
-                try:
-                    return await found(**kwargs)
-                except OSError:
-                    if not self._waiting():
-                        raise
-                    await asyncio.sleep(pause)
+            return await self._patiently(found, kwargs)
 
         return call
+
+    async def _patiently(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+        for pause in pauses():
+            try:
+                return await call(**kwargs)
+            except OSError:
+                if not self._waiting():
+                    raise
+                await asyncio.sleep(pause)
+
+    async def scatter(self, data: Mapping[Key, Any], workers: Any, **how: Any) -> Any:
+        """Put data at a site, and keep a copy until the hub says that nobody can need it any more."""
+        places = [each for each in workers or () if not isinstance(each, Replicas)]
+        replicas = max((each.count for each in workers or () if isinstance(each, Replicas)), default=1)
+        added = [key for key in data if key not in self._memory.keys]
+        self._memory.keep_data(data)
+        try:
+            request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}
+            return await self._patiently(self._rpc.scatter, request)
+        except BaseException:
+            self._memory.drop_data(added)
+            raise
+
+    async def bring(self, copies: Mapping[Key, Any], client: str, timeout_s: float) -> None:
+        """Put copies of data at a site, since the one that had it is gone."""
+        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True}
+        await self._patiently(self._rpc.scatter, request)
 
     async def close_rpc(self) -> None:
         """End the connections."""

@@ -63,6 +63,7 @@ class ClientSessions:
             "fed-hello": self.hello,
             "fed-submit": self.submit_blocks,
             "fed-back": self.back,
+            "fed-no-copies": self.no_copies,
             "update-graph": self.update_graph,
             "client-desires-keys": self.desire,
             "client-releases-keys": self.release,
@@ -219,6 +220,10 @@ class ClientSessions:
         payload = {name: fields[name] for name in OPAQUE_FIELDS if name in fields} | {"keys": list(keys)}
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
+
+    def no_copies(self, client: str, keys: Collection[Key]) -> None:
+        """A client was asked for copies that it does not have."""
+        self.hub.take(ev.CopiesGone(client, tuple(keys)))
 
     def desire(self, client: str, keys: Collection[Key]) -> None:
         """A client wants keys, or wants them made for nobody."""

@@ -64,6 +64,7 @@ class HubCore:
             ev.KeysReleased: self._keys_released,
             ev.KeysCancelled: self._keys_cancelled,
             ev.KeysScattered: self._keys_scattered,
+            ev.CopiesGone: self._copies_gone,
             ev.KeysNeeded: self._keys_needed,
             ev.SiteJoined: self._site_joined,
             ev.SiteLeft: self._site_left,
@@ -132,12 +133,18 @@ class HubCore:
                 self._promise(key, event.owner)
             if (state := self.ledger.keys.get(key)) is not None:
                 self.ledger.keep(state, event.client)
+                self._bring_if_missing(state)
             else:
                 self.ledger.command(ev.DropCopies(event.client, (key,)))
         self.ledger.unwant(event.client, stale)
         self._link(added)
         self.ledger.settle([*stale, *(key for block in added for key in block.spec.outputs)])
         self.recovery.client_back(event.client, self.ledger.now)
+
+    def _bring_if_missing(self, state: KeyState) -> None:
+        """Ask the keeper of a key that is missing, as it may not have heard when it was asked before."""
+        if self.recovery.settled and state.phase is KeyPhase.PENDING and state.producer is None:
+            self.ledger.give_up(state)
 
     def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
         first = self._arrivals + 1
@@ -274,6 +281,9 @@ class HubCore:
                 self.ledger.lose_key_at(state, event.site)
         if event.again:
             self.ledger.settle([key for key, _ in event.keys])
+
+    def _copies_gone(self, event: ev.CopiesGone) -> None:
+        self.ledger.keeper_left(event.client, event.keys)
 
     def _keys_needed(self, event: ev.KeysNeeded) -> None:
         if (site := self.sites.get(event.site)) is not None:

@@ -100,6 +100,14 @@ class KeysScattered:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiesGone:
+    """A client does not have the copies of keys that it was asked for."""
+
+    client: str
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KeysNeeded:
     """A task at a site took futures of these keys out of a Variable, a Queue or a dataset."""
 
@@ -144,6 +152,7 @@ Event: TypeAlias = (
     | KeysReleased
     | KeysCancelled
     | KeysScattered
+    | CopiesGone
     | KeysNeeded
     | SiteJoined
     | SiteLeft

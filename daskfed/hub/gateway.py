@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from distributed.comm.core import Comm
@@ -235,21 +236,28 @@ class Gateway:
         client: str,
         broadcast: bool | int = False,
         timeout: float = 30,
+        kept: bool = False,
+        again: bool = False,
+        replicas: int = 1,
     ) -> list[Key]:
         """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError for a wrong name.
 
-        ``workers`` may hold ``fed://`` addresses of workers, sites or labels.
+        ``workers`` may hold ``fed://`` addresses of workers, sites or labels. ``kept``, ``again`` and ``replicas`` as
+        for :class:`~daskfed.hub.events.KeysScattered`.
         """
-        site = await self._scatter_site(selectors_of(workers), timeout)
-        reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=broadcast)
-        sizes = reply["nbytes"]
-        self.hub.take(ev.KeysScattered(client, site.name, tuple((key, sizes.get(key, 0)) for key in data)))
-        return list(data)
-
-    async def _scatter_site(self, selectors: Collection[str], timeout: float) -> SiteState:
         deadline = time.monotonic() + (timeout or 0)
         while True:
-            sites = [site for site in self.hub.core.sites.values() if site.threads and not site.draining]
+            site = await self._scatter_site(selectors_of(workers), deadline)
+            with suppress(OSError):  # it is gone: the next one takes the data
+                reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=broadcast)
+                break
+        sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
+        self.hub.take(ev.KeysScattered(client, site.name, sizes, kept, again, replicas))
+        return list(data)
+
+    async def _scatter_site(self, selectors: Collection[str], deadline: float) -> SiteState:
+        while True:
+            sites = [site for site in self.hub.core.sites.values() if self._can_take(site)]
             fitting = [s for s in sites if not selectors or any(matches(s.hello, x) for x in selectors)]
             if fitting:
                 return min(fitting, key=lambda site: (site.backlog_s / site.threads, site.name))
@@ -258,6 +266,10 @@ class Gateway:
             if time.monotonic() > deadline:
                 raise TimeoutError("no site has a worker that could take the data")
             await asyncio.sleep(SCATTER_POLL_S)
+
+    def _can_take(self, site: SiteState) -> bool:
+        port = self.hub.ports.get(site.name)
+        return bool(site.threads) and not site.draining and port is not None and port.connected
 
     # -- moving ------------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,8 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import msgpack
-from distributed.protocol import dumps
 
-from daskfed.comm.opaque import loads_opaque
-from daskfed.dask_private import pack_frames, unpack_frames
+from daskfed.data.spill import read, written
 from daskfed.errors import ConfigurationError
 from daskfed.hub.recovery import Awaited
 
@@ -151,13 +149,3 @@ def packed(name: Any) -> bytes:
 def unpacked(name: bytes) -> Any:
     """Return the name that was packed."""
     return msgpack.unpackb(name, use_list=False, strict_map_key=False)
-
-
-def written(value: Any) -> bytes:
-    """Return a message as bytes, unopened parts as they are."""
-    return bytes(pack_frames(dumps(value)))
-
-
-def read(value: bytes) -> Any:
-    """Return the message that was written, its payloads unopened."""
-    return loads_opaque(list(unpack_frames(value)))

@@ -255,11 +255,11 @@ class Ledger:
         state.keeper = client
         self.kept[client][state.key] = None
 
-    def keeper_left(self, client: str) -> None:
-        """A client is gone, with the copies that it kept."""
-        for key in self.kept.pop(client, ()):
-            state = self.keys[key]
-            state.keeper = None
+    def keeper_left(self, client: str, keys: Iterable[Key] | None = None) -> None:
+        """A client is gone with the copies that it kept, or has lost those of ``keys``."""
+        kept = self.kept.get(client, {})
+        for key in [key for key in (kept if keys is None else keys) if key in kept]:
+            self._forget_copy(state := self.keys[key])
             if state.phase is KeyPhase.PENDING and state.producer is None:
                 self._lost_for_good(state)
 
@@ -267,9 +267,13 @@ class Ledger:
         if state.keeper is None:
             return
         self.command(DropCopies(state.keeper, (state.key,)))
-        del self.kept[state.keeper][state.key]
-        if not self.kept[state.keeper]:
-            del self.kept[state.keeper]
+        self._forget_copy(state)
+
+    def _forget_copy(self, state: KeyState) -> None:
+        keeper, state.keeper = str(state.keeper), None
+        del self.kept[keeper][state.key]
+        if not self.kept[keeper]:
+            del self.kept[keeper]
 
     def _lost_for_good(self, state: KeyState) -> None:
         if self.patient:

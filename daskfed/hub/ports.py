@@ -14,6 +14,7 @@ from daskfed.comm.control import ControlStream
 from daskfed.comm.opaque import call_opaque
 from daskfed.messages import Key, Message, SiteHello
 
+AFTER_MESSAGES = ("scatter_keys",)  # calls that must not overtake what was sent on the control stream before
 CHANNEL_TIMEOUT_S = 30.0  # how long a call waits for a site to park a channel
 
 
@@ -105,6 +106,8 @@ class RemoteSite:
 
     async def call(self, op: str, /, **kwargs: Any) -> Any:
         """Call an RPC handler of the site's agent and return its reply, unopened; raises OpaqueError as it raised."""
+        if op in AFTER_MESSAGES:
+            kwargs["after"] = self.stream.link.accepted
         comm = await self.take()
         try:
             return await call_opaque(comm, op, **kwargs)

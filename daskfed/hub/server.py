@@ -23,7 +23,8 @@ from tornado.ioloop import PeriodicCallback
 
 from daskfed.comm.control import ControlStream
 from daskfed.comm.opaque import OpaqueError, OpaqueServer, relays_errors
-from daskfed.config import client_grace_s
+from daskfed.config import client_grace_s, hub_memory
+from daskfed.data.spill import Spilled
 from daskfed.hub import events as ev
 from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import attach
@@ -80,7 +81,8 @@ class Hub(Hosting, OpaqueServer):
         epoch = max(int(self.started_at * 1000), self.journal.epoch + 1)
         self.journal.epoch = epoch
         self.core = HubCore(epoch, policy, replace(self.journal.awaited(), lease_s=client_grace_s()))
-        self.stores = Stores()
+        self.payloads = Spilled(hub_memory())
+        self.stores = Stores(self.payloads)
         self.ports: dict[str, SitePort] = {}
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
         self.sessions = ClientSessions(self)
@@ -165,6 +167,7 @@ class Hub(Hosting, OpaqueServer):
             comm.abort()
         await super().close(timeout=timeout, reason=reason)
         self.journal.close()
+        self.payloads.close()
         self.status = Status.closed
 
     # -- the core ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from distributed.core import error_message
@@ -12,17 +12,21 @@ from daskfed.messages import BlockSpec, Import, Key, RunBlock
 
 
 class Stores:
-    """Opaque things by block id or key; the core says when each may be forgotten."""
+    """Opaque things by block id or key; the core says when each may be forgotten.
 
-    def __init__(self) -> None:
-        self.payloads: dict[str, Any] = {}
+    ``payloads`` is where those of blocks are kept.
+    """
+
+    def __init__(self, payloads: MutableMapping[str, Any] | None = None) -> None:
+        self.payloads: MutableMapping[str, Any] = {} if payloads is None else payloads
         self.errors: dict[Key, dict[str, Any]] = {}
         self.types: dict[Key, Any] = {}
 
     def keep_payloads(self, blocks: Iterable[BlockSpec], payloads: Iterable[Any]) -> None:
         """Keep the payload of each block."""
         for block, payload in zip(blocks, payloads, strict=True):
-            self.payloads.setdefault(block.id, payload)
+            if block.id not in self.payloads:
+                self.payloads[block.id] = payload
 
     def keep_error(self, keys: Iterable[Key], error: dict[str, Any]) -> None:
         """Keep one error, as ``exception`` and ``traceback``, for several keys."""

@@ -29,6 +29,7 @@ from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.002
 IDLE_CHANNELS = 2
 MOST_CHANNELS = 8
 CONNECT_TIMEOUT_S = 10.0
@@ -103,13 +104,16 @@ class RemoteHub:
             self._stream.resume(comm, reply["received"])
         else:
             self._stream = ControlStream(comm, reply["session"], deliver)
-        self._channels = Channels(lambda: self._park(hello), agent)
+        self._channels = Channels(lambda: self._park(hello), agent, self._received)
         self.lost.clear()
         self.found.set()
         self._start(self._serve(self._stream))
         self._start(self._measure_round_trip())
         self._channels.fill()
         return resumed
+
+    def _received(self) -> int:
+        return 0 if self._stream is None else self._stream.received
 
     async def _introduce(self, comm: Comm, hello: SiteHello) -> dict[str, Any]:
         had, received = ("", 0) if self._stream is None else (self._stream.session, self._stream.received)
@@ -199,11 +203,17 @@ class RemoteHub:
 
 
 class Channels:
-    """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number in all."""
+    """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number in all.
 
-    def __init__(self, park: Callable[[], Awaitable[Comm]], agent: AgentSide) -> None:
+    ``received`` counts the messages of the control stream: a call may ask to be served ``after`` some of them.
+    """
+
+    def __init__(
+        self, park: Callable[[], Awaitable[Comm]], agent: AgentSide, received: Callable[[], int] = lambda: 0
+    ) -> None:
         self.park = park
         self.agent = agent
+        self.received = received
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = 0
 
@@ -239,7 +249,9 @@ class Channels:
             self._idle -= idle
 
     async def _answer(self, comm: Comm, request: dict[str, Any]) -> None:
-        op, reply = request.pop("op"), request.pop("reply", True)
+        op, reply, after = request.pop("op"), request.pop("reply", True), request.pop("after", 0)
+        while self.received() < after:  # a connection that breaks meanwhile ends this channel too
+            await asyncio.sleep(POLL_S)
         if op == "get_keys":
             async for message in self.agent.stream_keys(list(request["keys"])):
                 await comm.write(message)
