@@ -133,7 +133,8 @@ async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
 
 async def _check_hub(hub: str, security: Any, name: str) -> None:
     """Find out what the hub would refuse before a cluster is started, which may be dear; raises ConnectionRefused."""
-    if name in await _sites_of(hub, security):
+    known = (await _sites_of(hub, security)).get(name)
+    if known is not None and known["status"] != "away":  # else its place may be taken
         raise ConnectionRefused(f"a site named {name!r} is connected to {hub} already: give this one another name")
 
 

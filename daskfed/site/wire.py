@@ -22,7 +22,7 @@ from distributed.comm.core import CommClosedError
 from distributed.versions import get_versions
 
 from daskfed.comm.opaque import connect_opaque
-from daskfed.dask_private import ToPickle
+from daskfed.dask_private import Serialized, ToPickle
 from daskfed.ending import end_tasks
 from daskfed.errors import SiteStartError
 from daskfed.messages import Key, MadeKey
@@ -229,7 +229,7 @@ class Reading:
         self.failures = True
         if key in self._silent:
             return
-        error = {"exception": message["exception"], "traceback": message["traceback"]}
+        error = {"exception": _unopened(message["exception"]), "traceback": message["traceback"]}
         if erred and not (_same(report.errors[erred[-1]], error) and _as_one(causes, erred[-1], key)):
             _flush_erred(report, erred, causes)
         report.errors[key] = error
@@ -275,6 +275,11 @@ def _flush_erred(report: Report, erred: list[Key], causes: Mapping[Key, Key | No
 def _as_one(causes: Mapping[Key, Key | None], one: Key, other: Key) -> bool:
     """Whether two keys failed for one reason, as far as the reporter said why."""
     return (one in causes) is (other in causes) and causes.get(one) == causes.get(other)
+
+
+def _unopened(exception: Any) -> Any:
+    """Return an exception as errors of tasks come; those of the scheduler itself come as bytes that were pickled."""
+    return Serialized({"serializer": "pickle", "writeable": ()}, [exception]) if type(exception) is bytes else exception
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

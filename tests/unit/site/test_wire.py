@@ -58,6 +58,12 @@ def test_keys_that_failed_with_one_error_are_one_event() -> None:
     assert bytes(report.errors["b"]["exception"].frames[0]) == b"boom"
 
 
+def test_an_error_of_the_scheduler_itself_is_unopened_as_any_other() -> None:
+    report = Reading("c").report([{"op": "task-erred", "key": "a", "exception": b"pickled", "traceback": None}])
+    assert report.errors["a"]["exception"].header["serializer"] == "pickle"
+    assert report.errors["a"]["exception"].frames == [b"pickled"]
+
+
 def test_large_errors_are_not_compared() -> None:
     report = Reading("c").report([erred("a", size=2**15), erred("b", size=2**15)])
     assert report.events == [KeysErred(("a",)), KeysErred(("b",))]
