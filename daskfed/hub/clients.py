@@ -142,9 +142,9 @@ class ClientSessions:
             session.send({"op": "error", "exception": f"{type(exc).__name__}: {exc}"})
 
     async def close(self) -> None:
-        """Tell every client that the federation ends, and end its stream."""
+        """End every client's stream; tell them that the federation ends, unless the hub may be started again."""
         for session in list(self.sessions.values()):
-            if session.federated:
+            if session.federated and not self.hub.journal.durable:
                 session.send({"op": "fed-ended"})
         await asyncio.sleep(2 * FLUSH_S)
         for session in list(self.sessions.values()):

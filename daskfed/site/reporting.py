@@ -270,12 +270,13 @@ class SiteReporter(SchedulerPlugin):
 
     def _tell_status(self) -> None:
         workers = self.scheduler.workers.values()
+        threads = sum(worker.nthreads for worker in self.scheduler.running)  # those of paused workers take nothing
         running = sum(min(len(worker.processing), worker.nthreads) for worker in workers)
         self._send(
             {
                 "op": "fed-status",
                 "workers": len(workers),
-                "threads": self.scheduler.total_nthreads,
+                "threads": threads,
                 "memory_limit": sum(worker.memory_limit for worker in workers),
                 "memory_used": sum(worker.metrics.get("memory", 0) for worker in workers),
                 "running": running,
