@@ -25,6 +25,7 @@ from tests.system.commands import MODULE, Command, hub
 VERBOSE = (*MODULE, "--verbose")
 POLL_S = 0.05
 RESTART_S = 0.3  # pause before a site that ended is started again
+BACK_S = 60.0  # within which all sites must have joined again
 LOG_LINES = 40
 KINDS = ("hub", "agent", "host", "worker")
 
@@ -153,7 +154,10 @@ class Siege:
     # -- ending ------------------------------------------------------------------------------------------------------
 
     def close(self) -> list[str]:
-        """End everything with Ctrl-C, the sites first; return what went wrong with that."""
+        """End everything with Ctrl-C, the sites first, once all are back; return what went wrong with that."""
+        deadline = time.monotonic() + BACK_S
+        while not all(site.joined for site in self.sites) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         self._ending.set()
         self._supervisor.join()
         problems = [problem for site in self.sites for problem in _ended(f"site {site.name}", site.command)]

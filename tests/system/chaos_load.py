@@ -16,10 +16,10 @@ from distributed import Lock
 
 from daskfed import Client
 
-CALLS = 40
-CHUNKS = 5
-LOCKED = 12
-NAP_S = 0.05
+CALLS = 24
+CHUNKS = 4
+LOCKED = 6
+NAP_S = 0.04
 STOCK = {"scheduler": "threads", "num_workers": 2}
 
 

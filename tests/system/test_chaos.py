@@ -23,14 +23,15 @@ pytestmark = pytest.mark.system
 ROUNDS = int(os.environ.get("DASKFED_CHAOS_ROUNDS", "30"))
 SEED = int(os.environ.get("DASKFED_SEED", "1000"))
 ROUND_S = 120.0  # within which a round must be over, whatever was killed
-LEASE = "4s"  # after which a Lock whose holder was killed is free again
+LEASE = {"timeout": "4s", "validation_interval": "1s"}  # after which a Lock whose holder was killed is free again
 SIEGES = {2: ("north", "south"), 3: ("north", "south", "west")}
 
 
 @pytest.fixture
 def besiege(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Siege]]:
     """Start federations, of which nothing is left after the test."""
-    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_TIMEOUT", LEASE)
+    for name, value in LEASE.items():
+        monkeypatch.setenv(f"DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_{name.upper()}", value)
     sieges: list[Siege] = []
 
     def started(nsites: int) -> Siege:
