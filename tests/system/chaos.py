@@ -32,7 +32,7 @@ KINDS = ("hub", "agent", "host", "worker")
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill of a plan."""
+    """One kill of a plan; of another site, or another kind, where it would leave no site that stands."""
 
     after_s: float  # since the one before, or since the beginning
     kind: str  # of process: hub, agent, host (with the scheduler), worker
@@ -124,7 +124,7 @@ class Siege:
     # -- killing -----------------------------------------------------------------------------------------------------
 
     def kill(self, kill: Kill) -> bool:
-        """Carry out one kill; say whether it was: a site falls only while another stands, and nobody falls twice."""
+        """Carry out one kill, and say whether there was somebody to kill."""
         with self._lock:
             done = self._kill_hub(kill) if kill.kind == "hub" else self._kill_at_site(kill)
         self.kills[kill.kind if done else "none"] += 1
@@ -140,11 +140,10 @@ class Siege:
         return True
 
     def _kill_at_site(self, kill: Kill) -> bool:
-        site = self.sites[kill.site]
-        others = any(other.joined for other in self.sites if other is not site)
-        if not site.joined or not (others or kill.kind == "worker"):
+        joined = [site for site in (*self.sites[kill.site :], *self.sites[: kill.site]) if site.joined]
+        if not joined:
             return False
-        victim = site.victim(kill.kind)
+        victim = joined[0].victim(kill.kind if len(joined) > 1 else "worker")
         if victim is None:
             return False
         with suppress(psutil.Error):
