@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes in roles, their CPU time, alternating runs, medians, and a verdict."""
+"""What the benchmarks share: processes in roles, those that are killed, their CPU time, medians, and a verdict."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 WAIT_S = 60.0
+DASKFED = (sys.executable, "-m", "daskfed")
 STOCK = """
 import sys, threading
 from distributed import LocalCluster
@@ -62,19 +63,58 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def hub_and_sites(names: tuple[str, ...], **options: Any) -> Iterator[tuple[str, dict[str, subprocess.Popen[bytes]]]]:
-    """Run a hub and sites, each in processes of their own; yields the hub's address and the processes by role."""
-    address = f"tcp://127.0.0.1:{free_port()}"
+def hub_command(address: str, state: str | Path | None = None) -> tuple[str, ...]:
+    """Return the command of a hub, which keeps its state in a folder if one is named."""
+    kept = ("--state", str(state)) if state is not None else ()
+    return (*DASKFED, "hub", "--listen", address, *kept)
+
+
+def site_command(name: str, address: str, **options: Any) -> tuple[str, ...]:
+    """Return the command of a site, of one worker with one thread unless ``options`` of the LocalCluster say else."""
     quiet = {"dashboard_address": ":0", "scheduler_kwargs": {"dashboard": False}}
     given = json.dumps({"n_workers": 1, "threads_per_worker": 1, **quiet, **options})
-    python = (sys.executable, "-m", "daskfed")
+    return (*DASKFED, "site", "--name", name, "--hub", address, "--options", given)
+
+
+@contextlib.contextmanager
+def hub_and_sites(
+    names: tuple[str, ...], *, state: str | Path | None = None, **options: Any
+) -> Iterator[tuple[str, dict[str, subprocess.Popen[bytes]]]]:
+    """Run a hub and sites, each in processes of their own; yields the hub's address and the processes by role."""
+    address = f"tcp://127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as stack:
-        processes = {"hub": stack.enter_context(running(*python, "hub", "--listen", address))}
+        processes = {"hub": stack.enter_context(running(*hub_command(address, state)))}
         for name in names:
-            command = (*python, "site", "--name", name, "--hub", address, "--options", given)
-            processes[name] = stack.enter_context(running(*command))
+            processes[name] = stack.enter_context(running(*site_command(name, address, **options)))
         yield address, processes
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it started, as a machine does that loses power."""
+    root = psutil.Process(process.pid)
+    for each in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
+class Diary:
+    """A file to which tasks, wherever they run, append a line when they begin and when they end."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+
+    def note(self, event: str, task: object) -> None:
+        """Add a line: the event, the task, this process and its time."""
+        with open(self.path, "a") as file:
+            file.write(f"{event} {task} {os.getpid()} {time.time()}\n")
+
+    def entries(self, event: str) -> list[tuple[str, int, float]]:
+        """Return (task, process, time) of each ``event``, in order."""
+        if not os.path.exists(self.path):
+            return []
+        lines = [line.split() for line in Path(self.path).read_text().splitlines()]
+        return [(task, int(pid), float(at)) for kind, task, pid, at in lines if kind == event]
 
 
 @contextlib.contextmanager
@@ -116,5 +156,5 @@ def median(values: list[float]) -> float:
 def verdict(what: str, value: float, bar: float) -> bool:
     """Print one line of result: ``value`` should not be above ``bar``; return whether it is not."""
     passed = value <= bar
-    print(f"{'PASS' if passed else 'FAIL'}  {what}: {value:.3g} (bar {bar:g})", flush=True)
+    print(f"{'PASS' if passed else 'FAIL'}  {what}: {value:.3g} (bar {bar:.3g})", flush=True)
     return passed

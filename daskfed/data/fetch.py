@@ -2,6 +2,7 @@
 
 The agent gives its scheduler a task under the key's own name; the task runs one of these functions on a worker. They
 are sent by value and need only distributed and the standard library, so daskfed need not be installed on the workers.
+One function is not for tasks: :func:`forget_inputs` mends what a worker remembers of such keys.
 """
 
 from __future__ import annotations
@@ -59,6 +60,27 @@ async def _ask_agent(worker: Any, address: str, key: Any, token: str) -> Any:
         return await send_recv(comm, op="get-import", key=key, token=token)
     finally:
         pool.reuse(address, comm)
+
+
+def forget_inputs(keys: Sequence[Any], dask_worker: Any) -> None:
+    """Have a worker forget what it made ``keys`` from, which come from elsewhere now, and ask for them once more.
+
+    A worker that knows dependents of a key remembers the inputs that it made the key from, and where a task without
+    inputs comes under that name, it waits for those: for ever, if nobody makes them again.
+    """
+    tell = {"stimulus_id": "daskfed-forget-inputs"}
+    for key in keys:
+        task = dask_worker.state.tasks.get(key)
+        if task is None or task.state not in ("released", "waiting"):
+            continue
+        for each in task.dependencies:
+            each.dependents.discard(task)
+            each.waiters.discard(task)
+        sought = [each.key for each in task.dependencies if each.state in ("fetch", "missing") and not each.dependents]
+        task.dependencies.clear()
+        dask_worker.stream_handlers["free-keys"](keys=sought, **tell)
+        if task.state == "waiting":
+            dask_worker.batched_send({"op": "reschedule", "key": key, **tell})
 
 
 def raise_import(exception: tuple[Any, Any], traceback: tuple[Any, Any] | None) -> Any:

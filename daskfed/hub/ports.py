@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from typing import Any, Protocol
@@ -57,8 +56,7 @@ class RemoteSite:
         self.ended = False  # it said that it ends
         self.detached = asyncio.Event()  # its control stream has no connection
         self.detached.set()
-        self._idle: deque[Comm] = deque()
-        self._parked = asyncio.Condition()
+        self._idle: asyncio.Queue[Comm | None] = asyncio.Queue()  # None: there will be no more
 
     @property
     def connected(self) -> bool:
@@ -87,22 +85,24 @@ class RemoteSite:
 
     async def park(self, comm: Comm) -> None:
         """Take in a channel that the site dialled."""
-        async with self._parked:
-            self._idle.append(comm)
-            self._parked.notify()
+        self._idle.put_nowait(comm)
 
     async def take(self) -> Comm:
         """Return an idle channel, waiting for the site to park one; raises CommClosedError if none comes."""
-        async with self._parked:
-            while True:
-                while self._idle:
-                    comm = self._idle.popleft()
-                    if not comm.closed():
-                        return comm
-                try:
-                    await asyncio.wait_for(self._parked.wait(), CHANNEL_TIMEOUT_S)
-                except TimeoutError:
-                    raise CommClosedError(f"site {self.hello.site!r} parked no channel for the hub's call") from None
+        while True:
+            try:
+                comm = await asyncio.wait_for(self._idle.get(), CHANNEL_TIMEOUT_S)
+            except TimeoutError:
+                raise CommClosedError(f"site {self.hello.site!r} parked no channel for the hub's call") from None
+            if comm is None:
+                self.give_up()  # for whoever else waits
+                raise CommClosedError(f"site {self.hello.site!r} is gone")
+            if not comm.closed():
+                return comm
+
+    def give_up(self) -> None:
+        """The site is gone: whoever waits for a channel of it need not wait any longer."""
+        self._idle.put_nowait(None)
 
     async def call(self, op: str, /, **kwargs: Any) -> Any:
         """Call an RPC handler of the site's agent and return its reply, unopened; raises OpaqueError as it raised."""
@@ -134,5 +134,7 @@ class RemoteSite:
         """End the control stream and all channels."""
         with suppress(OSError):
             await self.stream.comm.close()
-        for comm in self._idle:
-            comm.abort()
+        while not self._idle.empty():
+            if (comm := self._idle.get_nowait()) is not None:
+                comm.abort()
+        self.give_up()

@@ -292,6 +292,8 @@ class Hub(Hosting, OpaqueServer):
         if present is None or present.hello.incarnation != hello.incarnation or port not in (None, present):
             return
         del self.ports[hello.site]
+        if isinstance(present, RemoteSite):
+            present.give_up()
         if self.status is Status.running:
             self.journal.forget_site(hello.site)
         logger.info("site %s left", hello.site)

@@ -15,12 +15,13 @@ fed-learned     durations and sizes of results per key prefix since the last tim
 It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task, and
 ``fed-released``, sent after it let go of keys): a key that Dask still knows under another task forgets that task, and a
 fetch task that has run, failed, or is no longer wanted is forgotten, so that Dask never fetches again what the agent no
-longer has. And before a block is submitted (``fed-renew``), those of its tasks may run again that Dask remembers as
-failed, though the input that they failed from is mended or gone.
+longer has. Workers are made to forget too. And before a block is submitted (``fed-renew``), those of its tasks may run
+again that Dask remembers as failed, though the input that they failed from is mended or gone.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
@@ -30,13 +31,16 @@ from distributed.comm.core import CommClosedError
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
+from daskfed.data.fetch import by_value, forget_inputs
 from daskfed.messages import Key
 
+FORGET_INPUTS = by_value(forget_inputs)
 LOAD_S = 0.05
 BUSY_S = 0.25
 PLENTY = 32  # unfinished tasks per thread that keep it busy for BUSY_S, unless they take less than 8 ms
 STATUS_S = 1.0
 LEARNED_S = 0.5
+SLOW_S = 2.0  # imports that take longer may wait for nothing
 UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
 DORMANT = frozenset({"released", "erred"})
 
@@ -53,6 +57,8 @@ class SiteReporter(SchedulerPlugin):
         self.scheduler = scheduler
         self.importing: set[Key] = set()
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
+        self._made_before: set[Key] = set()  # imports that are to come, of keys that were made here from others
+        self._slow_imports: set[Key] = set()  # that had not landed a while ago
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
         self._load_timer: Any = None
         self._load_is_due_soon = False
@@ -60,7 +66,7 @@ class SiteReporter(SchedulerPlugin):
         scheduler.stream_handlers["fed-import"] = self.expect_imports
         scheduler.stream_handlers["fed-released"] = self.end_imports
         scheduler.stream_handlers["fed-renew"] = self.renew
-        timers = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
+        timers = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._look_after_imports, SLOW_S))
         self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
         for callback in self._callbacks:
             callback.start()
@@ -132,6 +138,9 @@ class SiteReporter(SchedulerPlugin):
         """Tell the sizes of keys that were in memory before a graph asked for them, and sweep what it left useless."""
         if client != self.client:
             return
+        if made_before := self._made_before.intersection(keys):
+            self._made_before -= made_before
+            scheduler.loop.add_callback(self._forget_at_workers, made_before)
         for key in keys:
             task = scheduler.tasks.get(key)
             if task is not None and task.state == "memory":
@@ -183,7 +192,21 @@ class SiteReporter(SchedulerPlugin):
             self.importing.add(key)
             task = self.scheduler.tasks.get(key)
             if task is not None and task.state in DORMANT and not task.who_wants:
+                if task.dependencies:
+                    self._made_before.add(key)
                 self._forget_lineage(task)
+
+    def _look_after_imports(self) -> None:
+        """See to imports that should have landed long ago."""
+        slow = {key for key in self.importing if key in self.scheduler.tasks}
+        again, self._slow_imports = slow & self._slow_imports, slow
+        if again:
+            self.scheduler.loop.add_callback(self._forget_at_workers, again)
+
+    async def _forget_at_workers(self, keys: Collection[Key]) -> None:
+        """Have workers forget what they made the keys from before."""
+        message = {"op": "run", "function": FORGET_INPUTS, "args": pickle.dumps((list(keys),))}
+        await self.scheduler.broadcast(msg=message, on_error="ignore")
 
     def end_imports(self, keys: Collection[Key], client: str) -> None:
         """The agent let go of keys: a fetch task that Dask still knows among them must not run or fail again."""

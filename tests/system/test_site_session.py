@@ -201,6 +201,33 @@ def test_a_key_that_was_made_here_before_and_is_imported_now_is_not_computed_aga
     check(story)
 
 
+def test_an_import_does_not_wait_for_what_its_key_was_made_from_here_before() -> None:
+    async def story(site: Site) -> None:
+        graph = {"w": (operator.add, 1, 2), "x": (operator.neg, TaskRef("w")), "y": (operator.mul, X, 10)}
+        site.run(graph, outputs=("x", "y"))
+        await site.made("y")
+        await site.release("x")
+        site.world.values["x"] = 1000
+        site.run({"z": (operator.add, X, 1)}, Import("x", "north", 28))
+        await site.made("z")
+        assert await site.value("z") == 1001
+
+    check(story)
+
+
+def test_an_import_does_not_wait_for_what_only_a_worker_remembers() -> None:
+    async def story(site: Site) -> None:
+        site.run({"w": (operator.add, 1, 2), "x": (operator.neg, TaskRef("w")), "y": (slow_add, X, 10)}, outputs=("x", "y"))
+        await site.made("x")
+        await site.release("x", "y")  # the worker goes on with y, and knows x until it ends
+        site.world.values["x"] = -3
+        site.run({"z": (operator.add, X, 1)}, Import("x", "north", 28))
+        await site.made("z")
+        assert await site.value("z") == -2
+
+    check(story)
+
+
 def test_a_key_that_was_imported_before_and_is_made_here_now_is_computed() -> None:
     async def story(site: Site) -> None:
         site.world.values["x"] = 1000

@@ -1,0 +1,153 @@
+"""funcX's fault experiment: 48 tasks of 100 ms a second, one of two sites killed; what is lost, and how long it shows.
+
+Two sites of four workers; at 2 s one is killed and another is started in its stead, under another name. In the paper
+(arXiv:2005.04215) five tasks ran again, and latencies were back to normal 3 s after the loss was noticed.
+Workers are threads here: four of one process for each site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _common import Diary, hub_and_sites, kill_tree, median, running, site_command, verdict, wait_for
+
+import daskfed
+
+RATE = 48  # tasks a second
+TASK_S = 0.1
+KILL_S = 2.0
+LENGTH_S = 20.0
+WINDOW_S = 0.5
+NORMAL = 1.5  # times the usual latency
+WORKERS = 4  # threads of each site
+
+
+def task(number: int, diary: str) -> int:
+    """Sleep for 100 ms."""
+    Diary(diary).note("began", number)
+    time.sleep(TASK_S)
+    return number
+
+
+class Stream:
+    """Tasks that are submitted at a steady rate, with the latency of each."""
+
+    def __init__(self, client: daskfed.Client, diary: Diary) -> None:
+        self.client = client
+        self.diary = diary
+        self.submitted: dict[int, float] = {}  # task -> seconds since the start
+        self.done: dict[int, float] = {}
+        self.failed = 0
+        self._futures: list[Any] = []
+        self._start = time.monotonic()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def run(self) -> None:
+        """Submit everything and wait for it."""
+        self._start = time.monotonic()
+        for number in range(round(LENGTH_S * RATE)):
+            time.sleep(max(0.0, number / RATE - self.now))
+            self._submit(number)
+        wait_for(lambda: len(self.done) + self.failed == len(self.submitted), "all tasks")
+
+    def _submit(self, number: int) -> None:
+        self.submitted[number] = self.now
+        future = self.client.submit(task, number, self.diary.path, pure=False)
+        self._futures.append(future)
+        future.add_done_callback(lambda future: self._ended(number, future.status))
+
+    def _ended(self, number: int, status: str) -> None:
+        if status == "finished":
+            self.done[number] = self.now
+        else:
+            self.failed += 1
+
+    def latency_s(self, since: float, until: float) -> float:
+        """Return the median latency of what was submitted in a window; infinite where something is not done."""
+        inside = [number for number, at in self.submitted.items() if since <= at < until]
+        return median([self.done.get(number, float("inf")) - self.submitted[number] for number in inside])
+
+    def windows(self) -> list[float]:
+        """Return the latency in each window."""
+        return [self.latency_s(i * WINDOW_S, (i + 1) * WINDOW_S) for i in range(round(LENGTH_S / WINDOW_S))]
+
+
+def watch(client: daskfed.Client, now: Callable[[], float], told: dict[str, float]) -> None:
+    """Note when the hub sees that a site is away, gives it up, and has its replacement."""
+    while "replaced" not in told:
+        sites = client.sites()
+        if "south" not in sites or sites["south"]["status"] == "away":
+            told.setdefault("noticed", now())
+        if "south" not in sites:
+            told.setdefault("detected", now())
+        if sites.get("spare", {}).get("workers"):
+            told["replaced"] = now()
+        time.sleep(0.02)
+
+
+def measure(folder: Path) -> tuple[Stream, dict[str, float]]:
+    """Run the stream of tasks while a site is killed; return it, and when what happened."""
+    told: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        sites = hub_and_sites(("north", "south"), threads_per_worker=WORKERS)
+        address, processes = stack.enter_context(sites)
+        client = stack.enter_context(daskfed.Client(address, timeout=60))
+        observer = stack.enter_context(daskfed.Client(address, timeout=60, set_as_default=False))
+        wait_for(lambda: sum(site["workers"] for site in client.sites().values()) == 2, "the sites' workers")
+        client.gather(client.map(task, range(80), diary=str(folder / "warm"), pure=False))
+        stream = Stream(client, Diary(folder / "diary"))
+
+        def kill() -> None:
+            told["killed"] = stream.now
+            kill_tree(processes["south"])
+            stack.enter_context(running(*site_command("spare", address, threads_per_worker=WORKERS)))
+            watch(observer, lambda: stream.now, told)
+
+        timer = threading.Timer(KILL_S, kill)
+        timer.start()
+        stream.run()
+        timer.join()
+    return stream, told
+
+
+def back_s(windows: list[float], normal_s: float, after: float) -> float:
+    """Return from when on the latency is normal again: the start of the first of the last normal windows."""
+    slow = [i for i, latency in enumerate(windows) if latency > NORMAL * normal_s and (i + 1) * WINDOW_S > after]
+    return (slow[-1] + 1) * WINDOW_S if slow else after
+
+
+def main() -> int:
+    """Measure and print; return 1 where a bar is missed."""
+    with tempfile.TemporaryDirectory() as folder:
+        stream, told = measure(Path(folder))
+        began = stream.diary.entries("began")
+    normal_s = stream.latency_s(0.5, KILL_S)
+    windows = stream.windows()
+    back = back_s(windows, normal_s, told["killed"])
+    lost, again = len(stream.submitted) - len(stream.done), len(began) - len({each for each, *_ in began})
+    facts = {"normal_s": normal_s, "again": again, "lost": lost, "back_s": back, "windows_s": windows}
+    print(json.dumps(facts | told))
+    print(f"latency {1000 * normal_s:.0f} ms, worst window {max(windows):.2f} s; {again} tasks ran again")
+    print("since the kill: " + ", ".join(f"{what} {at - told['killed']:.2f} s" for what, at in told.items()))
+    print(f"latency normal again {back - told['killed']:.2f} s after the kill")
+    passed = [
+        verdict("tasks lost", lost, 0),
+        verdict("seconds from detection to normal latency", back - told["detected"], 3.0),
+    ]
+    return not all(passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Processes of a federation are killed at random while it works: every result is right, and nothing is left.
+
+``DASKFED_CHAOS_ROUNDS`` says how many rounds are played in all; each prints its seed where it fails, and
+``DASKFED_SEED=<seed> DASKFED_CHAOS_ROUNDS=1`` plays that one again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daskfed import Client
+from tests.system.chaos import Killer, Siege, plan
+from tests.system.chaos_load import Load
+
+pytestmark = pytest.mark.system
+
+ROUNDS = int(os.environ.get("DASKFED_CHAOS_ROUNDS", "30"))
+SEED = int(os.environ.get("DASKFED_SEED", "1000"))
+ROUND_S = 120.0  # within which a round must be over, whatever was killed
+LEASE = {"timeout": "4s", "validation_interval": "1s"}  # after which a Lock whose holder was killed is free again
+SIEGES = {2: ("north", "south"), 3: ("north", "south", "west")}
+
+
+@pytest.fixture
+def besiege(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Siege]]:
+    """Start federations, of which nothing is left after the test."""
+    for name, value in LEASE.items():
+        monkeypatch.setenv(f"DASK_DISTRIBUTED__SCHEDULER__LOCKS__LEASE_{name.upper()}", value)
+    sieges: list[Siege] = []
+
+    def started(nsites: int) -> Siege:
+        sieges.append(Siege(SIEGES[nsites], tmp_path / "state", threads=4 - nsites))
+        return sieges[-1]
+
+    yield started
+    for siege in sieges:
+        siege.destroy()
+
+
+@pytest.mark.timeout(60 + ROUNDS * ROUND_S)
+@pytest.mark.parametrize("nsites", sorted(SIEGES))
+def test_work_goes_on_whoever_is_killed(nsites: int, besiege: Callable[[int], Siege], tmp_path: Path) -> None:
+    """Hub, agents, cluster hosts and workers are killed while calls, arrays, dataframes and Locks are at work."""
+    siege = besiege(nsites)
+    rounds = range(nsites - 2, ROUNDS, 2)
+    start = time.monotonic()
+    with Client(siege.address, timeout=30) as client:
+        tasks = sum(play(siege, client, SEED + number, tmp_path) for number in rounds)
+    problems = siege.close()
+    assert not problems, "\n".join(problems)
+    kills = ", ".join(f"{count} {kind}" for kind, count in sorted(siege.kills.items()))
+    print(f"\n{nsites} sites: {len(rounds)} rounds in {time.monotonic() - start:.0f} s, {tasks} tasks, kills: {kills}")
+
+
+def play(siege: Siege, client: Client, seed: int, folder: Path) -> int:
+    """Play one round; return how many futures it had. Raises AssertionError with all that is known if it fails."""
+    kills = plan(seed, len(siege.sites))
+    load = Load(client, seed, folder / f"round-{seed}")
+    start = time.monotonic()
+    with Killer(siege, kills) as killer:
+        try:
+            load.check(ROUND_S)
+            failure = None
+        except Exception as exc:
+            failure = exc
+    if failure is not None:
+        raise AssertionError(f"seed {seed}: {failure!r}\n{state(siege, client, load, killer)}") from failure
+    print(f"seed {seed}: {time.monotonic() - start:.1f} s", *killer.story, sep="\n  ")
+    return len(load.futures)
+
+
+def state(siege: Siege, client: Client, load: Load, killer: Killer) -> str:
+    """Return all that helps to find out why a round failed."""
+    pending = [future for future in load.futures if not future.done()]
+    told = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(load.futures)}"]
+    told += [f"sites: {asked(client._fetch_sites, client)}"]
+    told += [f"{future.key!r}: {asked(client._explain, client, future.key)}" for future in pending[:8]]
+    return "\n".join([*told, siege.logs()])
+
+
+def asked(question: Callable[..., Any], client: Client, *args: Any) -> Any:
+    """Return an answer of the hub, or why there is none."""
+    try:
+        return client.sync(question, *args, callback_timeout=10)
+    except Exception as exc:
+        return repr(exc)
