@@ -25,27 +25,18 @@ LEASE_S = 3600.0  # with clients, before what they wanted is released
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """Who was there before the hub started anew: names of sites, ids of clients and their users."""
+    """Who was there before the hub started anew, and how long they are waited for."""
 
-    sites: frozenset[str] = frozenset()
-    clients: Mapping[str, str] = field(default_factory=dict)
+    sites: frozenset[str] = frozenset()  # names
+    clients: Mapping[str, str] = field(default_factory=dict)  # id -> user
+    patience_s: float = PATIENCE_S  # with sites and clients, before work is placed without them
+    lease_s: float = LEASE_S  # with clients, before what they wanted is released
 
 
 class Recovery:
-    """Whom the hub waits for, and since when.
+    """Whom the hub waits for, and since when."""
 
-    ``patience_s``: with sites and clients, before work is placed without them; ``lease_s``: with clients, before what
-    they wanted is released.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        dispatcher: Dispatcher,
-        awaited: Awaited | None = None,
-        patience_s: float = PATIENCE_S,
-        lease_s: float = LEASE_S,
-    ) -> None:
+    def __init__(self, ledger: Ledger, dispatcher: Dispatcher, awaited: Awaited | None = None) -> None:
         awaited = awaited or Awaited()
         self.ledger = ledger
         self.dispatcher = dispatcher
@@ -53,8 +44,8 @@ class Recovery:
         self.clients = dict(awaited.clients)
         self.asked: set[str] = set()  # sites that are to report their holdings anew
         self._asked_at = 0.0
-        self._patience_s = patience_s
-        self._lease_s = lease_s
+        self._patience_s = awaited.patience_s
+        self._lease_s = awaited.lease_s
         self._started: float | None = None
         self._settled = not (self.sites or self.clients)
         ledger.patient = not self._settled

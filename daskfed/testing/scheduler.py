@@ -200,6 +200,11 @@ class FakeScheduler:
         self._transitions()
         self._start()
 
+    def add_threads(self, count: int) -> None:
+        """A worker with ``count`` threads comes; a negative count goes, as soon as so many threads are idle."""
+        self._idle_threads += count
+        self._start()
+
     def state_of(self, key: Key) -> State:
         """Return where a key stands."""
         return self.tasks[key].state if key in self.tasks else State.FORGOTTEN
@@ -439,7 +444,7 @@ class FakeScheduler:
     # -- running ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        while self._idle_threads and self._ready:
+        while self._idle_threads > 0 and self._ready:
             _, run, task = heappop(self._ready)
             if task.run == run and task.state is State.PROCESSING and task.spec is not None:
                 self._idle_threads -= 1

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tests.simulation.federation import Simulation
 
 TICK_S = 1.0
+LEASE_S = 30.0  # of clients, after the hub started anew
 QUIET = (BlockStarted, Learned, SiteStatus)
 
 
@@ -85,7 +86,7 @@ class HubNode:
         """Return what the hub's journal says of who is there."""
         awaited = self.core.recovery
         sites = frozenset({*self.core.sites, *awaited.sites})
-        return Awaited(sites, {**awaited.clients, **self.core.clients})
+        return Awaited(sites, {**awaited.clients, **self.core.clients}, lease_s=LEASE_S)
 
     def crash(self) -> None:
         """Stop without a word."""
@@ -121,19 +122,31 @@ class HubNode:
             self._tell_client(command)
         elif isinstance(command, ev.ForgetBlock):
             self.stores.forget_block(command.block)
-            self.sim.clients[command.client].forget(command.block)
+            client = self.sim.clients[command.client]
+            client.hears(client.forget, command.block)
         elif isinstance(command, ev.BlocksArrived):
-            self.sim.clients[command.client].arrived(command.block, command.arrival, command.count)
+            client = self.sim.clients[command.client]
+            client.hears(client.arrived, command.block, command.arrival, command.count)
         elif isinstance(command, ev.ForgetKeys):
             self.stores.forget_keys(command.keys)
         elif isinstance(command, ev.FailKeys):
-            self.sim.fail(f"the hub failed {command.keys}: {command.kind}: {command.reason}")
+            self._fail_keys(command)
         elif isinstance(command, ev.AskForData):
-            self.sim.clients[command.client].bring_again(command.keys)
+            client = self.sim.clients[command.client]
+            client.hears(client.bring_again, command.keys)
         elif isinstance(command, ev.DropCopies):
-            self.sim.clients[command.client].drop_copies(command.keys)
+            client = self.sim.clients[command.client]
+            client.hears(client.drop_copies, command.keys)
         else:
             self.dropped_reports += 1
+
+    def _fail_keys(self, command: ev.FailKeys) -> None:
+        """The hub itself may fail only what nobody can make any more, as the client that could is gone."""
+        excused = command.kind == "SiteLostError" and self.sim.doomed().issuperset(command.keys)
+        self.sim.require(excused, "the hub fails keys without cause", command)
+        for key in command.keys:
+            self.stores.keep_error([key], {"exception": key, "traceback": None})
+            self.sim.given_up[key] = None
 
     def _tell_site(self, site: str, message: Message) -> None:
         if site not in self.links:
@@ -210,7 +223,8 @@ class HubNode:
         if self.crashed:
             return
         known = tuple(key for key in keys if key in self.core.ledger.keys)
-        self.sim.clients[client].gone(tuple(key for key in keys if key not in known))
+        node = self.sim.clients[client]
+        node.hears(node.too_late, tuple(key for key in keys if key not in known))
         self.promise(client, known)
 
     def promise(self, client: str, keys: tuple[Key, ...]) -> None:
@@ -224,6 +238,7 @@ class HubNode:
 
     def _tell_client(self, command: ev.TellClient) -> None:
         failures: dict[Key, Failure] = {}
+        client = self.sim.clients[command.client]
         for key in command.keys:
             if command.outcome is ev.Outcome.IN_MEMORY:
                 due = self._tells_due.get((command.client, key), 0)
@@ -232,7 +247,9 @@ class HubNode:
             elif command.outcome is ev.Outcome.FAILED:
                 self.sim.require(key in self.stores.errors, "no error is stored for a key that failed", key)
                 failures[key] = Failure(self.stores.errors[key]["exception"])
-        self.sim.clients[command.client].tell(command, failures)
+            elif key in client.borrowed:  # its client let go of it meanwhile; what was to be made from it ends as well
+                self.sim.cancelled[key] = None
+        client.hears(client.told, command, failures)
 
     def gather(self, key: Key) -> int | Failure | None:
         """Return the value of a key as a client that asks now would get it; None where no site has it."""
