@@ -9,7 +9,8 @@ How it works. Items are numbered from 0. An :class:`Envelope` carries some conse
 and a cumulative acknowledgement: the number of the next item that its sender waits for. A sender keeps items until they
 are acknowledged; it sends them again when told that the stream was dialled again (:meth:`Link.reconnected`) or when no
 acknowledgement came in time (:meth:`Link.tick`, doubling its patience each time, within narrower bounds while the peer
-is heard). A receiver drops what it has seen and holds what came too early. Acknowledgements ride on data; alone they travel only after ``ack_delay_s`` without data::
+is heard). A receiver drops what it has seen and holds what came too early. Acknowledgements ride on data; alone they
+travel only after ``ack_delay_s`` without data::
 
     send ──▶ queued ──outgoing──▶ in flight ──acknowledged──▶ gone
                 ▲                     │

@@ -14,7 +14,7 @@ from daskfed.hub import inspection
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
-from daskfed.hub.recovery import DATA, Awaited, Recovery
+from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
     BlockKind,
@@ -127,6 +127,8 @@ class HubCore:
                 self._promise(key, event.owner)
             if (state := self.ledger.keys.get(key)) is not None:
                 self.ledger.keep(state, event.client)
+                if self.recovery.settled and is_promise(state):  # it may have missed that it was asked for it
+                    self.ledger.give_up(state)
             else:
                 self.ledger.command(ev.DropCopies(event.client, (key,)))
         self.ledger.unwant(event.client, stale)

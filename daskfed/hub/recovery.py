@@ -103,8 +103,8 @@ class Recovery:
         for state in shielded:
             state.shielded = False
         self.ledger.settle([state.key for state in shielded])
-        for state in [state for state in self.ledger.keys.values() if _is_promise(state)]:
-            if state.key in self.ledger.keys and _is_promise(state):
+        for state in [state for state in self.ledger.keys.values() if is_promise(state)]:
+            if state.key in self.ledger.keys and is_promise(state):
                 self.ledger.give_up(state)
 
     def _ask_sites(self, now: float) -> None:
@@ -233,7 +233,7 @@ def _claims(told: SiteHoldings, refused: Iterable[str]) -> dict[Key, tuple[str, 
     return found
 
 
-def _is_promise(state: KeyState) -> bool:
+def is_promise(state: KeyState) -> bool:
     """Whether a key is expected though no block makes it."""
     return state.phase is KeyPhase.PENDING and state.producer is None
 

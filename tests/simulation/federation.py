@@ -260,11 +260,11 @@ class Simulation:
     def should_check(self) -> bool:
         """Say whether a core is to verify itself now.
 
-        It takes as long as all the rest; so only every fourth history, and a replay, does so after each event.
+        It takes as long as all the rest; so only every eighth history, and a replay, does so after each event.
         """
         every = self.cores.check_every
         if every is None:
-            every = 1 if self.story is not None or self.seed % 4 == 0 else 10
+            every = 1 if self.story is not None or self.seed % 8 == 0 else 20
         return every > 0 and self.events % every == 0
 
     def all_joined(self) -> bool:
@@ -334,6 +334,8 @@ class Simulation:
         left = self.hub.leftovers()
         for site in self.sites.values():
             left += site.leftovers()
+            if site.draining and not site.stopped:
+                left.append(f"{site.name} still drains")
         return "; ".join(left)
 
     def _talking(self) -> str:

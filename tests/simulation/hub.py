@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.simulation.federation import Simulation
 
 TICK_S = 1.0
-LEASE_S = 30.0  # of clients, after the hub started anew
+LEASE_S = 20.0  # of clients, after the hub started anew
 QUIET = (BlockStarted, Learned, SiteStatus)
 
 

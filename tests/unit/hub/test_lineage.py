@@ -116,6 +116,14 @@ def test_a_copy_that_a_client_keeps_takes_the_place_of_lost_data() -> None:
     assert stage.made("b", "y") == [told("y")]
 
 
+def test_a_client_that_is_back_is_asked_once_more_for_data_that_is_lost() -> None:
+    stage = Stage("north", "south")
+    stage(ev.ClientJoined("c", "ann"), ev.KeysScattered("c", "north", (("x", 8),), kept=True))
+    stage.leave("north")
+    back = ev.ClientBack("c", "ann", blocks=(), wanted=("x",), kept=("x",))
+    assert stage(back) == [ev.AskForData("c", ("x",))]
+
+
 def test_data_is_lost_with_the_client_that_kept_it() -> None:
     stage = Stage("north", "south")
     stage(ev.ClientJoined("d", "ann"), ev.KeysScattered("d", "north", (("x", 8),), kept=True))
