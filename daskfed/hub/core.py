@@ -17,6 +17,7 @@ from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
+    Attempt,
     BlockKind,
     BlockLost,
     BlockRecalled,
@@ -120,6 +121,8 @@ class HubCore:
         wanted = dict.fromkeys(event.wanted)
         stale = [key for key in self.ledger.wants.get(event.client, ()) if key not in wanted]
         added = self._add(event.client, [spec for spec, _ in event.blocks], [n for _, n in event.blocks], wait=True)
+        if event.client not in self.recovery.clients:
+            self._number_anew(added)
         self.recovery.shield(added)
         self._want(event.client, event.wanted)
         for key in event.kept:
@@ -135,6 +138,11 @@ class HubCore:
         self._link(added)
         self.ledger.settle([*stale, *(key for block in added for key in block.spec.outputs)])
         self.recovery.client_back(event.client, self.ledger.now)
+
+    def _number_anew(self, blocks: Iterable[BlockState]) -> None:
+        """Begin with attempts that were never made: this hub may have had these blocks placed, and forgotten them."""
+        for block in blocks:
+            block.attempt = Attempt(self.ledger.epoch, self.ledger.attempts)
 
     def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
         first = self._arrivals + 1

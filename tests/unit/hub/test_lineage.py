@@ -124,6 +124,18 @@ def test_a_client_that_is_back_is_asked_once_more_for_data_that_is_lost() -> Non
     assert stage(back) == [ev.AskForData("c", ("x",))]
 
 
+def test_a_block_that_was_forgotten_and_comes_again_repeats_no_attempt() -> None:
+    stage = Stage("north")
+    a = block("a", "x")
+    stage(ev.ClientJoined("c", "ann"))
+    stage.submit(a, wanted="x")
+    stage.made("a", "x")
+    stage.drop("x")
+    assert stage.core.ledger.blocks == {}
+    commands = stage(ev.ClientBack("c", "ann", blocks=((a, 1),), wanted=("x",)))
+    assert run("north", a, n=2) in commands
+
+
 def test_data_is_lost_with_the_client_that_kept_it() -> None:
     stage = Stage("north", "south")
     stage(ev.ClientJoined("d", "ann"), ev.KeysScattered("d", "north", (("x", 8),), kept=True))
