@@ -179,9 +179,9 @@ class FakeScheduler:
         self._start()
 
     def scatter(self, key: Key, value: int, nbytes: int) -> None:
-        """Put data on a worker and want it."""
-        data = self.tasks[key] = FakeTaskState(key, None, (), State.MEMORY)
-        data.value, data.nbytes, data.wanted = value, nbytes, True
+        """Put data on a worker and want it; a task that is known by that name is in memory then, as in Dask."""
+        data = self.tasks.setdefault(key, FakeTaskState(key, None, ()))
+        data.state, data.value, data.nbytes, data.wanted = State.MEMORY, value, nbytes, True
 
     def gather(self, key: Key) -> int | Failure:
         """Return the value of a key; raises KeyError where it is not in memory."""

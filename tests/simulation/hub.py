@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
-from daskfed.hub.recovery import Awaited
+from daskfed.hub.recovery import PATIENCE_S, Awaited
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
 from daskfed.hub.stores import Stores
 from daskfed.messages import (
+    Attempt,
     BlockSpec,
     BlockStarted,
+    CancelBlock,
+    CloseSite,
     Key,
     KeysFailed,
     Learned,
@@ -47,6 +50,8 @@ class HubNode:
         self.keys = Follower("hub key", KEY_MOVES, KeyPhase.PENDING)
         self.dropped_reports = 0
         self.crashed = False
+        self._started = sim.clock.now
+        self._cancelled: set[tuple[str, str, Attempt]] = set()  # (site, block, attempt) that were told to stop
         self._tells_due: dict[tuple[str, Key], int] = {}  # how often a client may yet be told that a key is there
         sim.clock.call_later(TICK_S, self._tick)
 
@@ -154,8 +159,33 @@ class HubNode:
         beside = None
         if isinstance(message, RunBlock):
             self.sim.require(message.block.id in self.stores.payloads, "a block is sent whose payload is gone", message)
+            self._require_idle(message.block.id, site)
             beside = self.stores.beside(message)["errors"]  # the payload itself is taken from the simulation's book
+        elif isinstance(message, CancelBlock):
+            self._cancelled.add((site, message.block, message.attempt))
+        elif isinstance(message, CloseSite):
+            self._require_handed_over(site)
         self.links[site].ends[0].send(message, beside)
+
+    def _require_idle(self, block: str, target: str) -> None:
+        """No other site may be at work at a block that is placed, unless it was told to stop or is long overdue."""
+        overdue = self.sim.clock.now - self._started >= PATIENCE_S
+        for site in self.sim.sites.values():
+            here = site.core.blocks.get(block)
+            if site.stopped or site.name == target or here is None or not here.open:
+                continue
+            excused = (site.name, block, here.attempt) in self._cancelled or (overdue and site.name not in self.links)
+            self.sim.require(excused, "a block is placed while another site is at work at it", block, target, site.name)
+
+    def _require_handed_over(self, name: str) -> None:
+        """A site that may leave has nothing that is needed and nowhere else, as far as it has heard all from the hub."""
+        site, hub_end = self.sim.sites[name], self.links[name].ends[0]
+        if hub_end.link.accepted == self.links[name].ends[1].link.received:
+            for key, here in site.core.keys.items():
+                state = self.core.ledger.keys.get(key)
+                needed = site.core.holds(key) and state is not None and state.needed
+                elsewhere = state is not None and (state.holders.keys() - {name} or state.phase is KeyPhase.FAILED)
+                self.sim.require(not needed or bool(elsewhere), "a site leaves with what only it has", name, here)
 
     def leftovers(self) -> list[str]:
         """Return what the hub still has, in words; nothing once everything was released."""

@@ -333,6 +333,8 @@ class SiteNode:
 
     def value(self, key: Key) -> int | Failure | None:
         """Return the value of a key that is in memory here, None where it is not."""
+        if self.stopped:
+            return None
         try:
             return self.scheduler.gather(key)
         except KeyError:
