@@ -22,7 +22,7 @@ from tests.simulation.playing import play
 
 PROGRESS_S = 30.0
 AHEAD = 4  # histories that wait per process: no more are remembered
-SELDOM = 10  # counts that are told at the end
+SELDOM = 15  # counts that are told at the end
 
 
 @dataclass(slots=True)
