@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.simulation.coverage import Count, count_all
@@ -85,6 +86,15 @@ def seeds_until(end: float, first: int, histories: int | None, now: Callable[[],
         yield seed
 
 
+def take_all(histories: Iterable[Result | str], tally: Tally) -> int:
+    """Count all histories, or those until the user interrupts; return 1 where one broke a rule, else 0."""
+    with suppress(KeyboardInterrupt):
+        for each in histories:
+            tally.take(each)
+    tally.tell("\n".join(["the most seldom:", *map(str, tally.seldom()), tally.progress()]))
+    return 1 if tally.violations else 0
+
+
 def main(args: list[str]) -> int:
     """Play and tell; return 1 where a history broke a rule."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.soak", description=__doc__)
@@ -97,13 +107,9 @@ def main(args: list[str]) -> int:
     tally = Tally(lambda line: print(line, flush=True), time.monotonic)
     seeds = seeds_until(time.monotonic() + 60 * options.minutes, options.first, options.histories, time.monotonic)
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        try:
-            for each in played(pool, seeds, AHEAD * options.processes):
-                tally.take(each)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-    print("the most seldom:", *tally.seldom(), tally.progress(), sep="\n")
-    return 1 if tally.violations else 0
+        status = take_all(played(pool, seeds, AHEAD * options.processes), tally)
+        pool.shutdown(cancel_futures=True)
+    return status
 
 
 if __name__ == "__main__":
