@@ -8,8 +8,9 @@ sending.
 How it works. Items are numbered from 0. An :class:`Envelope` carries some consecutive items, the number of the first,
 and a cumulative acknowledgement: the number of the next item that its sender waits for. A sender keeps items until they
 are acknowledged; it sends them again when told that the stream was dialled again (:meth:`Link.reconnected`) or when no
-acknowledgement came in time (:meth:`Link.tick`, doubling its patience each time). A receiver drops what it has seen and
-holds what came too early. Acknowledgements ride on data; alone they travel only after ``ack_delay_s`` without data::
+acknowledgement came in time (:meth:`Link.tick`, doubling its patience each time, within narrower bounds while the peer
+is heard). A receiver drops what it has seen and holds what came too early. Acknowledgements ride on data; alone they
+travel only after ``ack_delay_s`` without data::
 
     send ──▶ queued ──outgoing──▶ in flight ──acknowledged──▶ gone
                 ▲                     │
@@ -40,7 +41,9 @@ BATCH_BYTES = 4 * 2**20
 WINDOW_ITEMS = 16_384
 """Most items in flight; it bounds what the receiver must hold when the first of them is lost."""
 MOST_PATIENCE = 16
-"""The time-out doubles until it is this many times ``resend_after_s``."""
+"""The time-out doubles until it is this many times ``resend_after_s``, for a peer from whom nothing comes."""
+HEARD_PATIENCE = 4
+"""The same for a peer who is heard: the wire is not down, it has lost something."""
 
 
 class OtherSession(DaskfedError):
@@ -174,6 +177,9 @@ class Link(Generic[T]):
         if self._drop_acknowledged(envelope.ack):
             self._patience = 1
             self._resend_at = now + self._resend_after_s if self._in_flight else inf
+        elif self._in_flight:
+            self._patience = min(self._patience, HEARD_PATIENCE)
+            self._resend_at = min(self._resend_at, now + self._patience * self._resend_after_s)
         if not envelope.items:
             return []
         self._ack_at = min(self._ack_at, now + self._ack_delay_s)

@@ -16,9 +16,10 @@ from daskfed.hub.homes import Homes
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.poison import Poison
-from daskfed.hub.recovery import DATA, Awaited, Recovery
+from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
+    Attempt,
     BlockKind,
     BlockLost,
     BlockRecalled,
@@ -126,6 +127,8 @@ class HubCore:
         wanted = dict.fromkeys(event.wanted)
         stale = [key for key in self.ledger.wants.get(event.client, ()) if key not in wanted]
         added = self._add(event.client, [spec for spec, _ in event.blocks], [n for _, n in event.blocks], wait=True)
+        if event.client not in self.recovery.clients:
+            self._number_anew(added)
         self.recovery.shield(added)
         self._want(event.client, event.wanted)
         for key in event.kept:
@@ -133,7 +136,8 @@ class HubCore:
                 self._promise(key, event.owner)
             if (state := self.ledger.keys.get(key)) is not None:
                 self.ledger.keep(state, event.client)
-                self._bring_if_missing(state)
+                if self.recovery.settled and is_promise(state):  # it may have missed that it was asked for it
+                    self.ledger.give_up(state)
             else:
                 self.ledger.command(ev.DropCopies(event.client, (key,)))
         self.ledger.unwant(event.client, stale)
@@ -141,10 +145,10 @@ class HubCore:
         self.ledger.settle([*stale, *(key for block in added for key in block.spec.outputs)])
         self.recovery.client_back(event.client, self.ledger.now)
 
-    def _bring_if_missing(self, state: KeyState) -> None:
-        """Ask the keeper of a key that is missing, as it may not have heard when it was asked before."""
-        if self.recovery.settled and state.phase is KeyPhase.PENDING and state.producer is None:
-            self.ledger.give_up(state)
+    def _number_anew(self, blocks: Iterable[BlockState]) -> None:
+        """Begin with attempts that were never made: this hub may have had these blocks placed, and forgotten them."""
+        for block in blocks:
+            block.attempt = Attempt(self.ledger.epoch, self.ledger.attempts)
 
     def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
         first = self._arrivals + 1

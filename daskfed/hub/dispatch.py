@@ -273,6 +273,7 @@ class Dispatcher:
         ledger.move_block(block, "place")
         block.site = site.name
         block.attempt = Attempt(ledger.epoch, block.attempt.n + 1)
+        ledger.attempts = max(ledger.attempts, block.attempt.n)
         block.started = False
         site.blocks[block.spec.id] = None
         site.backlog.add(*_work(block))

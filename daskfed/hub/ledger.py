@@ -99,6 +99,7 @@ class Ledger:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.now = 0.0  # seconds, as of the present event
+        self.attempts = 0  # of the block that had most of them since the hub started
         self.crossing: dict[str, set[Key]] = {}  # site that is to report its holdings -> keys released there since then
         self.patient = False  # somebody who is not back yet may bring what nobody can make
         self.keys: dict[Key, KeyState] = {}

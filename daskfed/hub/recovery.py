@@ -25,16 +25,12 @@ LEASE_S = 3600.0  # with clients, before what they wanted is released
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """Who was there before the hub started anew: names of sites, ids of clients and their users.
+    """Who was there before the hub started anew, and how long they are waited for."""
 
-    ``patience_s``: with them all, before work is placed without them; ``lease_s``: with clients, before what they
-    wanted is released.
-    """
-
-    sites: frozenset[str] = frozenset()
-    clients: Mapping[str, str] = field(default_factory=dict)
-    patience_s: float = PATIENCE_S
-    lease_s: float = LEASE_S
+    sites: frozenset[str] = frozenset()  # names
+    clients: Mapping[str, str] = field(default_factory=dict)  # id -> user
+    patience_s: float = PATIENCE_S  # with sites and clients, before work is placed without them
+    lease_s: float = LEASE_S  # with clients, before what they wanted is released
 
 
 class Recovery:
@@ -107,8 +103,8 @@ class Recovery:
         for state in shielded:
             state.shielded = False
         self.ledger.settle([state.key for state in shielded])
-        for state in [state for state in self.ledger.keys.values() if _is_promise(state)]:
-            if state.key in self.ledger.keys and _is_promise(state):
+        for state in [state for state in self.ledger.keys.values() if is_promise(state)]:
+            if state.key in self.ledger.keys and is_promise(state):
                 self.ledger.give_up(state)
 
     def _ask_sites(self, now: float) -> None:
@@ -237,7 +233,7 @@ def _claims(told: SiteHoldings, refused: Iterable[str]) -> dict[Key, tuple[str, 
     return found
 
 
-def _is_promise(state: KeyState) -> bool:
+def is_promise(state: KeyState) -> bool:
     """Whether a key is expected though no block makes it."""
     return state.phase is KeyPhase.PENDING and state.producer is None
 

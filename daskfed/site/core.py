@@ -302,15 +302,18 @@ class SiteCore:
         elif state.phase in (KeyPhase.ABSENT, KeyPhase.FAILED):
             if state.phase is KeyPhase.FAILED:
                 self._releases.append(state.key)
+                self._move_key(state, "release")
                 self._lose_users(state, "it failed here, and exists elsewhere now")
             self._move_key(state, "import")
             state.nbytes = wanted.nbytes
             self.imports.want(state.key, wanted.nbytes)
 
     def _bring_error(self, state: KeyState) -> None:
-        if state.phase is KeyPhase.ABSENT or state.phase in COMING:
+        if state.phase in COMING:
             self.imports.unwant(state.key)
             state.announce = False
+            self._move_key(state, "release")
+        if state.phase is KeyPhase.ABSENT:
             self._move_key(state, "import error")
             self._command(ev.SubmitImport(state.key, "", failed=True))
             self._arrived(state)
@@ -418,7 +421,7 @@ class SiteCore:
         touched = []
         for made in event.keys:
             state = self.keys.get(made.key)
-            if state is not None and state.phase in AT_SCHEDULER:
+            if state is not None and state.phase in (KeyPhase.LANDING, KeyPhase.MAKING, KeyPhase.HELD):
                 self._key_ready(state, made.nbytes)
                 touched.append(state)
                 for name in self._close_output(state):

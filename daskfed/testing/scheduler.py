@@ -179,9 +179,9 @@ class FakeScheduler:
         self._start()
 
     def scatter(self, key: Key, value: int, nbytes: int) -> None:
-        """Put data on a worker and want it."""
-        data = self.tasks[key] = FakeTaskState(key, None, (), State.MEMORY)
-        data.value, data.nbytes, data.wanted = value, nbytes, True
+        """Put data on a worker and want it; a task that is known by that name is in memory then, as in Dask."""
+        data = self.tasks.setdefault(key, FakeTaskState(key, None, ()))
+        data.state, data.value, data.nbytes, data.wanted = State.MEMORY, value, nbytes, True
 
     def gather(self, key: Key) -> int | Failure:
         """Return the value of a key; raises KeyError where it is not in memory."""
@@ -198,6 +198,11 @@ class FakeScheduler:
                 if task.state is state and chosen():
                     self._recommend(task, State.FORGOTTEN if task.spec is None else State.RELEASED)
         self._transitions()
+        self._start()
+
+    def add_threads(self, count: int) -> None:
+        """A worker with ``count`` threads comes; a negative count goes, as soon as so many threads are idle."""
+        self._idle_threads += count
         self._start()
 
     def state_of(self, key: Key) -> State:
@@ -439,7 +444,7 @@ class FakeScheduler:
     # -- running ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        while self._idle_threads and self._ready:
+        while self._idle_threads > 0 and self._ready:
             _, run, task = heappop(self._ready)
             if task.run == run and task.state is State.PROCESSING and task.spec is not None:
                 self._idle_threads -= 1

@@ -44,6 +44,7 @@ class Wire:
         self.broken = False  # a partition: what is sent, and what is under way, is lost
         self.deliver: Callable[[bytes], None] = lambda data: None
         self.in_flight = 0
+        self.lost = self.repeated = 0  # envelopes so far
         self._clock = clock
         self._rng = rng
         self._last_arrival = 0.0
@@ -62,9 +63,11 @@ class Wire:
     def send(self, data: bytes) -> None:
         """Put ``data`` on the wire."""
         if self.broken or self._rng.random() < self.weather.loss:
+            self.lost += 1
             return
         self._carry(data)
         if self.weather.duplicate and self._rng.random() < self.weather.duplicate:
+            self.repeated += 1
             self._carry(data)
 
     def _carry(self, data: bytes) -> None:

@@ -32,11 +32,12 @@ class ClientNode:
         self._delay_s = rng.choice([0.001, 0.02, 0.1])
         self.copies: dict[Key, None] = {}  # data that it can bring again
         self._under_way = 0  # actions that it planned
-        self.crashed = False
+        self.gone = False  # it crashed or left
         self.connected = True  # as far as it knows
+        self._line = 0  # which connection it has: what is under way on a former one is lost
         self.book: dict[str, tuple[BlockSpec, int]] = {}  # its blocks that the hub has not forgotten -> arrival number
         self._place_in_graph: dict[str, int] = {}
-        self._borrowed: set[Key] = set()
+        self.borrowed: set[Key] = set()
 
     @property
     def acting(self) -> bool:
@@ -45,6 +46,8 @@ class ClientNode:
 
     def start(self) -> None:
         """Connect, and plan the first graph."""
+        if self.gone:
+            return
         if self.sim.hub.crashed:
             self.sim.clock.call_later(0.3, self.start)
             return
@@ -53,26 +56,30 @@ class ClientNode:
 
     def leave(self) -> None:
         """Disconnect for good; what it held is released."""
-        self.held.clear()
         self._say(self.sim.hub.handle, ev.ClientLeft(self.name))
+        self.crash()
 
     def crash(self) -> None:
         """Stop without a word."""
-        self.crashed = True
+        self.gone = True
         self.held.clear()
 
     def _say(self, action: Callable[..., None], *args: Any) -> None:
-        if not self.connected:
-            return  # what it says when it is back has it all
-        self.sim.clock.call_later(self._delay_s, action, *args)
+        if self.connected and not self.gone:  # else: what it says when it is back has it all
+            self.sim.clock.call_later(self._delay_s, self._if_on(self._line, action), *args)
+
+    def _if_on(self, line: int, action: Callable[..., None]) -> Callable[..., None]:
+        """Return ``action``, to be carried out only if the connection did not break meanwhile."""
+        return lambda *args: action(*args) if line == self._line else None
 
     def hub_lost(self) -> None:
-        """The connection with the hub broke."""
+        """The connection with the hub broke, with what was under way on it."""
         self.connected = False
+        self._line += 1
 
     def resume(self) -> None:
         """The hub is back: tell it all that this client knows."""
-        if self.crashed or self.connected or self.sim.hub.crashed:
+        if self.gone or self.connected or self.sim.hub.crashed:
             return
         self.connected = True
         lost = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
@@ -80,10 +87,17 @@ class ClientNode:
         for key in wanted:
             self.held[key] = None
         self.sim.log(self.name, f"is back with {len(self.book)} blocks")
-        self.sim.hub.resume(self.name, tuple(self.book.values()), wanted, tuple(self.copies))
+        self._say(self.sim.hub.resume, self.name, tuple(self.book.values()), wanted, tuple(self.copies))
+
+    def hears(self, action: Callable[..., None], *args: Any) -> None:
+        """Called by the hub: ``action`` is what a message of it makes this client do, a delay later."""
+        if self.connected and not self.gone:
+            self.sim.clock.call_later(self._delay_s, self._if_on(self._line, action), *args)
 
     def arrived(self, block: str, arrival: int, count: int) -> None:
         """The hub has numbered ``count`` blocks of a submission, from this one on."""
+        if block not in self.book:
+            return
         graph, first = block.rsplit("/", 1)[0], self._place_in_graph[block]
         for name, (spec, _) in self.book.items():
             place = self._place_in_graph[name] - first
@@ -100,7 +114,7 @@ class ClientNode:
 
     def _carry_out(self, action: Callable[[], None]) -> None:
         self._under_way -= 1
-        if not self.crashed:
+        if not self.gone:
             action()
 
     # -- acting -------------------------------------------------------------------------------------------------
@@ -122,6 +136,7 @@ class ClientNode:
         for key in wanted:
             self.held[key] = None
             self.values.pop(key, None)
+            self.borrowed.discard(key)
         self.sim.payloads |= graph.payloads
         self.sim.specs += graph.blocks
         self.book |= {block.id: (block, 0) for block in graph.blocks}
@@ -160,6 +175,7 @@ class ClientNode:
             del self.held[key]
             self.values.pop(key, None)
         self.sim.cancelled |= dict.fromkeys(keys)
+        self.sim.count("cancellation")
         self._say(self.sim.hub.handle, ev.KeysCancelled(self.name, keys, force=self._rng.random() < 0.3))
 
     def _borrow_some(self, keys: tuple[Key, ...]) -> None:
@@ -169,12 +185,13 @@ class ClientNode:
             other = self._rng.choice(others)
             keys = tuple(key for key, told in other.held.items() if told in SETTLED and key not in self.held)[:3]
             self.held |= dict.fromkeys(keys)
-            self._borrowed.update(keys)
+            self.borrowed.update(keys)
             self._say(self.sim.hub.desire, self.name, keys)
 
-    def gone(self, keys: tuple[Key, ...]) -> None:
-        """Keys to borrow had been released when the hub was asked."""
-        for key in keys:
+    def too_late(self, keys: tuple[Key, ...]) -> None:
+        """Keys to borrow had been released when the hub was asked: what was to be made from them ends as well."""
+        self.sim.cancelled |= dict.fromkeys(keys)
+        for key in self.borrowed.intersection(keys):
             self.held.pop(key, None)
 
     def release_all(self) -> None:
@@ -184,9 +201,9 @@ class ClientNode:
     # -- hearing ------------------------------------------------------------------------------------------------
 
     def bring_again(self, keys: tuple[Key, ...]) -> None:
-        """Called by the hub: the site that had data of this client is gone."""
+        """The hub asks for data of this client whose site is gone."""
         self.sim.require(self.copies.keys() >= set(keys), "a client is asked for data of which it has no copy", keys)
-        self._say(self._scatter_again, keys)
+        self._say(self._scatter_again, keys)  # it takes a while, and is forgotten where the connection breaks
 
     def _scatter_again(self, keys: tuple[Key, ...]) -> None:
         if not self.connected:
@@ -198,15 +215,12 @@ class ClientNode:
             self.sim.clock.call_later(0.1, self._scatter_again, keys)
 
     def drop_copies(self, keys: tuple[Key, ...]) -> None:
-        """Called by the hub: nobody needs this data any more."""
+        """The hub says that nobody needs this data any more."""
         for key in keys:
             self.copies.pop(key, None)
 
-    def tell(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
-        """Called by the hub; the client hears of it a delay later."""
-        self.sim.clock.call_later(self._delay_s, self._hear, command, failures)
-
-    def _hear(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
+    def told(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
+        """The hub says how keys stand."""
         for key in command.keys:
             if key not in self.held:
                 continue
@@ -216,7 +230,7 @@ class ClientNode:
             elif command.outcome is ev.Outcome.IN_MEMORY and self._rng.random() < 0.3:
                 self.gather(key)
             elif command.outcome in (ev.Outcome.CANCELLED, ev.Outcome.LOST):
-                allowed = key in self.sim.doomed() or key in self._borrowed
+                allowed = key in self.sim.doomed() or key in self.borrowed
                 self.sim.require(allowed, f"a key is {command.outcome.value} without cause", key, command.reason)
 
     def gather(self, key: Key) -> bool:
@@ -229,4 +243,4 @@ class ClientNode:
 
     def _take(self, key: Key, value: int | Failure) -> None:
         self.values[key] = value
-        self.sim.require(self.sim.universe.agrees(key, value), "a key has the wrong outcome", key, value)
+        self.sim.require(self.sim.agrees(key, value), "a key has the wrong outcome", key, value)

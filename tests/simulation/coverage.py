@@ -1,4 +1,4 @@
-"""Which rows of the transition tables the histories went through, counted from the stories that the cores keep."""
+"""What the histories went through: rows of the transition tables, from the stories that the cores keep, and faults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from daskfed.hub import states as hub_states
+from daskfed.site import states as site_states
+from tests.simulation.faults import FAULTS
+
+TABLES = (
+    ("hub block", hub_states.BLOCK_MOVES),
+    ("hub key", hub_states.KEY_MOVES),
+    ("site block", site_states.BLOCK_MOVES),
+    ("site key", site_states.KEY_MOVES),
+)
 
 Row = tuple[Enum, str]
 Table = Mapping[Any, Any]  # (phase, move) -> phase
@@ -42,20 +53,30 @@ class Follower:
             self.phases.pop(subject, None)  # it ended; should it come again, it starts anew
 
 
-def uncovered(table: Table, rows: Counter[Row]) -> list[Row]:
-    """Return the rows of ``table`` that no history used."""
-    return [row for row in table if not rows[row]]
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How often something that can happen did."""
+
+    name: str
+    times: int
+
+    def __str__(self) -> str:
+        return f"{self.name:<50} {self.times:>9}"
 
 
-def report(tables: Iterable[tuple[str, Table]], counts: Mapping[str, Counter[Row]]) -> str:
-    """Return the counts of all rows as text, the rows not covered marked and listed at the end."""
-    lines, missing = [], []
-    for name, table in tables:
-        rows = counts.get(name, Counter())
-        for phase, move in table:
-            lines.append(f"{name:<12} {phase.value:<10} {move:<14} {rows[phase, move]:>9}")
-        missing += [f"{name}: {phase.value} {move!r}" for phase, move in uncovered(table, rows)]
-    return "\n".join([*lines, f"rows not covered: {'; '.join(missing) or 'none'}"])
+def count_all(rows: Mapping[str, Mapping[Any, int]], faults: Mapping[str, int]) -> list[Count]:
+    """Return how often each row of each table was used, and how often each kind of fault happened.
+
+    Raises ValueError where a fault is of a kind that :data:`tests.simulation.faults.FAULTS` does not name.
+    """
+    if unknown := faults.keys() - set(FAULTS):
+        raise ValueError(f"not among the kinds of faults: {', '.join(unknown)}")
+    of_rows = [
+        Count(f"{name}: {phase.value} {move!r}", rows.get(name, {}).get((phase, move), 0))
+        for name, table in TABLES
+        for phase, move in table
+    ]
+    return of_rows + [Count(f"fault: {kind}", faults.get(kind, 0)) for kind in FAULTS]
 
 
 def merge(counts: Iterable[Mapping[str, Counter[Row]]]) -> dict[str, Counter[Row]]:

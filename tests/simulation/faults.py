@@ -1,4 +1,4 @@
-"""What goes wrong in a history: the weather of the wires, partitions, slow, late and leaving sites, bad transfers."""
+"""What goes wrong in a history: the weather of the wires, partitions, crashes, slow, late and leaving peers, bad data."""
 
 from __future__ import annotations
 
@@ -7,10 +7,35 @@ from random import Random
 
 from daskfed.testing.transport import Weather
 
+WIRE_FAULTS = ("envelope lost", "envelope repeated")
+FAULTS = (
+    *WIRE_FAULTS,
+    "partition",
+    "site late",
+    "site slow",
+    "site drained",
+    "site crash",
+    "site crash just after the last",
+    "worker lost",
+    "hub crash",
+    "hub crash while it recovers",
+    "client left",
+    "client crash",
+    "client crash while the hub is away",
+    "client asleep",
+    "cancellation",
+    "fetch failed",
+    "fetch stalled",
+    "landing failed",
+    "value that does not open",
+    "task failed by chance",
+)
+"""The kinds that are counted as they happen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The faults of one history; times in seconds of virtual time."""
+    """The faults of one history; times in seconds of virtual time, chances between 0 and 1."""
 
     weather: tuple[Weather, ...]  # of the link of each site
     joins_at: tuple[float, ...]  # per site
@@ -20,31 +45,41 @@ class Plan:
     crashes: tuple[tuple[int, float, float | None], ...]  # (site, at, seconds until it is back; None: never)
     worker_losses: tuple[tuple[int, float, float], ...]  # (site, at, share of what it has that is lost)
     hub_crashes: tuple[tuple[float, float], ...]  # (at, seconds until it is back)
-    fetch_failure: float  # probability that a transfer fails
+    departures: tuple[tuple[int, float, bool], ...]  # (client, at, whether without a word)
+    sleeps: tuple[tuple[int, float, float], ...]  # (client, at, seconds until its connection is up again)
+    fetch_failure: float  # chance that a transfer between sites fails
+    fetch_stall: float  # chance that it takes seconds longer
+    landing_failure: float  # chance that a worker cannot take a fetched value over
     bandwidth_bps: float  # of transfers between sites, bytes per second
 
     @property
     def calm_at(self) -> float:
-        """When the last partition heals, the last worker is lost, the last site is there, gone or back."""
+        """When the last partition heals, the last worker is lost, the last site or client is there, gone or back."""
         drains = [at for at in self.drains_at if at is not None]
         healed = [until for _, _, until in self.partitions] + [at for _, at, _ in self.worker_losses]
         back = [at + (after or 0.0) for _, at, after in self.crashes] + [at + after for at, after in self.hub_crashes]
-        return max([*self.joins_at, *drains, *healed, *back, 0.0])
+        clients = [at for _, at, _ in self.departures] + [at + after for _, at, after in self.sleeps]
+        return max([*self.joins_at, *drains, *healed, *back, *clients, 0.0])
 
 
 def random_plan(rng: Random) -> Plan:
     """Return the faults of a history: some histories are calm, most have a few kinds of trouble at once."""
     nsites = rng.choice([3, 3, 3, 4, 5])
+    losses = tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4])))
     return Plan(
         weather=tuple(random_weather(rng) for _ in range(nsites)),
         joins_at=tuple(0.0 if n == 0 or rng.random() < 0.7 else rng.uniform(0.0, 8.0) for n in range(nsites)),
-        drains_at=tuple(rng.uniform(1.0, 8.0) if n > 1 and rng.random() < 0.3 else None for n in range(nsites)),
+        drains_at=tuple(random_drain(rng, n, losses) for n in range(nsites)),
         slowness=tuple(rng.choice([0.3, 1.0, 1.0, 4.0]) for _ in range(nsites)),
         partitions=tuple(random_partition(rng, nsites) for _ in range(rng.choice([0, 1, 2]))),
-        crashes=tuple(random_crash(rng, nsites) for _ in range(rng.choice([0, 1, 1, 2, 3]))),
-        worker_losses=tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4]))),
+        crashes=tuple(crash for _ in range(rng.choice([0, 1, 1, 2, 3])) for crash in random_crashes(rng, nsites)),
+        worker_losses=losses,
         hub_crashes=random_hub_crashes(rng),
+        departures=tuple(random_departure(rng) for _ in range(rng.choice([0, 0, 1, 2]))),
+        sleeps=tuple(random_sleep(rng) for _ in range(rng.choice([0, 0, 1, 2]))),
         fetch_failure=rng.choice([0.0, 0.0, 0.1]),
+        fetch_stall=rng.choice([0.0, 0.0, 0.1]),
+        landing_failure=rng.choice([0.0, 0.0, 0.05]),
         bandwidth_bps=rng.choice([1e6, 1e7, 1e9]),
     )
 
@@ -64,10 +99,14 @@ def random_partition(rng: Random, nsites: int) -> tuple[int, float, float]:
     return rng.randrange(nsites), start, start + rng.choice([0.1, 1.0, 3.0])
 
 
-def random_crash(rng: Random, nsites: int) -> tuple[int, float, float | None]:
-    """Return which site crashes, when, and when it is back."""
-    n = rng.randrange(nsites)
-    return n, rng.uniform(1.0, 12.0), None if n > 1 and rng.random() < 0.3 else rng.choice([0.2, 1.5, 5.0])
+def random_crashes(rng: Random, nsites: int) -> tuple[tuple[int, float, float | None], ...]:
+    """Return which site crashes, when, and when it is back; some crash once more then."""
+    n, at = rng.randrange(nsites), rng.uniform(1.0, 12.0)
+    if n > 1 and rng.random() < 0.3:
+        return ((n, at, None),)
+    away = rng.choice([0.2, 1.5, 5.0])
+    once_more = ((n, at + away + rng.uniform(0.05, 1.5), rng.choice([0.2, 1.5])),) if rng.random() < 0.3 else ()
+    return ((n, at, away), *once_more)
 
 
 def random_worker_loss(rng: Random, nsites: int) -> tuple[int, float, float]:
@@ -75,12 +114,30 @@ def random_worker_loss(rng: Random, nsites: int) -> tuple[int, float, float]:
     return rng.randrange(nsites), rng.uniform(0.5, 12.0), rng.choice([0.2, 0.5, 1.0])
 
 
+def random_drain(rng: Random, n: int, losses: tuple[tuple[int, float, float], ...]) -> float | None:
+    """Return when a site leaves, None if it stays; some leave just after they lost a worker."""
+    if n <= 1 or rng.random() < 0.6:
+        return None
+    lost = [at for site, at, _ in losses if site == n]
+    return lost[0] + rng.uniform(0.0, 1.0) if lost and rng.random() < 0.7 else rng.uniform(1.0, 8.0)
+
+
 def random_hub_crashes(rng: Random) -> tuple[tuple[float, float], ...]:
     """Return when the hub crashes and how long it is away, no two at the same time."""
     found, at = [], 0.0
     for _ in range(rng.choice([0, 0, 1, 1, 2])):
-        at += rng.uniform(0.5, 8.0)
+        at += rng.choice([rng.uniform(0.5, 8.0), rng.uniform(0.5, 8.0), 0.05 + rng.random()])
         away = rng.choice([0.1, 1.0, 4.0])
         found.append((at, away))
         at += away
     return tuple(found)
+
+
+def random_departure(rng: Random) -> tuple[int, float, bool]:
+    """Return which client goes, when, and whether it does so without a word."""
+    return rng.choice([1, 2]), rng.uniform(0.5, 12.0), rng.random() < 0.6
+
+
+def random_sleep(rng: Random) -> tuple[int, float, float]:
+    """Return which client loses its connection, when, and for how long."""
+    return rng.randrange(3), rng.uniform(0.2, 12.0), rng.choice([0.1, 2.0, 8.0])

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
-from daskfed.hub.recovery import Awaited
+from daskfed.hub.recovery import PATIENCE_S, Awaited
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase
 from daskfed.hub.stores import Stores
 from daskfed.messages import (
+    Attempt,
     BlockSpec,
     BlockStarted,
+    CancelBlock,
+    CloseSite,
     Key,
     KeysFailed,
     Learned,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from tests.simulation.federation import Simulation
 
 TICK_S = 1.0
+LEASE_S = 20.0  # of clients, after the hub started anew
 QUIET = (BlockStarted, Learned, SiteStatus)
 
 
@@ -46,6 +50,8 @@ class HubNode:
         self.keys = Follower("hub key", KEY_MOVES, KeyPhase.PENDING)
         self.dropped_reports = 0
         self.crashed = False
+        self._started = sim.clock.now
+        self._cancelled: set[tuple[str, str, Attempt]] = set()  # (site, block, attempt) that were told to stop
         self._tells_due: dict[tuple[str, Key], int] = {}  # how often a client may yet be told that a key is there
         sim.clock.call_later(TICK_S, self._tick)
 
@@ -85,7 +91,7 @@ class HubNode:
         """Return what the hub's journal says of who is there."""
         awaited = self.core.recovery
         sites = frozenset({*self.core.sites, *awaited.sites})
-        return Awaited(sites, {**awaited.clients, **self.core.clients})
+        return Awaited(sites, {**awaited.clients, **self.core.clients}, lease_s=LEASE_S)
 
     def crash(self) -> None:
         """Stop without a word."""
@@ -121,19 +127,31 @@ class HubNode:
             self._tell_client(command)
         elif isinstance(command, ev.ForgetBlock):
             self.stores.forget_block(command.block)
-            self.sim.clients[command.client].forget(command.block)
+            client = self.sim.clients[command.client]
+            client.hears(client.forget, command.block)
         elif isinstance(command, ev.BlocksArrived):
-            self.sim.clients[command.client].arrived(command.block, command.arrival, command.count)
+            client = self.sim.clients[command.client]
+            client.hears(client.arrived, command.block, command.arrival, command.count)
         elif isinstance(command, ev.ForgetKeys):
             self.stores.forget_keys(command.keys)
         elif isinstance(command, ev.FailKeys):
-            self.sim.fail(f"the hub failed {command.keys}: {command.kind}: {command.reason}")
+            self._fail_keys(command)
         elif isinstance(command, ev.AskForData):
-            self.sim.clients[command.client].bring_again(command.keys)
+            client = self.sim.clients[command.client]
+            client.hears(client.bring_again, command.keys)
         elif isinstance(command, ev.DropCopies):
-            self.sim.clients[command.client].drop_copies(command.keys)
+            client = self.sim.clients[command.client]
+            client.hears(client.drop_copies, command.keys)
         else:
             self.dropped_reports += 1
+
+    def _fail_keys(self, command: ev.FailKeys) -> None:
+        """The hub itself may fail only what nobody can make any more, as the client that could is gone."""
+        excused = command.kind == "SiteLostError" and self.sim.doomed().issuperset(command.keys)
+        self.sim.require(excused, "the hub fails keys without cause", command)
+        for key in command.keys:
+            self.stores.keep_error([key], {"exception": key, "traceback": None})
+            self.sim.given_up[key] = None
 
     def _tell_site(self, site: str, message: Message) -> None:
         if site not in self.links:
@@ -141,8 +159,33 @@ class HubNode:
         beside = None
         if isinstance(message, RunBlock):
             self.sim.require(message.block.id in self.stores.payloads, "a block is sent whose payload is gone", message)
+            self._require_idle(message.block.id, site)
             beside = self.stores.beside(message)["errors"]  # the payload itself is taken from the simulation's book
+        elif isinstance(message, CancelBlock):
+            self._cancelled.add((site, message.block, message.attempt))
+        elif isinstance(message, CloseSite):
+            self._require_handed_over(site)
         self.links[site].ends[0].send(message, beside)
+
+    def _require_idle(self, block: str, target: str) -> None:
+        """No other site may be at work at a block that is placed, unless it was told to stop or is long overdue."""
+        overdue = self.sim.clock.now - self._started >= PATIENCE_S
+        for site in self.sim.sites.values():
+            here = site.core.blocks.get(block)
+            if site.stopped or site.name == target or here is None or not here.open:
+                continue
+            excused = (site.name, block, here.attempt) in self._cancelled or (overdue and site.name not in self.links)
+            self.sim.require(excused, "a block is placed while another site is at work at it", block, target, site.name)
+
+    def _require_handed_over(self, name: str) -> None:
+        """A site that may leave has nothing that is needed and nowhere else, as far as it has heard all from the hub."""
+        site, hub_end = self.sim.sites[name], self.links[name].ends[0]
+        if hub_end.link.accepted == self.links[name].ends[1].link.received:
+            for key, here in site.core.keys.items():
+                state = self.core.ledger.keys.get(key)
+                needed = site.core.holds(key) and state is not None and state.needed
+                elsewhere = state is not None and (state.holders.keys() - {name} or state.phase is KeyPhase.FAILED)
+                self.sim.require(not needed or bool(elsewhere), "a site leaves with what only it has", name, here)
 
     def leftovers(self) -> list[str]:
         """Return what the hub still has, in words; nothing once everything was released."""
@@ -210,7 +253,8 @@ class HubNode:
         if self.crashed:
             return
         known = tuple(key for key in keys if key in self.core.ledger.keys)
-        self.sim.clients[client].gone(tuple(key for key in keys if key not in known))
+        node = self.sim.clients[client]
+        node.hears(node.too_late, tuple(key for key in keys if key not in known))
         self.promise(client, known)
 
     def promise(self, client: str, keys: tuple[Key, ...]) -> None:
@@ -224,6 +268,7 @@ class HubNode:
 
     def _tell_client(self, command: ev.TellClient) -> None:
         failures: dict[Key, Failure] = {}
+        client = self.sim.clients[command.client]
         for key in command.keys:
             if command.outcome is ev.Outcome.IN_MEMORY:
                 due = self._tells_due.get((command.client, key), 0)
@@ -232,7 +277,9 @@ class HubNode:
             elif command.outcome is ev.Outcome.FAILED:
                 self.sim.require(key in self.stores.errors, "no error is stored for a key that failed", key)
                 failures[key] = Failure(self.stores.errors[key]["exception"])
-        self.sim.clients[command.client].tell(command, failures)
+            elif key in client.borrowed:  # its client let go of it meanwhile; what was to be made from it ends as well
+                self.sim.cancelled[key] = None
+        client.hears(client.told, command, failures)
 
     def gather(self, key: Key) -> int | Failure | None:
         """Return the value of a key as a client that asks now would get it; None where no site has it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from itertools import groupby
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from daskfed.testing.scheduler import (
     SchedulerEvent,
     State,
 )
-from daskfed.testing.transport import Connection, connect
+from daskfed.testing.transport import Connection, Wire, connect
 from tests.simulation.coverage import Follower
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 STATUS_S = 2.0  # between two reports of a site
 LOAD_S = 0.25  # between two counts of the scheduler's unfinished tasks
+WORKER_START_S = 3.0  # until another worker is there in place of a lost one
+BAD_LUCK = 0.3  # chance that a flaky task fails, or a brittle value does not open
 RPC_TIMEOUT_S = 1.0  # after which a transfer from a site that is cut off fails
 LOST_INPUT = "lost dependencies"
 
@@ -68,6 +71,7 @@ class SiteNode:
         self.stays = sim.plan.drains_at[n] is None and not ends
         self.dialled = False  # it has tried to join
         self.joined = False  # the hub knows it
+        self.joined_at = 0.0
         self.draining = False
         self.stopped = False
         self.core = sim.cores.site(import_budget=rng.choice([10**6, 10**9]))
@@ -75,6 +79,7 @@ class SiteNode:
         self.scheduler = FakeScheduler(sim.clock, self.threads, self._from_scheduler)
         self.scheduler.slowness = sim.plan.slowness[n]
         self.connection: Connection | None = None
+        self.wires: list[Wire] = []  # that it ever had
         self.reachable = True
         self.blocks = Follower("site block", BLOCK_MOVES, BlockPhase.WAITING)
         self.keys = Follower("site key", KEY_MOVES, KeyPhase.ABSENT)
@@ -92,7 +97,6 @@ class SiteNode:
         self._ran = 0
         self._excused_until = 0.0  # just after a worker was lost
         self._failures: dict[Key, dict[str, Any]] = {}  # errors of failed keys, for a hub that starts anew
-        self.transfer_errors = 0
 
     # -- membership ---------------------------------------------------------------------------------------------
 
@@ -106,6 +110,8 @@ class SiteNode:
         session = f"{self.name}/{self.incarnation}/{self.sim.hub.core.ledger.epoch}"
         handlers = (self._to_hub_shell, self._from_hub)
         self.connection = connect(self.sim.clock, self._rng, self._weather, session, handlers, self.sim.cores.link)
+        self.wires += self.connection.wires
+        self.joined_at = self.sim.clock.now
         self.sim.hub.links[self.name] = self.connection
         self._send(self._hello())
         self._send(self.core.holdings(), self._errors())
@@ -113,10 +119,17 @@ class SiteNode:
             self._send(self._status())
         else:
             self.dialled = True
+            self._count_traits()
             self._report()
             self._count_load()
         if not self.reachable:
             self.connection.cut()
+
+    def _count_traits(self) -> None:
+        if self.sim.plan.joins_at[self.n] and self.incarnation == "1":
+            self.sim.count("site late")
+        if self.scheduler.slowness > 1:
+            self.sim.count("site slow")
 
     def _hello(self) -> SiteHello:
         name, value = self.label.split("=")
@@ -134,6 +147,8 @@ class SiteNode:
 
     def drain(self) -> None:
         """Tell the hub that this site wants to leave."""
+        if not self.stopped:
+            self.sim.count("site drained")
         self.draining = True
         self._send(self._status())
 
@@ -142,6 +157,15 @@ class SiteNode:
         self.log_fault("loses a worker")
         self._excused_until = self.sim.clock.now + 3 * self._delay_s
         self.scheduler.lose(chosen)
+        threads = (self.threads + 1) // 2
+        self.threads -= threads
+        self.scheduler.add_threads(-threads)
+        self.sim.clock.call_later(WORKER_START_S, self._start_worker, threads)
+
+    def _start_worker(self, threads: int) -> None:
+        self.threads += threads
+        if not self.stopped:
+            self.scheduler.add_threads(threads)
 
     def log_fault(self, what: str) -> None:
         """Tell of a fault in the story."""
@@ -149,6 +173,7 @@ class SiteNode:
 
     def cut(self) -> None:
         """Start a partition: neither hub nor other sites reach it."""
+        self.sim.count("partition")
         self.reachable = False
         if self.connection is not None:
             self.connection.cut()
@@ -275,7 +300,15 @@ class SiteNode:
             self.sim.require(not two, "two attempts of a block are active at one site", self.name, maker, attempt)
             self._maker[key] = attempt
         self._submitted += 1
+        payload = {key: self._by_chance(task) for key, task in payload.items()}
         self.scheduler.update_graph(payload, command.outputs)
+
+    def _by_chance(self, task: FakeTask) -> FakeTask:
+        """Return a task, or one that fails in its place."""
+        if task.key not in self.sim.universe.flaky or self._rng.random() > BAD_LUCK:
+            return task
+        self.sim.count("task failed by chance")
+        return replace(task, fails=True)
 
     def _import(self, key: Key, error: Failure | None) -> None:
         task = self.scheduler.tasks.get(key)
@@ -286,6 +319,12 @@ class SiteNode:
         self.scheduler.update_graph({key: fetch}, [key])
 
     def _bytes_of(self, key: Key) -> int | Failure:
+        if self._rng.random() < self.sim.plan.landing_failure:
+            self.sim.count("landing failed")
+            return Failure(key, transfer=True)
+        if key in self.sim.universe.brittle and self._rng.random() < BAD_LUCK:
+            self.sim.count("value that does not open")
+            return Failure(key)
         return self.bytes.get(key, Failure(key, transfer=True))
 
     def _release(self, keys: tuple[Key, ...]) -> None:
@@ -294,6 +333,8 @@ class SiteNode:
 
     def value(self, key: Key) -> int | Failure | None:
         """Return the value of a key that is in memory here, None where it is not."""
+        if self.stopped:
+            return None
         try:
             return self.scheduler.gather(key)
         except KeyError:
@@ -310,8 +351,8 @@ class SiteNode:
     def scatter(self, keys: tuple[Key, ...]) -> None:
         """Put data on a worker, as the agent does for the hub."""
         for key in keys:
-            value = self.sim.universe.outcome[key]
-            assert isinstance(value, int)
+            value = self.sim.universe.values[key]
+            assert value is not None
             self.scheduler.scatter(key, value, nbytes=8)
         self._handle(ev.KeysScattered(tuple(MadeKey(key, 8) for key in keys)))
 
@@ -345,7 +386,6 @@ class SiteNode:
                 self._hear_failure(kind, tuple(event.key for event in fresh))
 
     def _hear_failure(self, failure: Failure, keys: tuple[Key, ...]) -> None:
-        self.transfer_errors += failure.transfer
         beside = {"exception": failure.origin, "traceback": None}
         self._failures |= dict.fromkeys(keys, beside)
         self._handle(ev.KeysErred(keys, failure.transfer), beside)
@@ -368,6 +408,9 @@ class SiteNode:
     def _fetch(self, command: ev.Fetch) -> None:
         asked = self.sim.clock.now
         seconds = 0.002 + command.nbytes / self.sim.plan.bandwidth_bps * (1 + self._rng.random())
+        if self._rng.random() < self.sim.plan.fetch_stall:
+            self.sim.count("fetch stalled")
+            seconds += self._rng.choice([1.0, 5.0])
         self.sim.clock.call_later(0.001, self._read_there, command, asked, seconds)
 
     def _read_there(self, command: ev.Fetch, asked: float, seconds: float) -> None:
@@ -378,6 +421,7 @@ class SiteNode:
         elif value is None or isinstance(value, Failure) or source.stopped:
             self._fetch_failed(command, "not there", 0.001)
         elif self._rng.random() < self.sim.plan.fetch_failure:
+            self.sim.count("fetch failed")
             self._fetch_failed(command, "the connection broke", seconds / 2)
         else:
             self.sim.clock.call_later(seconds, self._fetched, command, asked, value)

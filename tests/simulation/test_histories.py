@@ -1,4 +1,4 @@
-"""A thousand histories of the whole federation break no rule, and between them use the transition tables."""
+"""Two thousand histories of the whole federation break no rule, use every row of the tables and see every fault."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from daskfed.hub import states as hub_states
-from daskfed.site import states as site_states
 from tests.simulation import coverage
+from tests.simulation.faults import WIRE_FAULTS
 from tests.simulation.federation import Result, Simulation
 from tests.simulation.playing import play
 
-HISTORIES = int(os.environ.get("DASKFED_HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("DASKFED_HISTORIES", "2000"))
 FIRST_SEED = int(os.environ.get("DASKFED_SEED", "0"))
 PROCESSES = 2
 
-TABLES = (
-    ("hub block", hub_states.BLOCK_MOVES),
-    ("hub key", hub_states.KEY_MOVES),
-    ("site block", site_states.BLOCK_MOVES),
-    ("site key", site_states.KEY_MOVES),
-)
-ROWS = 45  # of the tables' 65 that histories without crashes and lost workers go through at the least
+MANY = 2000  # histories in which each row of the tables and each kind of fault must occur
+OFTEN = 20  # times at the least
+FAULTS_EACH = 5  # that a history has on average, beside what its wires lose and repeat
 
 
 @pytest.mark.timeout(600)
@@ -38,21 +34,30 @@ def test_histories_break_no_rule(capsys: pytest.CaptureFixture[str]) -> None:
     broken = [each for each in played if isinstance(each, str)]
     assert not broken, f"{len(broken)} of {HISTORIES} histories broke a rule; the first:\n{broken[0]}"
     results = [each for each in played if isinstance(each, Result)]
-    rows = coverage.merge(result.rows for result in results)
+    faults = sum((result.faults for result in results), Counter[str]())
+    counts = coverage.count_all(coverage.merge(result.rows for result in results), faults)
     with capsys.disabled():
-        print(f"\n{summary(results)}\n{coverage.report(TABLES, rows)}")
+        print("", summary(results), *counts, sep="\n")
     assert min(result.sites for result in results) >= 3
     assert min(result.tasks for result in results) >= 200
     assert min(result.events for result in results) >= 200
-    if HISTORIES >= 1000:
-        covered = sum(len(table) - len(coverage.uncovered(table, rows[name])) for name, table in TABLES)
-        assert covered >= ROWS, f"the histories went through {covered} rows of the tables only"
+    assert faults_each(results) >= FAULTS_EACH
+    if HISTORIES >= MANY:
+        seldom = [str(count) for count in counts if count.times < OFTEN]
+        assert not seldom, "\n".join(["these occurred too seldom:", *seldom])
+
+
+def faults_each(results: list[Result]) -> float:
+    """Return how many faults a history had on average, beside those of its wires."""
+    total = sum(result.faults.total() - sum(result.faults[kind] for kind in WIRE_FAULTS) for result in results)
+    return total / len(results)
 
 
 def summary(results: list[Result]) -> str:
     """Return one line of totals."""
     total = [sum(getattr(result, name) for result in results) for name in ("sites", "tasks", "events", "seconds")]
     words = "{} sites, {} tasks, {} events, {:.0f} s of virtual time".format(*total)
+    words += f", {faults_each(results):.1f} faults each"
     return f"{len(results)} histories: {words}; least of one: " + ", ".join(
         f"{min(getattr(result, name) for result in results)} {name}" for name in ("sites", "tasks", "events")
     )

@@ -23,28 +23,31 @@ class Universe:
 
     tasks: dict[Key, FakeTask]
     data: tuple[Key, ...]  # those of them that a client brings: they are never run
-    outcome: dict[Key, int | frozenset[Key]] = field(init=False)  # the value, or the tasks whose failure it may show
+    flaky: frozenset[Key] = frozenset()  # tasks that fail now and then
+    brittle: frozenset[Key] = frozenset()  # values that now and then cannot be opened at another site
+    values: dict[Key, int | None] = field(init=False)  # None: the task, or what it needs, always fails
+    blamed: dict[Key, frozenset[Key]] = field(init=False)  # the tasks whose failure a key may show
 
     def __post_init__(self) -> None:
-        self.outcome = {}
+        self.values, self.blamed = {}, {}
         for key, task in self.tasks.items():  # in topological order
-            self.outcome[key] = self._evaluate(task)
+            inputs = [self.values[dep] for dep in task.deps]
+            there = [each for each in inputs if each is not None]
+            complete = len(there) == len(inputs) and not task.fails
+            self.values[key] = value_of(key, there) if complete else None
+            self.blamed[key] = self._blamed(task)
 
-    def _evaluate(self, task: FakeTask) -> int | frozenset[Key]:
-        inputs = [self.outcome[dep] for dep in task.deps]
-        failed = [each for each in inputs if isinstance(each, frozenset)]
-        if failed:
-            return frozenset().union(*failed)
-        if task.fails:
-            return frozenset({task.key})
-        return value_of(task.key, [each for each in inputs if isinstance(each, int)])
+    def _blamed(self, task: FakeTask) -> frozenset[Key]:
+        runs = all(self.values[dep] is not None for dep in task.deps)
+        own = {task.key} if runs and (task.fails or task.key in self.flaky) else set[Key]()
+        inputs = [self.blamed[dep] for dep in task.deps]
+        return frozenset(own.union(*inputs, self.brittle.intersection(task.deps)))
 
     def agrees(self, key: Key, value: int | Failure) -> bool:
         """Say whether ``value`` is what the reference evaluation gives for ``key``."""
-        expected = self.outcome[key]
         if isinstance(value, Failure):
-            return isinstance(expected, frozenset) and value.origin in expected
-        return value == expected
+            return value.origin in self.blamed[key]
+        return value == self.values[key]
 
     def closure(self, keys: Iterable[Key], given: frozenset[Key] = frozenset()) -> list[Key]:
         """Return ``keys`` and their ancestors in topological order, without data and what lies behind ``given``."""
@@ -83,7 +86,10 @@ def random_universe(rng: Random, ntasks: int) -> Universe:
         nbytes = rng.choice([8, 1000, 10**6])
         tasks[key] = FakeTask(key, deps, seconds, nbytes, fails=rng.random() < failing)
         keys.append(key)
-    return Universe(tasks, data)
+    made, share = keys[len(data) :], rng.choice([0.0, 0.0, 0.03])
+    flaky = frozenset(key for key in made if rng.random() < share)
+    brittle = frozenset(key for key in made if rng.random() < share)
+    return Universe(tasks, data, flaky, brittle)
 
 
 def _some_earlier(rng: Random, keys: list[Key], width: int) -> tuple[Key, ...]:

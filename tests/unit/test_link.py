@@ -133,6 +133,18 @@ def test_time_out_doubles_until_an_ack_comes() -> None:
     assert a.wakes_at() == 18.0
 
 
+def test_a_peer_who_is_heard_is_tried_again_sooner_than_a_silent_one() -> None:
+    a: Link[str] = Link("s", resend_after_s=1.0)
+    sends(a, "x")
+    sent_at = []
+    for now in range(1, 16):
+        a.tick(float(now))
+        sent_at += [now for _ in a.outgoing(float(now))]
+        a.receive(Envelope("s", 0, ack=0), float(now))  # it lives and lacks "x"
+    assert sent_at == [1, 3, 7, 11, 15]
+    assert a.wakes_at() <= 19.0
+
+
 def test_an_ack_that_comes_after_the_time_out_spares_the_resend() -> None:
     a: Link[str] = Link("s", resend_after_s=1.0)
     b: Link[str] = Link("s")

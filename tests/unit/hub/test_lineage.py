@@ -125,6 +125,26 @@ def test_a_copy_that_a_client_keeps_takes_the_place_of_lost_data() -> None:
     assert stage.made("b", "y") == [told("y")]
 
 
+def test_a_client_that_is_back_is_asked_once_more_for_data_that_is_lost() -> None:
+    stage = Stage("north", "south")
+    stage(ev.ClientJoined("c", "ann"), ev.KeysScattered("c", "north", (("x", 8),), kept=True))
+    stage.leave("north")
+    back = ev.ClientBack("c", "ann", blocks=(), wanted=("x",), kept=("x",))
+    assert stage(back) == [ev.AskForData("c", ("x",))]
+
+
+def test_a_block_that_was_forgotten_and_comes_again_repeats_no_attempt() -> None:
+    stage = Stage("north")
+    a = block("a", "x")
+    stage(ev.ClientJoined("c", "ann"))
+    stage.submit(a, wanted="x")
+    stage.made("a", "x")
+    stage.drop("x")
+    assert stage.core.ledger.blocks == {}
+    commands = stage(ev.ClientBack("c", "ann", blocks=((a, 1),), wanted=("x",)))
+    assert run("north", a, n=2) in commands
+
+
 def test_data_is_lost_with_the_client_that_kept_it() -> None:
     stage = Stage("north", "south")
     stage(ev.ClientJoined("d", "ann"), ev.KeysScattered("d", "north", (("x", 8),), kept=True))
