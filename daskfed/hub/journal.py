@@ -42,10 +42,15 @@ class Journal:
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.durable = folder is not None
         self._lock: int | None = None
-        self._db = sqlite3.connect(":memory:" if folder is None else self._prepared(Path(folder)), isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(SCHEMA)
+        where = ":memory:" if folder is None else self._prepared(Path(folder))
+        self._db = sqlite3.connect(where, isolation_level=None)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(SCHEMA)
+        except sqlite3.DatabaseError as exc:
+            self.close()
+            raise ConfigurationError(f"the hub cannot keep its state in {where}: {exc}") from None
         self.secret = self._fact("secret") or secrets.token_urlsafe(32)
         self._set_fact("secret", self.secret)
 

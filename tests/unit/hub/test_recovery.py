@@ -1,0 +1,167 @@
+"""A hub that starts anew waits for those who were there, takes in what they tell, and loses nothing that they want."""
+
+from __future__ import annotations
+
+from daskfed.hub import events as ev
+from daskfed.hub.core import EPOCH_BITS, HubCore
+from daskfed.hub.recovery import Awaited
+from daskfed.hub.states import BlockPhase, KeyPhase
+from daskfed.messages import (
+    Attempt,
+    BlockSpec,
+    CancelBlock,
+    HeldBlock,
+    KeysMade,
+    MadeKey,
+    Message,
+    ReportHoldings,
+    RunBlock,
+    SiteHoldings,
+)
+from tests.unit.hub.builders import (
+    Commands,
+    Stage,
+    block,
+    forget,
+    hello,
+    keys,
+    lost_for_good,
+    release,
+    status,
+    told,
+    told_failed,
+)
+
+EPOCH = 2
+
+
+class Anew(Stage):
+    """A hub in its second epoch that awaits sites and the client ``c``."""
+
+    def __init__(self, *sites: str, clients: str = "c") -> None:
+        self.core = HubCore(EPOCH, awaited=Awaited(frozenset(sites), dict.fromkeys(clients.split(), "ann")))
+        self.now = 100.0
+
+    def back(self, *blocks: BlockSpec, wanted: str = "", kept: str = "", client: str = "c") -> Commands:
+        """A client is back, with blocks that it submitted in this order."""
+        numbered = tuple((spec, (1 << EPOCH_BITS) + n) for n, spec in enumerate(blocks))
+        return self(ev.ClientBack(client, "ann", numbered, keys(wanted), keys(kept)))
+
+    def holds(self, site: str, held: str = "", *blocks: HeldBlock, placed: str = "") -> Commands:
+        """A site is back and says what it holds and works at."""
+        made = tuple(MadeKey(key, 8) for key in keys(held))
+        told = SiteHoldings(made, (), keys(placed), (), blocks, 0)
+        return self(ev.SiteJoined(hello(site)), ev.FromSite(site, told), ev.FromSite(site, status()))
+
+
+def working(name: str, outputs: str, kept: str = "", n: int = 1) -> HeldBlock:
+    return HeldBlock(name, Attempt(1, n), keys(outputs), keys(kept))
+
+
+def sent(commands: Commands, kind: type[Message]) -> list[Message]:
+    return [each.message for each in commands if isinstance(each, ev.TellSite) and isinstance(each.message, kind)]
+
+
+def test_a_block_that_a_site_works_at_goes_on_there() -> None:
+    stage = Anew("north")
+    assert stage.back(block("b", "x"), wanted="x") == []
+    assert sent(stage.holds("north", "", working("b", "x")), RunBlock) == []
+    assert stage.block("b").phase is BlockPhase.PLACED and stage.attempt("b") == Attempt(1, 1)
+    assert stage.says("north", KeysMade("b", Attempt(1, 1), (MadeKey("x", 8),))) == [told("x")]
+
+
+def test_what_a_site_holds_is_not_made_again() -> None:
+    stage = Anew("north")
+    stage.back(block("b", "x y"), wanted="x y")
+    assert stage.holds("north", "x y", working("b", "", "x y")) == [told("x y")]
+    assert stage.block("b").phase is BlockPhase.DONE
+
+
+def test_nothing_is_placed_before_all_are_back() -> None:
+    stage = Anew("north", "south")
+    stage.back(block("b", "x"), wanted="x")
+    assert stage.holds("north") == []
+    (order,) = sent(stage.holds("south"), RunBlock)
+    assert isinstance(order, RunBlock) and order.attempt == Attempt(EPOCH, 1)
+
+
+def test_the_patience_with_those_who_do_not_come_ends() -> None:
+    stage = Anew("north", "south")
+    stage.back(block("b", "x"), wanted="x")
+    stage.holds("north")
+    assert stage.later(9) == []
+    assert len(sent(stage.later(2), RunBlock)) == 1
+
+
+def test_what_nobody_knows_is_kept_until_the_client_is_back() -> None:
+    stage = Anew("north")
+    assert stage.holds("north", "x z", working("b", "y", "x z")) == []
+    assert stage.later(60) == []
+    commands = stage.back(block("b", "x y z"), wanted="x y")
+    assert sent(commands, ReportHoldings) == [ReportHoldings()]
+    told_again = SiteHoldings(tuple(MadeKey(key, 8) for key in "xz"), (), (), (), (working("b", "y", "x z"),), 0)
+    assert stage.says("north", told_again) == [release("north", "z"), told("x"), forget("z")]
+    assert stage.block("b").phase is BlockPhase.PLACED
+
+
+def test_what_a_client_no_longer_wants_is_stopped_and_released() -> None:
+    stage = Anew("north")
+    stage.back()
+    commands = stage.holds("north", "x", working("b", "y", "x"))
+    assert sent(commands, CancelBlock) == [CancelBlock("b", Attempt(1, 1))]
+    assert stage.empty
+
+
+def test_the_lease_of_a_client_that_never_comes_ends() -> None:
+    stage = Anew("north")
+    stage.holds("north", "x", placed="x")
+    assert stage.later(3599) == []
+    (question,) = sent(stage.later(2), ReportHoldings)
+    assert stage.says("north", SiteHoldings((MadeKey("x", 8),), (), ("x",), (), (), 0)) == [release("north", "x")]
+
+
+def test_scattered_data_that_is_nowhere_is_brought_by_its_keeper() -> None:
+    stage = Anew("north")
+    stage.back(wanted="x", kept="x")
+    assert stage.holds("north") == [ev.AskForData("c", ("x",))]
+    assert stage(ev.KeysScattered("c", "north", (("x", 8),), kept=True, again=True)) == [told("x")]
+
+
+def test_scattered_data_that_nobody_has_is_lost() -> None:
+    stage = Anew("north", clients="c d")
+    stage.back(wanted="x")
+    stage.holds("north")
+    (lost,) = [each for each in stage.back(client="d") if isinstance(each, ev.TellClient)]
+    assert (lost.outcome, lost.keys) == (ev.Outcome.CANCELLED, ("x",))
+    assert "nobody knows them any more" in lost.reason
+
+
+def test_a_keeper_that_does_not_have_the_copy_says_so() -> None:
+    stage = Stage("north")
+    stage(ev.KeysScattered("c", "north", (("x", 8),), kept=True))
+    assert stage.leave("north") == [ev.AskForData("c", ("x",))]
+    assert stage(ev.CopiesGone("c", ("x", "unknown"))) == [lost_for_good("x", "north"), told_failed("x")]
+    assert stage.drop("x") and stage.empty and not stage.core.ledger.kept
+
+
+def test_replicas_are_made_and_replaced() -> None:
+    stage = Stage("north", "south", "west")
+    stage(ev.KeysScattered("c", "north", (("x", 8),), replicas=2))
+    stage.later(1)
+    assert list(stage.key("x").importing) == ["south"]
+    stage(ev.KeysScattered("c", "south", (("x", 8),)))
+    assert stage.leave("north") == []
+    stage.later(1)
+    assert list(stage.key("x").holders) == ["south"] and list(stage.key("x").importing) == ["west"]
+    stage.drop("x")
+    assert stage.empty
+    stage.later(1)
+    assert not stage.core.dispatcher.replicated
+
+
+def test_a_key_that_is_held_keeps_its_phase_while_a_client_is_away() -> None:
+    stage = Anew("north")
+    stage.back(block("b", "x"), wanted="x")
+    stage.holds("north", "x", working("b", "", "x"))
+    assert stage.key("x").phase is KeyPhase.HELD
+    assert stage.leave("north") == [] and stage.key("x").phase is KeyPhase.PENDING
