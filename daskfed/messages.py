@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
+from functools import cache
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -352,7 +353,7 @@ _PARTS = (Import, MadeKey, HeldBlock)
 
 def encode(message: Message | BlockSpec | Constraint) -> dict[str, Any]:
     """Return ``message`` as a dict of plain values, with its ``op``, ready for msgpack."""
-    plain = {field.name: _plain(getattr(message, field.name)) for field in fields(message)}  # type: ignore[arg-type]
+    plain = {name: _plain(getattr(message, name)) for name in _names(type(message))}
     if isinstance(message, Message):
         plain["op"] = message.op
     return plain
@@ -382,9 +383,14 @@ def decode_block(plain: dict[str, Any]) -> BlockSpec:
         raise ValueError(f"malformed block ({exc}): the peer speaks another protocol version") from exc
 
 
+@cache
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, (BlockSpec, Constraint, *_PARTS)):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {name: _plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, tuple) and value and isinstance(value[0], _PARTS):

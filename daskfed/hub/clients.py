@@ -205,7 +205,7 @@ class ClientSessions:
         session = self.sessions[client]
         home = self.hub.core.homes.home_of(client)
         spec = BlockSpec(
-            id=f"{client}/whole/{self.hub.core.ledger.epoch}-{next(self._graphs)}",
+            id=f"{client}/whole-{self.hub.core.ledger.epoch}/{next(self._graphs)}",
             client=client,
             owner=session.owner,
             kind=BlockKind.WHOLE,

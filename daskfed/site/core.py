@@ -90,6 +90,7 @@ class SiteCore:
             ev.KeysReady: self._keys_ready,
             ev.KeysErred: self._keys_erred,
             ev.KeysForgotten: self._keys_forgotten,
+            ev.KeysMissing: self._keys_missing,
             ev.KeysScattered: self._keys_scattered,
             ev.Load: self._load,
             ev.Fetched: self._fetched,
@@ -510,6 +511,15 @@ class SiteCore:
             state = self.keys.get(key)
             if state is not None and state.phase in (KeyPhase.LANDING, KeyPhase.MAKING, KeyPhase.HELD):
                 self._lose_key(state, "lost", "the site's scheduler has lost it")
+
+    def _keys_missing(self, event: ev.KeysMissing) -> None:
+        """Give up keys that a worker took along and that do not come again; the hub has them made anew."""
+        for key in event.keys:
+            state = self.keys.get(key)
+            if state is None or state.phase in COMING:
+                self._tell(KeysLost((key,)))
+            elif state.phase is KeyPhase.HELD:
+                self._lose_key(state, "lost", "its worker is lost, and no other has it")
 
     def _keys_scattered(self, event: ev.KeysScattered) -> None:
         for made in event.keys:

@@ -48,6 +48,13 @@ class KeysForgotten:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysMissing:
+    """Somebody asked for these keys, as the hub believes them to be here, but for a while no worker has had them."""
+
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KeysScattered:
     """Data that was put on workers: the site holds it for the federation from now on."""
 
@@ -93,6 +100,7 @@ Event: TypeAlias = (
     | KeysReady
     | KeysErred
     | KeysForgotten
+    | KeysMissing
     | KeysScattered
     | Load
     | Fetched

@@ -299,8 +299,9 @@ class Session:
         return state.nbytes if state is not None else 0
 
     async def gather_values(self, keys: Collection[Key]) -> dict[Key, Any]:
-        """Return the unopened values of those of ``keys`` that are in memory here."""
+        """Return the unopened values of those of ``keys`` that are in memory here; give up those that no worker has."""
         values: dict[Key, Any] = {}
+        located: dict[Key, Any] = {}
         for _ in range(GATHER_TRIES):
             missing = [key for key in keys if key not in values]
             who_has = await self.ask_scheduler("who_has", keys=missing)
@@ -310,6 +311,8 @@ class Session:
             if not any(self.core.holds(key) for key in missing if key not in found):
                 break
             await asyncio.sleep(GATHER_PAUSE_S)
+        if absent := [key for key in keys if key not in values and key not in located]:
+            self.take([ev.KeysMissing(tuple(absent))])
         return values
 
     def stream_keys(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:

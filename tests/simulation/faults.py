@@ -26,6 +26,7 @@ FAULTS = (
     "cancellation",
     "fetch failed",
     "fetch stalled",
+    "key missing",
     "landing failed",
     "value that does not open",
     "task failed by chance",

@@ -178,8 +178,13 @@ class HubNode:
             self.sim.require(excused, "a block is placed while another site is at work at it", block, target, site.name)
 
     def _require_handed_over(self, name: str) -> None:
-        """A site that may leave has nothing that is needed and nowhere else, as far as it has heard all from the hub."""
+        """A site that may leave has nothing that is needed and nowhere else, as far as it has heard all from the hub.
+
+        What it has for clients that the hub still waits for may be made again: the hub does not know of it.
+        """
         site, hub_end = self.sim.sites[name], self.links[name].ends[0]
+        if self.core.sites[name].unclaimed:
+            return
         if hub_end.link.accepted == self.links[name].ends[1].link.received:
             for key, here in site.core.keys.items():
                 state = self.core.ledger.keys.get(key)

@@ -51,6 +51,7 @@ STATUS_S = 2.0  # between two reports of a site
 LOAD_S = 0.25  # between two counts of the scheduler's unfinished tasks
 WORKER_START_S = 3.0  # until another worker is there in place of a lost one
 BAD_LUCK = 0.3  # chance that a flaky task fails, or a brittle value does not open
+GATHER_S = 2.0  # for which a site waits for a key that it holds and no worker has, before it gives it up
 RPC_TIMEOUT_S = 1.0  # after which a transfer from a site that is cut off fails
 LOST_INPUT = "lost dependencies"
 
@@ -413,18 +414,27 @@ class SiteNode:
             seconds += self._rng.choice([1.0, 5.0])
         self.sim.clock.call_later(0.001, self._read_there, command, asked, seconds)
 
-    def _read_there(self, command: ev.Fetch, asked: float, seconds: float) -> None:
+    def _read_there(self, command: ev.Fetch, asked: float, seconds: float, patience_s: float = GATHER_S) -> None:
         source = self.sim.sites[command.source]
         value = source.value(command.key)
         if not (source.reachable and self.reachable):
             self._fetch_failed(command, "timed out", RPC_TIMEOUT_S)
-        elif value is None or isinstance(value, Failure) or source.stopped:
+        elif value is None and patience_s and source.core.holds(command.key) and not source.stopped:
+            self.sim.clock.call_later(patience_s, self._read_there, command, asked, seconds, 0.0)
+        elif value is None or isinstance(value, Failure):
+            source.misses(command.key)
             self._fetch_failed(command, "not there", 0.001)
         elif self._rng.random() < self.sim.plan.fetch_failure:
             self.sim.count("fetch failed")
             self._fetch_failed(command, "the connection broke", seconds / 2)
         else:
             self.sim.clock.call_later(seconds, self._fetched, command, asked, value)
+
+    def misses(self, key: Key) -> None:
+        """Somebody asked for a key that no worker here has, and has not had for a while."""
+        if not self.stopped:
+            self.sim.count("key missing")
+            self._handle(ev.KeysMissing((key,)))
 
     def _fetch_failed(self, command: ev.Fetch, reason: str, seconds: float) -> None:
         failed = ev.FetchFailed(command.key, command.source, reason)
