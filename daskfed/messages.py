@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
-from functools import cache
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -383,9 +382,13 @@ def decode_block(plain: dict[str, Any]) -> BlockSpec:
         raise ValueError(f"malformed block ({exc}): the peer speaks another protocol version") from exc
 
 
-@cache
+_NAMES: dict[type[Any], tuple[str, ...]] = {}  # of fields
+
+
 def _names(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
+    if cls not in _NAMES:
+        _NAMES[cls] = tuple(field.name for field in fields(cls))
+    return _NAMES[cls]
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from daskfed.hub import events as ev
 from daskfed.hub import inspection
+from daskfed.hub.arrivals import Arrivals
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.homes import Homes
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
@@ -20,10 +21,8 @@ from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
     Attempt,
-    BlockKind,
     BlockLost,
     BlockRecalled,
-    BlockSpec,
     BlockStarted,
     ImportFailed,
     Key,
@@ -37,7 +36,6 @@ from daskfed.messages import (
     SiteStatus,
 )
 
-EPOCH_BITS = 20  # arrival numbers begin at the epoch (milliseconds) times two to this power: they always grow
 MAX_FAILURES = 10  # attempts of one block that end through no fault of its tasks
 
 
@@ -50,12 +48,12 @@ class HubCore:
 
     def __init__(self, epoch: int = 0, policy: Policy | None = None, awaited: Awaited | None = None) -> None:
         self.ledger = Ledger(epoch)
+        self.arrivals = Arrivals(self.ledger)
         self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
         self.poison = Poison(self.ledger)
         self.homes = Homes(self.ledger, self.dispatcher)
         self.recovery = Recovery(self.ledger, self.dispatcher, awaited)
         self.clients: dict[str, str] = {}  # client -> owner
-        self._arrivals = epoch << EPOCH_BITS
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             ev.ClientJoined: self._client_joined,
             ev.ClientLeft: self._client_left,
@@ -126,7 +124,7 @@ class HubCore:
         self.clients[event.client] = event.owner
         wanted = dict.fromkeys(event.wanted)
         stale = [key for key in self.ledger.wants.get(event.client, ()) if key not in wanted]
-        added = self._add(event.client, [spec for spec, _ in event.blocks], [n for _, n in event.blocks], wait=True)
+        added = self.arrivals.brought_back(event.client, event.blocks)
         if event.client not in self.recovery.clients:
             self._number_anew(added)
         self.recovery.shield(added)
@@ -151,30 +149,10 @@ class HubCore:
             block.attempt = Attempt(self.ledger.epoch, self.ledger.attempts)
 
     def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
-        first = self._arrivals + 1
-        self._arrivals += len(event.blocks)
-        added = self._add(event.client, event.blocks, range(first, self._arrivals + 1), event.wait)
-        if event.blocks:
-            self.ledger.command(ev.BlocksArrived(event.client, event.blocks[0].id, first, len(event.blocks)))
+        added = self.arrivals.submitted(event.client, event.blocks, event.wait)
         self._want(event.client, event.wanted)
         self._link(added)
         self.ledger.settle([key for block in added for key in block.spec.outputs])
-
-    def _add(self, client: str, specs: Iterable[BlockSpec], arrivals: Iterable[int], wait: bool) -> list[BlockState]:
-        """Register those blocks that are new and make something that nobody makes."""
-        added = []
-        for spec, arrival in zip(specs, arrivals, strict=True):
-            if spec.id in self.ledger.blocks:
-                continue
-            if self._exists(spec.outputs, arrival):
-                self.ledger.command(ev.ForgetBlock(spec.id, client))
-                continue
-            if not arrival:
-                self._arrivals += 1
-                self.ledger.command(ev.BlocksArrived(client, spec.id, self._arrivals))
-            order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, arrival or self._arrivals)
-            added.append(self.ledger.add_block(spec, order, wait))
-        return added
 
     def _want(self, client: str, keys: Iterable[Key]) -> None:
         for key in keys:
@@ -185,23 +163,14 @@ class HubCore:
             else:
                 self.ledger.tell((client,), ev.Outcome.LOST, key, "lost dependencies")
 
-    def _exists(self, keys: tuple[Key, ...], arrival: int) -> bool:
-        """Whether all of these keys are made, failed, or being made already, by blocks that arrived before."""
-        return all(self._is_made(self.ledger.keys.get(key), arrival) for key in keys)
-
-    def _is_made(self, state: KeyState | None, arrival: int) -> bool:
-        if state is None:
-            return False
-        producer = self.ledger.blocks.get(state.producer or "")
-        if producer is not None:
-            return not arrival or producer.order[-1] < arrival
-        return state.phase is not KeyPhase.PENDING and not state.shielded
-
     def _link(self, added: list[BlockState]) -> None:
         """Link new blocks to their inputs, and then refuse those that cannot run.
 
         In this order, as an input that a refused block shares with others would else seem to be needed by nobody.
         """
+        for state in self.arrivals.cut_circles(added):
+            if self.recovery.settled and is_promise(state):
+                self.ledger.give_up(state)
         self._link_or_refuse(added)
         self.ledger.rest_idle(added)
 

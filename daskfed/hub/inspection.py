@@ -29,6 +29,7 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
         if block.phase is BlockPhase.DONE:
             _check_recipe(ledger, block)
         assert block.phase is not BlockPhase.GONE, f"block {name} is gone and still known"
+        _check_arrival(ledger, block)
     for name in unfinished:
         _check_block(ledger, dispatcher, ledger.blocks[name])
     for client, keys in ledger.wants.items():
@@ -60,6 +61,13 @@ def _check_key(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, unfinish
         assert key in ledger.wants[client], f"key {key!r} is wanted by {client}, who does not know it"
     if state.phase is KeyPhase.PENDING and state.producer is not None:
         assert state.producer in unfinished, f"key {key!r} waits for {state.producer}, which ended"
+
+
+def _check_arrival(ledger: Ledger, block: BlockState) -> None:
+    for key in block.spec.inputs:
+        producer = ledger.blocks.get(ledger.keys[key].producer or "")
+        earlier = producer is None or producer.order[-1] < block.order[-1]
+        assert earlier, f"block {block.spec.id} needs {key!r} of {producer and producer.spec.id}, which came later"
 
 
 def _check_recipe(ledger: Ledger, block: BlockState) -> None:

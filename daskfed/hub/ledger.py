@@ -185,18 +185,30 @@ class Ledger:
             if state is None:
                 state = self.keys[key] = KeyState(key, spec.owner)
             former = self.blocks.get(state.producer or "")
-            if former is None and (state.phase is KeyPhase.PENDING or state.shielded):
+            if former is None and self.lacks_producer(state):
                 self._make_producer(block, state)
             elif former is not None and order[-1] < former.order[-1]:
                 self._give_up(former, state)
                 self._make_producer(block, state)
         return block
 
+    def lacks_producer(self, state: KeyState) -> bool:
+        """Whether no block makes a key that does not exist, and is to be made or may have to be."""
+        if state.producer in self.blocks:
+            return False
+        return state.shielded or state.phase in (KeyPhase.PENDING, KeyPhase.RETIRED)
+
     def _make_producer(self, block: BlockState, state: KeyState) -> None:
         """Of the blocks that can make a key, the first that arrived is its producer: so no circle ever closes."""
         state.producer = block.spec.id
         block.live += 1
         block.pending += state.phase is KeyPhase.PENDING
+
+    def orphan(self, state: KeyState) -> None:
+        """No block makes a key any more; :meth:`rest_idle` sees to the one that did."""
+        if (block := self.blocks.get(state.producer or "")) is not None:
+            self._give_up(block, state)
+            state.producer = None
 
     def _give_up(self, block: BlockState, state: KeyState) -> None:
         block.live -= 1

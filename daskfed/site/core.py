@@ -443,10 +443,12 @@ class SiteCore:
 
     def _keys_erred(self, event: ev.KeysErred) -> None:
         states = [state for key in event.keys if (state := self.keys.get(key)) and state.phase in AT_SCHEDULER]
-        lost = {KeyPhase.HELD} | ({KeyPhase.LANDING, KeyPhase.MAKING} if event.transfer else set())
+        lost = {KeyPhase.HELD: "lost"}
+        if event.transfer:  # what had failed by itself has that error no more
+            lost |= {KeyPhase.LANDING: "lost", KeyPhase.MAKING: "lost", KeyPhase.FAILED: "release"}
         for state in states:
             if state.phase in lost:
-                self._lose_key(state, "lost", "it was lost and could not be brought in or made again")
+                self._lose_key(state, lost[state.phase], "it was lost and could not be brought in or made again")
         reports: dict[str, list[Key]] = {}
         failed = [state for state in states if state.phase is not KeyPhase.ABSENT]
         for state in failed:

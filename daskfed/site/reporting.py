@@ -15,8 +15,8 @@ fed-learned     durations and sizes of results per key prefix since the last tim
 It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task, and
 ``fed-released``, sent after it let go of keys): a key that Dask still knows under another task forgets that task, and a
 fetch task that has run, failed, or is no longer wanted is forgotten, so that Dask never fetches again what the agent no
-longer has. Workers are made to forget too. And before a block is submitted (``fed-renew``), those of its tasks may run
-again that Dask remembers as failed, though the input that they failed from is mended or gone.
+longer has. Workers are made to forget too. And before a block is submitted (``fed-renew``), tasks may run again that
+Dask remembers as failed, though the input that they failed from is mended or gone: the block may need them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class SiteReporter(SchedulerPlugin):
         self.scheduler = scheduler
         self.importing: set[Key] = set()
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
+        self._failed = {key: None for key, task in scheduler.tasks.items() if task.state == "erred"}
         self._made_before: set[Key] = set()  # imports that are to come, of keys that were made here from others
         self._slow_imports: set[Key] = set()  # that had not landed a while ago
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
@@ -103,6 +104,8 @@ class SiteReporter(SchedulerPlugin):
         elif finish == "forgotten":
             self.failed_imports.discard(key)
             self.importing.discard(key)
+        elif finish == "released" and start == "memory":
+            self._lost_from_memory(key)
 
     def _in_memory(self, key: Key, startstops: Collection[dict[str, Any]]) -> None:
         task = self.scheduler.tasks[key]
@@ -119,6 +122,7 @@ class SiteReporter(SchedulerPlugin):
 
     def _erred(self, key: Key) -> None:
         task = self.scheduler.tasks[key]
+        self._failed[key] = None
         if key in self.importing and "TransferError" in str(task.exception_text)[:64]:
             self.failed_imports.add(key)
         blame = task.exception_blame
@@ -149,14 +153,24 @@ class SiteReporter(SchedulerPlugin):
         if blamed := [key for key in tasks if scheduler.tasks[key].exception_blame is not None]:
             scheduler.loop.add_callback(self._fail_stuck, blamed)
 
+    def _lost_from_memory(self, key: Key) -> None:
+        """See to a value whose worker is gone and that Dask will not make again, as an input has failed meanwhile."""
+        if any(each.state == "erred" for each in self.scheduler.tasks[key].dependencies):
+            self.scheduler.loop.add_callback(self._fail_stuck, [key])
+
     def _fail_stuck(self, keys: Collection[Key]) -> None:
         """Fail tasks that Dask lets wait for an input that has failed.
 
         It decides that a new task of such an input is to fail, and where a dependent that it takes up first decides
-        that the task is to wait, the later decision wins.
+        that the task is to wait, the later decision wins. And a task whose value was lost it leaves as it is.
         """
-        found = (self.scheduler.tasks.get(key) for key in keys)
-        stuck = [task.key for task in found if task is not None and task.state == "waiting" and task.exception_blame]
+        found = [task for key in keys if (task := self.scheduler.tasks.get(key)) is not None]
+        stuck = [task.key for task in found if task.state == "waiting" and task.exception_blame]
+        for task in found:
+            failed = next((each for each in task.dependencies if each.state == "erred"), None)
+            if task.state == "released" and (task.who_wants or task.waiters) and failed is not None:
+                task.exception_blame = failed.exception_blame
+                stuck.append(task.key)
         if stuck:
             self.scheduler.transitions(dict.fromkeys(stuck, "erred"), "daskfed-stuck")
 
@@ -222,11 +236,11 @@ class SiteReporter(SchedulerPlugin):
                         dependent.has_lost_dependencies = True
             self.importing.discard(key)
 
-    def renew(self, keys: Collection[Key], client: str) -> None:
-        """Let ``keys`` and what they need run again where they failed from an input that has not failed any more."""
+    def renew(self, client: str) -> None:
+        """Let tasks that nobody asks for run again where they failed from an input that has not failed any more."""
         if client != self.client:
             return
-        for task in self._failed_lineage(keys):
+        for task in self._failed_tasks():
             inherited = task.exception_blame is not task and all(each.state != "erred" for each in task.dependencies)
             if not inherited or task.who_wants or task.state != "erred":
                 continue
@@ -237,11 +251,13 @@ class SiteReporter(SchedulerPlugin):
                 task.exception_blame = None
                 task.state = "released"
 
-    def _failed_lineage(self, keys: Collection[Key]) -> list[Any]:
-        """Return the failed tasks among ``keys`` and their ancestors, inputs first."""
+    def _failed_tasks(self) -> list[Any]:
+        """Return the failed tasks, inputs first."""
+        known = self.scheduler.tasks
+        self._failed = {key: None for key in self._failed if key in known and known[key].state == "erred"}
         found: list[Any] = []
         seen: set[Any] = set()
-        stack = [(task, False) for key in keys if (task := self.scheduler.tasks.get(key)) is not None]
+        stack = [(known[key], False) for key in self._failed]
         while stack:
             task, expanded = stack.pop()
             if expanded:

@@ -110,7 +110,7 @@ class SchedulerWire:
     def submit_block(self, keys: Collection[Key], payload: Mapping[str, Any]) -> None:
         """Submit a block: either its expression and priorities, or all fields of an ``update-graph`` message."""
         if self._reading.failures:
-            self._send({"op": "fed-renew", "keys": list(keys)})
+            self._send({"op": "fed-renew"})
         if "expr_ser" in payload:
             self.update_graph(payload)
         else:

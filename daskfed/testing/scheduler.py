@@ -142,7 +142,7 @@ class FakeScheduler:
             self._tell(Cancelled(wanted, "lost dependencies"))
             self.release(wanted)
             return
-        self._renew(wanted)
+        self._renew()
         touched = self._take_in(graph, wanted, priority)
         for key in wanted:
             self.tasks[key].wanted = True
@@ -275,12 +275,12 @@ class FakeScheduler:
             task.deps[dep] = self.tasks[dep]
             self.tasks[dep].dependents[task.key] = task
 
-    def _renew(self, keys: Iterable[Key]) -> None:
+    def _renew(self) -> None:
         """Let tasks run again that failed from an input which has not failed any more: the agent's plugin does that."""
-        stack, lineage = [(self.tasks.get(key), False) for key in keys], dict[Key, FakeTaskState]()
+        stack, lineage = [(task, False) for task in self.tasks.values()], dict[Key, FakeTaskState]()
         while stack:
             task, expanded = stack.pop()
-            if task is None or task.state is not State.ERRED:
+            if task.state is not State.ERRED:
                 continue
             if not expanded and task.key not in lineage:
                 lineage[task.key] = task
@@ -393,7 +393,9 @@ class FakeScheduler:
         needed = bool(task.wanted or task.waiters)
         if task.lost_deps or task.spec is None:
             self._recommend(task, State.FORGOTTEN)
-        elif needed and not (was_memory and any(dep.state is State.ERRED for dep in task.deps.values())):
+        elif needed and was_memory and any(dep.state is State.ERRED for dep in task.deps.values()):
+            self._inherit_failure(task)  # Dask would leave it as it is for ever: the agent's plugin mends that too
+        elif needed:
             self._recommend(task, State.WAITING)
         if was_memory:
             self._call_back(task)

@@ -89,6 +89,7 @@ class SiteNode:
         self._weather = sim.plan.weather[n]
         self._rng = rng
         self._delay_s = rng.choice([0.0005, 0.005])  # between agent and scheduler, each way
+        self._round_trip_s = rng.choice([0.02, 5.0])  # as it says; a site that is far is sent much work ahead
         self._releasing: Counter[Key] = Counter()  # releases that the scheduler has not answered yet
         self._batch: list[SchedulerEvent | tuple[Key, ...]] = []  # events on their way from the scheduler
         self._submitted = 0
@@ -220,7 +221,7 @@ class SiteNode:
 
     def _status(self) -> SiteStatus:
         queued = self._unfinished()
-        return SiteStatus(1, self.threads, 2**33, 2**20, 0, queued, self.draining, round_trip_s=0.02)
+        return SiteStatus(1, self.threads, 2**33, 2**20, 0, queued, self.draining, round_trip_s=self._round_trip_s)
 
     def _learn(self) -> None:
         fresh = self.scheduler.settled - self._ran

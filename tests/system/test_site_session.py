@@ -186,6 +186,14 @@ def fail() -> None:
     raise ZeroDivisionError
 
 
+runs: list[None] = []
+
+
+def succeed_once() -> int:
+    runs.append(None)
+    return 1 // (len(runs) == 1)
+
+
 def test_a_key_that_was_made_here_before_and_is_imported_now_is_not_computed_again() -> None:
     async def story(site: Site) -> None:
         site.run({"x": (operator.add, 1, 2), "y": (operator.mul, X, 10)})
@@ -280,9 +288,38 @@ def test_a_task_that_failed_from_an_input_which_is_mended_now_runs_again() -> No
             await wait(w)
             assert site.scheduler.tasks["i"].state == "erred"
             reporter.expect_imports(["x"], client.id)
-            reporter.renew(["i"], client.id)
+            reporter.renew(client.id)
             (i,) = client.get({"x": (abs, -5), "i": (abs, "x")}, ["i"], sync=False)
             assert await i.result(timeout=10) == 5 and w.status == "error"
+
+    check(story)
+
+
+def test_a_value_that_is_lost_while_an_input_of_it_has_failed_is_told_as_lost() -> None:
+    """Dask would neither make it again nor fail it."""
+
+    async def story(site: Site) -> None:
+        runs.clear()
+        site.run({"x": (succeed_once,), "y": (operator.add, X, 1)})
+        await site.made("y")
+        await site.release("x")
+        site.run({"x": (succeed_once,)})
+        await site.failed("x")
+        (worker,) = site.scheduler.workers
+        await site.scheduler.remove_worker(worker, stimulus_id="test")
+        assert (await site.told_of(KeysLost)).keys == ("y",)
+
+    check(story)
+
+
+def test_a_key_that_no_worker_has_though_it_is_held_is_given_up_by_whoever_asks_for_it() -> None:
+    async def story(site: Site) -> None:
+        site.run({"x": (operator.add, 1, 2)})
+        await site.made("x")
+        site.scheduler.remove_all_replicas(site.scheduler.tasks["x"])  # and nobody notices
+        assert await site.session.gather_values(["x", "nobody knows this"]) == {}
+        told = {key for _ in range(2) for key in (await site.told_of(KeysLost)).keys}
+        assert told == {"x", "nobody knows this"} and site.session.core.keys == {}
 
     check(story)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from daskfed.hub import events as ev
-from daskfed.hub.core import EPOCH_BITS, HubCore
+from daskfed.hub.arrivals import EPOCH_BITS
+from daskfed.hub.core import HubCore
 from daskfed.hub.recovery import Awaited
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
