@@ -9,10 +9,10 @@ what the later blocks make as well, they make from then on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from graphlib import TopologicalSorter
 
 from daskfed.hub.events import BlocksArrived, ForgetBlock
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.states import KeyPhase
 from daskfed.messages import BlockKind, BlockSpec, Key
 
 EPOCH_BITS = 20  # arrival numbers begin at the epoch (milliseconds) times two to this power: they always grow
@@ -39,15 +39,27 @@ class Arrivals:
         self._let_pass((key for spec in specs for key in spec.outputs), first)
         return self._added(client, ordered, range(first, first + len(specs)), wait)
 
-    def brought_back(self, client: str, blocks: Iterable[tuple[BlockSpec, int]]) -> list[BlockState]:
-        """Register blocks that a client had submitted before, inputs first, with their numbers; 0: they had none."""
-        added = []
-        for spec, arrival in blocks:
+    def brought_back(
+        self, client: str, blocks: Sequence[tuple[BlockSpec, int]]
+    ) -> tuple[list[BlockState], list[Key]]:
+        """Register blocks that a client had submitted before, inputs first, with their numbers; 0: they had none.
+
+        Return those that are new here, and keys that are known again. A client may have missed that some of its blocks
+        were forgotten: then these need keys again that were forgotten with them.
+        """
+        added: list[BlockState] = []
+        revived: list[Key] = []
+        arrivals = {spec.id: arrival for spec, arrival in blocks}
+        for spec in inputs_first([spec for spec, _ in blocks]):
+            arrival = arrivals[spec.id]
+            if (known := self.ledger.blocks.get(spec.id)) is not None:
+                revived += self.ledger.revive_outputs(known)
+                continue
             if not arrival or self._needs_later(spec, arrival):
                 arrival = self._next(client, spec.id)
             self._let_pass(spec.outputs, arrival)
             added += self._added(client, [spec], [arrival], wait=True)
-        return added
+        return added, revived
 
     def _next(self, client: str, block: str) -> int:
         self._last += 1
@@ -78,42 +90,87 @@ class Arrivals:
     # -- circles -----------------------------------------------------------------------------------------------------
 
     def _needs_later(self, spec: BlockSpec, arrival: int) -> bool:
-        return any(self._made_later(self.ledger.keys.get(key), arrival) for key in spec.inputs)
+        return not self.ledger.patient and any(self._maker_after(key, arrival) for key in spec.inputs)
 
-    def _made_later(self, state: KeyState | None, arrival: int) -> bool:
-        producer = self.ledger.blocks.get(state.producer or "") if state is not None else None
-        return producer is not None and producer.order[-1] > arrival
+    def _maker_after(self, key: Key, arrival: int) -> BlockState | None:
+        """Return the block that makes a key, if it came after ``arrival``."""
+        maker = _maker(self.ledger, key)
+        return maker if maker is not None and maker.order[-1] > arrival else None
 
     def _let_pass(self, outputs: Iterable[Key], arrival: int) -> None:
         """Number earlier blocks anew that need what only a block with this number will make."""
+        if self.ledger.patient:  # whoever made it may be back yet
+            return
         states = (state for key in outputs if (state := self.ledger.keys.get(key)) is not None)
         orphans = [state for state in states if self.ledger.lacks_producer(state)]
-        for block in sorted(self._dependents(orphans, arrival), key=lambda block: block.order[-1]):
-            block.order = (*block.order[:2], self._next(block.spec.client, block.spec.id))
+        late = _closure(self.ledger, (block for block in _users(self.ledger, orphans) if block.order[-1] < arrival))
+        for block in sorted(late, key=lambda block: block.order[-1]):
+            self._renumber(block)
 
-    def _dependents(self, states: Iterable[KeyState], arrival: int) -> list[BlockState]:
-        """Return blocks before ``arrival`` that need any of these keys, and whatever needs those in turn."""
-        users = [self.ledger.blocks[name] for state in states for name in (*state.consumers, *state.heirs)]
-        stack = [block for block in users if block.order[-1] < arrival]
-        found: dict[str, BlockState] = {}
-        while stack:
-            block = stack.pop()
-            if block.spec.id not in found:
-                found[block.spec.id] = block
-                made = self.ledger.produced_by(block)
-                stack += [self.ledger.blocks[name] for state in made for name in (*state.consumers, *state.heirs)]
-        return list(found.values())
+    def _renumber(self, block: BlockState) -> None:
+        block.order = (*block.order[:2], self._next(block.spec.client, block.spec.id))
 
-    def cut_circles(self, blocks: Iterable[BlockState]) -> list[KeyState]:
-        """Have no new block need a later one; return the keys that nobody is to make any more.
+    def straighten(self, blocks: Iterable[BlockState]) -> list[KeyState]:
+        """Where one of ``blocks`` needs a later one, number all anew; return keys that nobody is to make any more.
 
-        That is left where a client holds a future of what was made from a lost key, and makes the lost key from it.
+        There are such keys where a client holds a future of what was made from a lost key, and makes the lost key from
+        that: the circle is cut, at a key that exists if there is one.
         """
-        inputs = ((block, self.ledger.keys.get(key)) for block in blocks for key in block.spec.inputs)
-        cut = [state for block, state in inputs if state is not None and self._made_later(state, block.order[-1])]
-        for state in cut:
+        wrong = any(self._maker_after(key, block.order[-1]) for block in blocks for key in block.spec.inputs)
+        if self.ledger.patient or not wrong:
+            return []
+        cut = []
+        ordered, circle = _walk(self.ledger)
+        while circle:
+            state = next((state for state in circle if state.phase is KeyPhase.HELD), circle[0])
             self.ledger.orphan(state)
+            cut.append(state)
+            ordered, circle = _walk(self.ledger)
+        for block in ordered:
+            self._renumber(block)
         return cut
+
+
+def _maker(ledger: Ledger, key: Key) -> BlockState | None:
+    state = ledger.keys.get(key)
+    return ledger.blocks.get(state.producer or "") if state is not None else None
+
+
+def _users(ledger: Ledger, states: Iterable[KeyState]) -> Iterable[BlockState]:
+    return (ledger.blocks[name] for state in states for name in (*state.consumers, *state.heirs))
+
+
+def _closure(ledger: Ledger, blocks: Iterable[BlockState]) -> list[BlockState]:
+    """Return blocks and whatever needs what they make, directly or through others."""
+    stack, found = list(blocks), dict[str, BlockState]()
+    while stack:
+        block = stack.pop()
+        if block.spec.id not in found:
+            found[block.spec.id] = block
+            stack += _users(ledger, ledger.produced_by(block))
+    return list(found.values())
+
+
+def _walk(ledger: Ledger) -> tuple[list[BlockState], list[KeyState]]:
+    """Return all blocks, each after those that it needs; or the keys along a circle, if there is one."""
+    done: dict[str, BlockState] = {}
+    path: dict[str, Key] = {}  # blocks that are being looked at, each needed by the one before it -> for which key
+    for root in sorted(ledger.blocks.values(), key=lambda block: block.order[-1]):
+        stack: list[tuple[BlockState, Key | None]] = [(root, root.spec.outputs[0])]
+        while stack:
+            block, key = stack.pop()
+            name = block.spec.id
+            if key is None:
+                done[name] = block
+                del path[name]
+            elif name in path:
+                return [], [ledger.keys[each] for each in (key, *list(path.values())[list(path).index(name) + 1 :])]
+            elif name not in done:
+                path[name] = key
+                stack.append((block, None))
+                needs = [(_maker(ledger, each), each) for each in reversed(block.spec.inputs)]
+                stack += [(maker, each) for maker, each in needs if maker is not None]
+    return list(done.values()), []
 
 
 def inputs_first(specs: Sequence[BlockSpec]) -> list[BlockSpec]:
@@ -122,7 +179,18 @@ def inputs_first(specs: Sequence[BlockSpec]) -> list[BlockSpec]:
     for n, spec in enumerate(specs):
         for key in spec.outputs:
             makers.setdefault(key, n)
-    needs = {n: [makers[key] for key in spec.inputs if key in makers] for n, spec in enumerate(specs)}
-    if all(maker < n for n, makers_of in needs.items() for maker in makers_of):
+    needs = [[makers[key] for key in spec.inputs if key in makers] for spec in specs]
+    if all(maker < n for n, own in enumerate(needs) for maker in own):
         return list(specs)
-    return [specs[n] for n in TopologicalSorter(needs).static_order()]
+    ordered: dict[int, None] = {}
+    entered: set[int] = set()
+    stack = [(n, False) for n in reversed(range(len(specs)))]
+    while stack:
+        n, done = stack.pop()
+        if done:
+            ordered[n] = None
+        elif n not in entered:  # where they form a circle, it is broken somewhere
+            entered.add(n)
+            stack.append((n, True))
+            stack += [(maker, False) for maker in reversed(needs[n])]
+    return [specs[n] for n in ordered]

@@ -52,7 +52,7 @@ class HubCore:
         self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
         self.poison = Poison(self.ledger)
         self.homes = Homes(self.ledger, self.dispatcher)
-        self.recovery = Recovery(self.ledger, self.dispatcher, awaited)
+        self.recovery = Recovery(self.ledger, self.dispatcher, self.arrivals, awaited)
         self.clients: dict[str, str] = {}  # client -> owner
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             ev.ClientJoined: self._client_joined,
@@ -124,7 +124,7 @@ class HubCore:
         self.clients[event.client] = event.owner
         wanted = dict.fromkeys(event.wanted)
         stale = [key for key in self.ledger.wants.get(event.client, ()) if key not in wanted]
-        added = self.arrivals.brought_back(event.client, event.blocks)
+        added, revived = self.arrivals.brought_back(event.client, event.blocks)
         if event.client not in self.recovery.clients:
             self._number_anew(added)
         self.recovery.shield(added)
@@ -140,7 +140,7 @@ class HubCore:
                 self.ledger.command(ev.DropCopies(event.client, (key,)))
         self.ledger.unwant(event.client, stale)
         self._link(added)
-        self.ledger.settle([*stale, *(key for block in added for key in block.spec.outputs)])
+        self.ledger.settle([*stale, *revived, *(key for block in added for key in block.spec.outputs)])
         self.recovery.client_back(event.client, self.ledger.now)
 
     def _number_anew(self, blocks: Iterable[BlockState]) -> None:
@@ -168,14 +168,11 @@ class HubCore:
 
         In this order, as an input that a refused block shares with others would else seem to be needed by nobody.
         """
-        for state in self.arrivals.cut_circles(added):
-            if self.recovery.settled and is_promise(state):
-                self.ledger.give_up(state)
         self._link_or_refuse(added)
         self.ledger.rest_idle(added)
 
     def _link_or_refuse(self, added: list[BlockState]) -> None:
-        refused = []
+        refused: list[tuple[BlockState, list[Key], str | None]] = []
         for block in added:
             if not self.recovery.settled:
                 self._promise_inputs(block)
@@ -188,6 +185,7 @@ class HubCore:
         for block, lost, problem in refused:
             if block.spec.id in self.ledger.blocks:
                 self._refuse(block, lost, problem)
+        self.recovery.give_up(self.arrivals.straighten(added))
 
     def _promise_inputs(self, block: BlockState) -> None:
         for key in block.spec.inputs:

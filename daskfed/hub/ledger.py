@@ -192,6 +192,15 @@ class Ledger:
                 self._make_producer(block, state)
         return block
 
+    def revive_outputs(self, block: BlockState) -> list[Key]:
+        """Know those outputs of a block again that were freed; their values are retired until somebody needs them."""
+        freed = [key for key in block.spec.outputs if key not in self.keys]
+        for key in freed:
+            state = self.keys[key] = KeyState(key, block.spec.owner)
+            self._make_producer(block, state)
+            self.move_key(state, "retire")
+        return freed
+
     def lacks_producer(self, state: KeyState) -> bool:
         """Whether no block makes a key that does not exist, and is to be made or may have to be."""
         if state.producer in self.blocks:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from daskfed.hub.arrivals import Arrivals
 from daskfed.hub.dispatch import Dispatcher, SiteState
 from daskfed.hub.events import TellSite
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
@@ -36,9 +37,12 @@ class Awaited:
 class Recovery:
     """Whom the hub waits for, and since when."""
 
-    def __init__(self, ledger: Ledger, dispatcher: Dispatcher, awaited: Awaited | None = None) -> None:
+    def __init__(
+        self, ledger: Ledger, dispatcher: Dispatcher, arrivals: Arrivals, awaited: Awaited | None = None
+    ) -> None:
         awaited = awaited or Awaited()
         self.ledger = ledger
+        self.arrivals = arrivals
         self.dispatcher = dispatcher
         self.sites = set(awaited.sites)
         self.clients = dict(awaited.clients)
@@ -103,7 +107,13 @@ class Recovery:
         for state in shielded:
             state.shielded = False
         self.ledger.settle([state.key for state in shielded])
-        for state in [state for state in self.ledger.keys.values() if is_promise(state)]:
+        self.give_up(list(self.ledger.keys.values()))
+        self.give_up(self.arrivals.straighten(list(self.ledger.blocks.values())))
+        self.ledger.rest_idle(())
+
+    def give_up(self, states: Iterable[KeyState]) -> None:
+        """End those of these keys that nobody makes and nobody will bring."""
+        for state in [state for state in states if is_promise(state)]:
             if state.key in self.ledger.keys and is_promise(state):
                 self.ledger.give_up(state)
 

@@ -67,10 +67,12 @@ def random_plan(rng: Random) -> Plan:
     """Return the faults of a history: some histories are calm, most have a few kinds of trouble at once."""
     nsites = rng.choice([3, 3, 3, 4, 5])
     losses = tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4])))
+    drains = tuple(random_drain(rng, n, losses) for n in range(nsites))
+    losses += tuple(loss for n, at in enumerate(drains) for loss in losses_before_drain(rng, n, at))
     return Plan(
         weather=tuple(random_weather(rng) for _ in range(nsites)),
         joins_at=tuple(0.0 if n == 0 or rng.random() < 0.7 else rng.uniform(0.0, 8.0) for n in range(nsites)),
-        drains_at=tuple(random_drain(rng, n, losses) for n in range(nsites)),
+        drains_at=drains,
         slowness=tuple(rng.choice([0.3, 1.0, 1.0, 4.0]) for _ in range(nsites)),
         partitions=tuple(random_partition(rng, nsites) for _ in range(rng.choice([0, 1, 2]))),
         crashes=tuple(crash for _ in range(rng.choice([0, 1, 1, 2, 3])) for crash in random_crashes(rng, nsites)),
@@ -117,10 +119,17 @@ def random_worker_loss(rng: Random, nsites: int) -> tuple[int, float, float]:
 
 def random_drain(rng: Random, n: int, losses: tuple[tuple[int, float, float], ...]) -> float | None:
     """Return when a site leaves, None if it stays; some leave just after they lost a worker."""
-    if n <= 1 or rng.random() < 0.6:
+    if n <= 1 or rng.random() < 0.5:
         return None
     lost = [at for site, at, _ in losses if site == n]
     return lost[0] + rng.uniform(0.0, 1.0) if lost and rng.random() < 0.7 else rng.uniform(1.0, 8.0)
+
+
+def losses_before_drain(rng: Random, n: int, drains_at: float | None) -> list[tuple[int, float, float]]:
+    """Return losses of workers in the last moments of a site: what it made before is asked of it again, and recalled."""
+    if drains_at is None or rng.random() < 0.3:
+        return []
+    return [(n, max(0.5, drains_at - rng.uniform(0.0, 0.6)), rng.choice([0.2, 0.5])) for _ in range(rng.choice([1, 2]))]
 
 
 def random_hub_crashes(rng: Random) -> tuple[tuple[float, float], ...]:
