@@ -377,7 +377,8 @@ class HubCore:
             block.open_outputs.discard(key)
             state = self.ledger.keys.get(key)
             if state is None or _exists_elsewhere(state, site.name) or key in again:
-                self.ledger.release_at(site.name, key)
+                if state is None or site.name not in state.importing:  # else the site forgets the failure by itself
+                    self.ledger.release_at(site.name, key)
             else:
                 state.failed_at[site.name] = None
                 self.ledger.key_failed(state)

@@ -517,11 +517,8 @@ class SiteCore:
     def _keys_missing(self, event: ev.KeysMissing) -> None:
         """Give up keys that a worker took along and that do not come again; the hub has them made anew."""
         for key in event.keys:
-            state = self.keys.get(key)
-            if state is None or state.phase in COMING:
-                self._tell(KeysLost((key,)))
-            elif state.phase is KeyPhase.HELD:
-                self._lose_key(state, "lost", "its worker is lost, and no other has it")
+            if self.holds(key):
+                self._lose_key(self.keys[key], "lost", "its worker is lost, and no other has it")
 
     def _keys_scattered(self, event: ev.KeysScattered) -> None:
         for made in event.keys:

@@ -226,15 +226,11 @@ class SiteReporter(SchedulerPlugin):
         """The agent let go of keys: a fetch task that Dask still knows among them must not run or fail again."""
         if client != self.client:
             return
-        for key in self.importing.intersection(keys):
-            task = self.scheduler.tasks.get(key)
-            unused = task is not None and not task.who_wants and not task.waiters
-            if unused and task.state in DORMANT:
-                self._forget_lineage(task)
-                for dependent in task.dependents:
-                    if dependent.state == "memory":  # should its worker die, it cannot be made again from this
-                        dependent.has_lost_dependencies = True
-            self.importing.discard(key)
+        ended = self.importing.intersection(keys)
+        self.importing -= ended
+        tasks = [task for key in ended if (task := self.scheduler.tasks.get(key)) is not None]
+        unused = [task.key for task in tasks if task.state in DORMANT and not (task.who_wants or task.waiters)]
+        self.scheduler.transitions(dict.fromkeys(unused, "forgotten"), "daskfed-import")
 
     def renew(self, client: str) -> None:
         """Let tasks that nobody asks for run again where they failed from an input that has not failed any more."""
@@ -244,9 +240,8 @@ class SiteReporter(SchedulerPlugin):
             inherited = task.exception_blame is not task and all(each.state != "erred" for each in task.dependencies)
             if not inherited or task.who_wants or task.state != "erred":
                 continue
-            if task.has_lost_dependencies:  # what it was made from is forgotten: it takes the task of the next graph
-                task.has_lost_dependencies = False
-                self._forget_lineage(task)
+            if task.has_lost_dependencies:  # what it was made from is forgotten
+                self.scheduler.transitions({task.key: "forgotten"}, "daskfed-renew")
             else:
                 task.exception_blame = None
                 task.state = "released"

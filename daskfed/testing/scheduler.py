@@ -176,6 +176,7 @@ class FakeScheduler:
         for key in keys:
             if (task := self.tasks.get(key)) is not None and task.spec is not None and task.spec.fetch is not None:
                 self._strip(task)
+        self._transitions()
         self._start()
 
     def scatter(self, key: Key, value: int, nbytes: int) -> None:
@@ -263,12 +264,9 @@ class FakeScheduler:
         task.deps, task.lost_deps = {}, False
 
     def _strip(self, task: FakeTaskState) -> None:
-        """A fetch task that is not needed and did not land, but is known for its dependents' sake, becomes data."""
+        """A fetch task that is not needed and did not land, but is known for its dependents' sake, is forgotten."""
         if not task.wanted and not task.waiters and task.state in ABSENT:
-            task.state, task.value, task.spec = State.RELEASED, None, None
-            for dependent in task.dependents.values():
-                if dependent.state is State.MEMORY:
-                    dependent.lost_deps = True
+            self._recommend(task, State.FORGOTTEN)
 
     def _add_deps(self, task: FakeTaskState, spec: FakeTask) -> None:
         for dep in spec.deps:
@@ -287,11 +285,11 @@ class FakeScheduler:
                 stack.append((task, True))
                 stack.extend((dep, False) for dep in task.deps.values())
             elif expanded and not task.wanted and not self._has_failed_itself(task):
-                task.state, task.value = State.RELEASED, None
                 if task.lost_deps:
-                    self._forget_lineage(task)
-                    task.spec = None
+                    self._recommend(task, State.FORGOTTEN)
                     self._transitions()
+                else:
+                    task.state, task.value = State.RELEASED, None
 
     def _has_failed_itself(self, task: FakeTaskState) -> bool:
         assert isinstance(task.value, Failure)

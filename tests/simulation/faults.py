@@ -66,7 +66,7 @@ class Plan:
 def random_plan(rng: Random) -> Plan:
     """Return the faults of a history: some histories are calm, most have a few kinds of trouble at once."""
     nsites = rng.choice([3, 3, 3, 4, 5])
-    losses = tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4])))
+    losses = tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4, 6])))
     drains = tuple(random_drain(rng, n, losses) for n in range(nsites))
     losses += tuple(loss for n, at in enumerate(drains) for loss in losses_before_drain(rng, n, at))
     return Plan(
@@ -82,7 +82,7 @@ def random_plan(rng: Random) -> Plan:
         sleeps=tuple(random_sleep(rng) for _ in range(rng.choice([0, 0, 1, 2]))),
         fetch_failure=rng.choice([0.0, 0.0, 0.1]),
         fetch_stall=rng.choice([0.0, 0.0, 0.1]),
-        landing_failure=rng.choice([0.0, 0.0, 0.05]),
+        landing_failure=rng.choice([0.0, 0.03, 0.1]),
         bandwidth_bps=rng.choice([1e6, 1e7, 1e9]),
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
+from daskfed.hub.placement import DataOnly, LowestCost, Policy, RoundRobin
 from daskfed.link import Link
 from daskfed.messages import BlockSpec, Key
 from daskfed.site.core import SiteCore
@@ -88,12 +89,17 @@ class Simulation:
         self.faults: Counter[str] = Counter()
         self.universe = random_universe(self.rng, NTASKS)
         self.plan = random_plan(self.rng)
-        self.hub = HubNode(self, self.cores.hub())
+        self.hub = HubNode(self, self.cores.hub(policy=self._policy()))
         self.sites = {f"s{n}": self._site(n) for n in range(len(self.plan.joins_at))}
         self.clients = {f"c{n}": self._client(f"c{n}") for n in range(self.rng.choice([1, 2, 3]))}
         self.former_sites: list[SiteNode] = []
         self.former_hubs: list[HubNode] = []
         self._plan_faults()
+
+    def _policy(self) -> Policy:
+        """Return how the hub chooses sites: the worse it does so, the more is recalled, and the longer are queues."""
+        policies: tuple[type[Policy], ...] = (LowestCost, DataOnly, LowestCost, RoundRobin)
+        return policies[self.seed % len(policies)]()
 
     def _site(self, n: int, incarnation: int = 1) -> SiteNode:
         return self.cores.node(self, n, Random(self.rng.random()), incarnation)
@@ -220,7 +226,8 @@ class Simulation:
         """The hub comes back with what its journal says; sites and clients dial it again."""
         former = self.hub
         self.former_hubs.append(former)
-        self.hub = HubNode(self, self.cores.hub(epoch=former.core.ledger.epoch + 1, awaited=former.journal()))
+        epoch, awaited = former.core.ledger.epoch + 1, former.journal()
+        self.hub = HubNode(self, self.cores.hub(epoch=epoch, policy=self._policy(), awaited=awaited))
         for site in self.sites.values():
             if site.dialled and not site.stopped:
                 self.clock.call_later(self.rng.choice([0.1, 1.0]) * self.rng.random(), site.join)

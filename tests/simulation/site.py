@@ -157,7 +157,7 @@ class SiteNode:
     def lose_worker(self, chosen: Callable[[], bool]) -> None:
         """A worker dies, with those of its values and running tasks that are ``chosen``."""
         self.log_fault("loses a worker")
-        self._excused_until = self.sim.clock.now + 3 * self._delay_s
+        self._excused_until = self.sim.clock.now + 4 * self._delay_s
         self.scheduler.lose(chosen)
         threads = (self.threads + 1) // 2
         self.threads -= threads
@@ -258,7 +258,7 @@ class SiteNode:
         elif isinstance(command, ev.SubmitBlock):
             payload = self.payloads.pop((command.block, command.attempt), None)
             states = {key: self.core.keys[key] for key in command.outputs if key in self.core.keys}
-            joined = {key for key, state in states.items() if state.users or state.makers - {command.block}}
+            joined = {key for key, s in states.items() if s.hub or s.users or s.makers - {command.block}}
             self.sim.require(payload is not None, "a block is submitted whose payload is gone", self.name, command)
             self._to_scheduler(self._run_block, command, payload, joined)
         elif isinstance(command, ev.SubmitImport):
