@@ -39,6 +39,7 @@ class Arrival:
     reason: str  # empty if it arrived
     seconds: float  # since it was asked for, or since the key before it in the same stream arrived
     relayed: bool  # it came through the hub
+    missing: bool = False  # the site does not have it
 
 
 class Directory(Protocol):
@@ -205,7 +206,7 @@ class Fetcher:
         if key in request.pending:
             del request.pending[key]
             seconds = request.lap()
-            self.deliver(Arrival(key, request.source, parcel, reason, seconds, request.relayed))
+            self.deliver(Arrival(key, request.source, parcel, reason, seconds, request.relayed, missing=bool(reason)))
 
 
 @dataclass(slots=True)

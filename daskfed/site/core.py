@@ -58,6 +58,7 @@ from daskfed.site.states import (
 )
 
 IMPORT_BUDGET = 256 * 2**20  # bytes of imports that may be on their way or in the agent's memory at once
+FETCH_TRIES = 3  # of an import from one source, before the hub is told that it failed
 STORY_LENGTH = 2000  # moves kept for errors
 
 
@@ -296,7 +297,7 @@ class SiteCore:
         if wanted.failed:
             self._bring_error(state)
             return
-        state.source, state.number = wanted.source, wanted.number
+        state.source, state.number, state.tries = wanted.source, wanted.number, 0
         state.announce = True
         if state.phase is KeyPhase.HELD:
             self._announce(state)
@@ -358,6 +359,9 @@ class SiteCore:
         if state is None or state.phase is not KeyPhase.FETCHING:
             self.imports.discharge(event.key)
         elif state.source != event.source:  # the hub has named another source meanwhile
+            self._fetch(state)
+        elif not event.missing and state.tries < FETCH_TRIES - 1:
+            state.tries += 1
             self._fetch(state)
         else:
             self.imports.discharge(event.key)

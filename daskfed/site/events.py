@@ -88,6 +88,7 @@ class FetchFailed:
     key: Key
     source: str
     reason: str
+    missing: bool = False  # the source does not have it: it is no use to ask again
 
 
 Event: TypeAlias = (

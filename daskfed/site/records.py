@@ -18,6 +18,7 @@ class KeyState:
     nbytes: int = 0  # as the hub or the scheduler said; 0 if unknown
     source: str = ""  # site to import it from
     number: int = 0  # of the hub's latest order to import it
+    tries: int = 0  # how often it was fetched for that order, in vain
     hub: bool = False  # the hub asked for it, or put it here
     announce: bool = False  # the hub waits for a KeyImported
     arrival: Fetched | None = None  # how it was fetched

@@ -208,7 +208,7 @@ class Session:
     def _arrived(self, arrival: Arrival) -> ev.Fetched | ev.FetchFailed:
         key, parcel = arrival.key, arrival.parcel
         if parcel is None:
-            return ev.FetchFailed(key, arrival.source, arrival.reason)
+            return ev.FetchFailed(key, arrival.source, arrival.reason, arrival.missing)
         self.parcels[key] = parcel
         return ev.Fetched(key, arrival.source, parcel.nbytes, arrival.seconds, arrival.relayed)
 

@@ -98,7 +98,7 @@ class Simulation:
 
     def _policy(self) -> Policy:
         """Return how the hub chooses sites: the worse it does so, the more is recalled, and the longer are queues."""
-        policies: tuple[type[Policy], ...] = (LowestCost, DataOnly, LowestCost, RoundRobin)
+        policies: tuple[type[Policy], ...] = (LowestCost, DataOnly, RoundRobin, DataOnly)
         return policies[self.seed % len(policies)]()
 
     def _site(self, n: int, incarnation: int = 1) -> SiteNode:

@@ -178,14 +178,15 @@ class HubNode:
             self.sim.require(excused, "a block is placed while another site is at work at it", block, target, site.name)
 
     def _require_handed_over(self, name: str) -> None:
-        """A site that may leave has nothing that is needed and nowhere else, as far as it has heard all from the hub.
+        """A site that may leave has nothing that is needed and nowhere else, where all that was said has been heard.
 
         What it has for clients that the hub still waits for may be made again: the hub does not know of it.
         """
         site, hub_end = self.sim.sites[name], self.links[name].ends[0]
         if self.core.sites[name].unclaimed:
             return
-        if hub_end.link.accepted == self.links[name].ends[1].link.received:
+        site_end = self.links[name].ends[1]
+        if hub_end.link.accepted == site_end.link.received and site_end.link.accepted == hub_end.link.received:
             for key, here in site.core.keys.items():
                 state = self.core.ledger.keys.get(key)
                 needed = site.core.holds(key) and state is not None and state.needed

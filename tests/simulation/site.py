@@ -438,7 +438,7 @@ class SiteNode:
             self._handle(ev.KeysMissing((key,)))
 
     def _fetch_failed(self, command: ev.Fetch, reason: str, seconds: float) -> None:
-        failed = ev.FetchFailed(command.key, command.source, reason)
+        failed = ev.FetchFailed(command.key, command.source, reason, missing=reason == "not there")
         self.sim.clock.call_later(seconds, self._handle, failed)
 
     def _fetched(self, command: ev.Fetch, asked: float, value: int) -> None:

@@ -31,7 +31,7 @@ from daskfed.messages import (
     ReleaseKeys,
     RunBlock,
 )
-from daskfed.site.core import SiteCore
+from daskfed.site.core import FETCH_TRIES, SiteCore
 from daskfed.site.events import (
     Command,
     DropBytes,
@@ -343,13 +343,15 @@ class TestImports:
         site = Site(import_budget=1000)
         wanted = (Import("a", "north", 10**9), Import("b", "north", 10**9))
         assert site(CopyKeys(wanted)) == [Fetch("a", "north", 10**9)]
-        assert site(FetchFailed("a", "north", "gone")) == [
+        assert site(FetchFailed("a", "north", "gone", missing=True)) == [
             TellHub(ImportFailed("a", "north", "gone")),
             Fetch("b", "north", 10**9),
         ]
 
     def test_a_failed_fetch_gives_back_the_blocks_that_wait_for_it(self, site: Site) -> None:
         site(run(block("b", ("y",), ("x",)), Import("x", "north", 100)))
+        for _ in range(FETCH_TRIES - 1):
+            assert site(FetchFailed("x", "north", "no route")) == [Fetch("x", "north", 100)]
         assert site(FetchFailed("x", "north", "no route")) == [
             TellHub(ImportFailed("x", "north", "no route")),
             TellHub(BlockLost("b", FIRST, "'x': no route")),
