@@ -42,6 +42,7 @@ from daskfed.site.events import (
     ForgetPayload,
     KeysErred,
     KeysForgotten,
+    KeysMissing,
     KeysReady,
     KeysScattered,
     Load,
@@ -412,6 +413,21 @@ class TestLosses:
             ReleaseAtScheduler(("x", "y")),
         ]
         assert site.core.blocks == {}
+
+    def test_a_held_key_that_no_worker_has_for_a_while_is_given_up(self, site: Site) -> None:
+        site(run(block("a", ("x", "y"))), ready("x"))
+        assert site(KeysMissing(("x", "y", "unknown"))) == [TellHub(KeysLost(("x",))), ReleaseAtScheduler(("x",))]
+        assert site.phases() == {"y": "making"}
+
+    def test_a_failure_that_an_import_has_overwritten_is_forgotten(self, site: Site) -> None:
+        """Dask has one error for a task: the last one, though that was the fault of no task."""
+        site(run(block("a", ("x",))), KeysErred(("x",)), run(block("b", ("y",), ("x",))))
+        assert site(KeysErred(("x", "y"), transfer=True)) == [
+            TellHub(KeysLost(("x",))),
+            TellHub(BlockLost("b", FIRST, "'x': it was lost and could not be brought in or made again")),
+            ReleaseAtScheduler(("x", "y")),
+        ]
+        assert site.core.keys == {}
 
     def test_a_held_key_that_could_not_be_made_again_is_lost_not_failed(self, site: Site) -> None:
         site(run(block("a", ("x",))), ready("x"))
