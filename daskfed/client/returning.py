@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from distributed.comm.core import CommClosedError
 
 from daskfed.client.submission import Submission
 from daskfed.config import client_memory
 from daskfed.data.spill import Spilled
 from daskfed.messages import COORDINATION, REQUEST, BlockSpec, Key, encode
 
+NOTICED_S = 2.0  # within which a client notices that its hub is gone, after a call to it has failed
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
 
 
@@ -128,11 +132,14 @@ class PatientRPC:
         return call
 
     async def _patiently(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+        broken_since: float | None = None
         for pause in pauses():
             try:
                 return await call(**kwargs)
-            except OSError:
-                if not self._waiting():
+            except OSError as exc:
+                broken_since = broken_since or time.monotonic()
+                unnoticed = is_broken(exc) and time.monotonic() - broken_since < NOTICED_S
+                if not (unnoticed or self._waiting()):
                     raise
                 await asyncio.sleep(pause)
 
@@ -157,6 +164,11 @@ class PatientRPC:
     async def close_rpc(self) -> None:
         """End the connections."""
         await self._rpc.close_rpc()
+
+
+def is_broken(exc: OSError) -> bool:
+    """Whether a connection broke or was not made; an answer of the hub may be an OSError too."""
+    return isinstance(exc, (CommClosedError, ConnectionError)) or type(exc) is OSError
 
 
 def pauses() -> Any:

@@ -13,18 +13,21 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from daskfed import Client
 from tests.system.commands import MODULE, Command, hub
 
 VERBOSE = (*MODULE, "--verbose")
 POLL_S = 0.05
 RESTART_S = 0.3  # pause before a site that ended is started again
+NOTICED_S = 3.0  # after which a site has noticed that a process of it was killed
 BACK_S = 60.0  # within which all sites must have joined again
 LOG_LINES = 40
 KINDS = ("hub", "agent", "host", "worker")
@@ -103,6 +106,7 @@ class Siege:
         self.hubs[0].line("daskfed hub at")
         self.sites = [SiteProcess(name, self.address, threads) for name in names]
         self._hub_due: float | None = None
+        self._killed_at = 0.0
         self._lock = threading.Lock()
         self._ending = threading.Event()
         for site in self.sites:
@@ -128,6 +132,7 @@ class Siege:
         with self._lock:
             done = self._kill_hub(kill) if kill.kind == "hub" else self._kill_at_site(kill)
         self.kills[kill.kind if done else "none"] += 1
+        self._killed_at = time.monotonic()
         return done
 
     def _kill_hub(self, kill: Kill) -> bool:
@@ -154,6 +159,7 @@ class Siege:
 
     def close(self) -> list[str]:
         """End everything with Ctrl-C, the sites first, once all are back; return what went wrong with that."""
+        time.sleep(max(0.0, self._killed_at + NOTICED_S - time.monotonic()))
         deadline = time.monotonic() + BACK_S
         while not all(site.joined for site in self.sites) and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -213,6 +219,23 @@ class Killer:
 
     def __exit__(self, *exc_info: object) -> None:
         self._thread.join()
+
+
+def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -> str:
+    """Return all that helps to find out why something failed."""
+    pending = [future for future in futures if not future.done()]
+    lines = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(futures)}"]
+    lines += [f"sites: {_asked(client._fetch_sites, client)}"]
+    lines += [f"{future.key!r}: {_asked(client._explain, client, future.key)}" for future in pending[:8]]
+    return "\n".join([*lines, siege.logs()])
+
+
+def _asked(question: Callable[..., Any], client: Client, *args: Any) -> Any:
+    """Return an answer of the hub, or why there is none."""
+    try:
+        return client.sync(question, *args, callback_timeout=10)
+    except Exception as exc:
+        return repr(exc)
 
 
 def _free_port() -> int:

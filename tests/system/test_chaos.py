@@ -10,12 +10,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from daskfed import Client
-from tests.system.chaos import Killer, Siege, plan
+from tests.system.chaos import Killer, Siege, plan, told
 from tests.system.chaos_load import Load
 
 pytestmark = pytest.mark.system
@@ -70,23 +69,6 @@ def play(siege: Siege, client: Client, seed: int, folder: Path) -> int:
         except Exception as exc:
             failure = exc
     if failure is not None:
-        raise AssertionError(f"seed {seed}: {failure!r}\n{state(siege, client, load, killer)}") from failure
+        raise AssertionError(f"seed {seed}: {failure!r}\n{told(siege, client, load.futures, killer)}") from failure
     print(f"seed {seed}: {time.monotonic() - start:.1f} s", *killer.story, sep="\n  ")
     return len(load.futures)
-
-
-def state(siege: Siege, client: Client, load: Load, killer: Killer) -> str:
-    """Return all that helps to find out why a round failed."""
-    pending = [future for future in load.futures if not future.done()]
-    told = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(load.futures)}"]
-    told += [f"sites: {asked(client._fetch_sites, client)}"]
-    told += [f"{future.key!r}: {asked(client._explain, client, future.key)}" for future in pending[:8]]
-    return "\n".join([*told, siege.logs()])
-
-
-def asked(question: Callable[..., Any], client: Client, *args: Any) -> Any:
-    """Return an answer of the hub, or why there is none."""
-    try:
-        return client.sync(question, *args, callback_timeout=10)
-    except Exception as exc:
-        return repr(exc)

@@ -1,70 +1,76 @@
-"""Random graphs over one to five sites give the result of ``dask.get``."""
+"""Random graphs give the result of ``dask.get``: over one to five sites, and while processes are killed at random."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dask
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from daskfed import Client, Federation, at
+from daskfed import Client, Federation
+from tests.system.chaos import Killer, Siege, plan, told
+from tests.system.random_programs import Program, programs
 
 pytestmark = pytest.mark.system
 
 NAMES = ("s0", "s1", "s2", "s3", "s4")
 SITE = {"options": {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}}
+BESIEGED = ("north", "south")
+NAP_S = 0.1  # of a task, so that something is going on when processes are killed
+LEAST = 15  # tasks of a graph while processes are killed
+WITHIN_S = 100.0  # a result must be there, whatever was killed
 
 
 @pytest.fixture(scope="module")
-def client() -> Any:
+def client() -> Iterator[Client]:
     """A client of five sites, all in this process."""
     with Federation(sites=dict.fromkeys(NAMES, SITE), in_process=True) as federation, Client(federation) as client:
         yield client
 
 
-@st.composite
-def programs(draw: st.DrawFn) -> tuple[int, list[tuple[list[int], str | None]], list[int]]:
-    """Draw a number of sites, tasks as (numbers of earlier tasks, site or None), and which results are wanted."""
-    sites = draw(st.integers(1, len(NAMES)))
-    size = draw(st.integers(1, 30))
-    where = st.sampled_from((None, *NAMES[:sites]))
-    tasks = []
-    for i in range(size):
-        inputs = draw(st.lists(st.integers(0, i - 1), max_size=3, unique=True)) if i else []
-        tasks.append((inputs, draw(where)))
-    wanted = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4, unique=True))
-    return sites, tasks, wanted
-
-
-def mixed(number: int, salt: int, *values: int) -> int:
-    """Return a number that depends on all arguments and their order; the salt keeps examples apart."""
-    total = number + 1
-    for value in values:
-        total = (total * 31 + value) % 1_000_003
-    return total
-
-
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(program=programs(), salt=st.integers(0, 2**30))
-def test_result_is_that_of_dask_get(
-    client: Client, program: tuple[int, list[tuple[list[int], str | None]], list[int]], salt: int
-) -> None:
+@given(program=programs(NAMES), salt=st.integers(0, 2**30))
+def test_result_is_that_of_dask_get(client: Client, program: Program, salt: int) -> None:
     """Every wanted result, whatever the shape of the graph and the pins of its tasks."""
-    sites, tasks, wanted = program
-    graph = {f"t{i}": (mixed, i, salt, *(f"t{j}" for j in inputs)) for i, (inputs, _) in enumerate(tasks)}
-    lazy: list[Any] = []
-    with at(list(NAMES[:sites])):
-        for i, (inputs, site) in enumerate(tasks):
-            with at(site) if site else at(list(NAMES[:sites])):
-                lazy.append(dask.delayed(mixed, pure=True)(i, salt, *(lazy[j] for j in inputs)))
-    expected = dask.get(graph, [f"t{i}" for i in wanted])
-    assert dask.compute(*(lazy[i] for i in wanted)) == tuple(expected)
+    assert list(dask.compute(*program.lazy(salt))) == program.expected(salt)
 
 
 def test_nothing_is_left(client: Client) -> None:
     """After all of it the sites hold nothing."""
     assert client.submit(operator.add, 1, 1).result() == 2
     assert not [key for held in client.has_what().values() for key in held if "mixed" in str(key)]
+
+
+@pytest.fixture(scope="module")
+def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Siege, Client]]:
+    """A federation of two sites in processes of their own, which come back when they are killed, and its client."""
+    folder: Path = tmp_path_factory.mktemp("siege")
+    siege = Siege(BESIEGED, folder / "state", threads=2)
+    try:
+        with Client(siege.address, timeout=30) as client:
+            yield siege, client
+        assert siege.close() == []
+    finally:
+        siege.destroy()
+
+
+@pytest.mark.timeout(600)
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(program=programs(BESIEGED, LEAST), salt=st.integers(0, 2**30))
+def test_result_is_that_of_dask_get_whoever_is_killed(
+    besieged: tuple[Siege, Client], program: Program, salt: int
+) -> None:
+    """The salt says which processes are killed, and when."""
+    siege, client = besieged
+    with Killer(siege, plan(salt, len(BESIEGED))) as killer:
+        futures: list[Any] = client.compute(program.lazy(salt, NAP_S))
+        try:
+            found = client.sync(client._gather, futures, callback_timeout=WITHIN_S)
+        except Exception as exc:
+            raise AssertionError(f"{exc!r}\n{told(siege, client, futures, killer)}") from exc
+    assert list(found) == program.expected(salt), killer.story
