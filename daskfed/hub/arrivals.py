@@ -8,7 +8,7 @@ what the later blocks make as well, they make from then on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from daskfed.hub.events import BlocksArrived, ForgetBlock
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
@@ -50,7 +50,7 @@ class Arrivals:
         added: list[BlockState] = []
         revived: list[Key] = []
         arrivals = {spec.id: arrival for spec, arrival in blocks}
-        for spec in inputs_first([spec for spec, _ in blocks]):
+        for spec in inputs_first([spec for spec, _ in blocks], self._exists):
             arrival = arrivals[spec.id]
             if (known := self.ledger.blocks.get(spec.id)) is not None:
                 revived += self.ledger.revive_outputs(known)
@@ -60,6 +60,11 @@ class Arrivals:
             self._let_pass(spec.outputs, arrival)
             added += self._added(client, [spec], [arrival], wait=True)
         return added, revived
+
+    def _exists(self, key: Key) -> bool:
+        """Whether a key is made, or being made, by whomever: it need not wait for a block that makes it too."""
+        state = self.ledger.keys.get(key)
+        return state is not None and not self.ledger.lacks_producer(state)
 
     def _next(self, client: str, block: str) -> int:
         self._last += 1
@@ -173,13 +178,16 @@ def _walk(ledger: Ledger) -> tuple[list[BlockState], list[KeyState]]:
     return list(done.values()), []
 
 
-def inputs_first(specs: Sequence[BlockSpec]) -> list[BlockSpec]:
-    """Return blocks so that each comes after those that make its inputs: as they are, if that is so already."""
+def inputs_first(specs: Sequence[BlockSpec], exists: Callable[[Key], bool] = lambda key: False) -> list[BlockSpec]:
+    """Return blocks so that each comes after those that make its inputs: as they are, if that is so already.
+
+    Inputs that exist before are left out of account.
+    """
     makers: dict[Key, int] = {}
     for n, spec in enumerate(specs):
         for key in spec.outputs:
             makers.setdefault(key, n)
-    needs = [[makers[key] for key in spec.inputs if key in makers] for spec in specs]
+    needs = [[makers[key] for key in spec.inputs if key in makers and not exists(key)] for spec in specs]
     if all(maker < n for n, own in enumerate(needs) for maker in own):
         return list(specs)
     ordered: dict[int, None] = {}

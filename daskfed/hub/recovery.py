@@ -87,8 +87,7 @@ class Recovery:
         if waited >= self._lease_s:
             self.clients.clear()
         if now - self._asked_at >= self._patience_s:
-            self.asked.clear()
-            self.ledger.crossing.clear()
+            self.asked.clear()  # an answer that comes later still is one from before what was released meanwhile
         if not (self.sites or self.clients):
             self._ask_sites(now)
             if not self.asked:
@@ -119,7 +118,7 @@ class Recovery:
 
     def _ask_sites(self, now: float) -> None:
         for site in self.dispatcher.sites.values():
-            if site.unclaimed and site.name not in self.asked:
+            if site.unclaimed and site.name not in self.ledger.crossing:
                 site.unclaimed = False
                 self.ledger.crossing[site.name] = set()
                 self.asked.add(site.name)
