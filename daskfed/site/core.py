@@ -115,7 +115,7 @@ class SiteCore:
         """Return what the site holds and works at, as the hub would have to know it."""
         known = [state for state in self.keys.values() if state.hub or state.made_by]
         held = [state for state in known if state.phase is KeyPhase.HELD]
-        failed = [state for state in known if state.phase is KeyPhase.FAILED]
+        failed = [state for state in known if state.phase is KeyPhase.FAILED and not state.unopened]
         coming = [state for state in self.keys.values() if state.announce]
         return SiteHoldings(
             held=tuple(MadeKey(state.key, state.nbytes) for state in held),
@@ -297,7 +297,7 @@ class SiteCore:
         if wanted.failed:
             self._bring_error(state)
             return
-        state.source, state.number, state.tries = wanted.source, wanted.number, 0
+        state.source, state.number, state.tries, state.unopened = wanted.source, wanted.number, 0, False
         state.announce = True
         if state.phase is KeyPhase.HELD:
             self._announce(state)
@@ -417,6 +417,7 @@ class SiteCore:
             self.imports.unwant(key)
             self._move_key(state, "make")
         state.makers.add(block.spec.id)
+        state.unopened = False
         return state
 
     # -- reports of the scheduler ------------------------------------------------------------------------------------
@@ -467,6 +468,7 @@ class SiteCore:
     def _key_failed(self, state: KeyState) -> None:
         landing = state.phase is KeyPhase.LANDING
         if landing:
+            state.unopened = True
             self._landed(state)
         if state.phase is not KeyPhase.FAILED:
             self._move_key(state, "erred")

@@ -22,6 +22,7 @@ class KeyState:
     hub: bool = False  # the hub asked for it, or put it here
     announce: bool = False  # the hub waits for a KeyImported
     arrival: Fetched | None = None  # how it was fetched
+    unopened: bool = False  # it exists elsewhere, and failed here since its value could not be opened
     makers: set[str] = field(default_factory=set)  # submitted blocks that are to report it
     made_by: dict[str, int] = field(default_factory=dict)  # blocks that have reported it -> number of the report
     users: set[str] = field(default_factory=set)  # unfinished blocks that need it
