@@ -107,14 +107,14 @@ class Client(distributed.Client):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, self._is_away, self._memory)
+            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
 
-    def _is_away(self) -> bool:
-        """Say whether there was a connection with the hub and another one is being tried."""
-        return self.status == "connecting" and self._epoch > 0
+    def _standing(self) -> str:
+        """Return the status of this client; it is new until it was connected once."""
+        return str(self.status) if self._epoch else "newly-created"
 
     def _say_hello(self) -> None:
         info = self._scheduler_identity

@@ -111,12 +111,13 @@ class PatientRPC:
     """The calls of a client to its hub: while the hub is gone, and the client tries to reach it, they wait.
 
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
-    ``waiting`` says whether the client still tries, ``memory`` keeps what is scattered.
+    ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
+    ``memory`` keeps what is scattered.
     """
 
-    def __init__(self, rpc: Any, waiting: Callable[[], bool], memory: Memory) -> None:
+    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory) -> None:
         self._rpc = rpc
-        self._waiting = waiting
+        self._status = status
         self._memory = memory
 
     def __getattr__(self, name: str) -> Any:
@@ -132,16 +133,20 @@ class PatientRPC:
         return call
 
     async def _patiently(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
-        broken_since: float | None = None
+        first_failed: float | None = None
         for pause in pauses():
             try:
                 return await call(**kwargs)
             except OSError as exc:
-                broken_since = broken_since or time.monotonic()
-                unnoticed = is_broken(exc) and time.monotonic() - broken_since < NOTICED_S
-                if not (unnoticed or self._waiting()):
+                first_failed = first_failed or time.monotonic()
+                if not self._may_pass(exc, time.monotonic() - first_failed):
                     raise
                 await asyncio.sleep(pause)
+
+    def _may_pass(self, exc: OSError, since_s: float) -> bool:
+        """Whether an error means that the hub is gone, and may come back."""
+        status = self._status()
+        return status == "connecting" or (status == "running" and is_broken(exc) and since_s < NOTICED_S)
 
     async def scatter(self, data: Mapping[Key, Any], workers: Any, **how: Any) -> Any:
         """Put data at a site, and keep a copy until the hub says that nobody can need it any more."""

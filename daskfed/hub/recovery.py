@@ -206,8 +206,10 @@ class Recovery:
         state = self.ledger.keys.get(key)
         if state is None and self.waits_for_clients:
             site.unclaimed = True
-        elif state is None or not state.needed:
+        elif state is None or not (state.needed or state.shielded):
             self.ledger.release_at(site.name, key)
+            if state is not None:
+                state.importing.pop(site.name, None)
         elif site.name not in state.holders:
             state.importing[site.name] = number
 

@@ -70,8 +70,9 @@ class TestMemory:
 class Hub:
     """Answers calls, after it was away for as many as ``away`` says."""
 
-    def __init__(self, away: int = 0) -> None:
+    def __init__(self, away: int = 0, error: OSError | None = None) -> None:
         self.away = away
+        self.error = error or OSError("no connection")
         self.calls: list[dict[str, Any]] = []
         self.address = "tcp://hub"
 
@@ -79,15 +80,15 @@ class Hub:
         async def call(**kwargs: Any) -> str:
             self.calls.append({"op": op, **kwargs})
             if len(self.calls) <= self.away:
-                raise OSError("no connection")
+                raise self.error
             return "done"
 
         return call
 
 
-def ask(hub: Hub, op: str, waiting: bool = True, **kwargs: Any) -> Any:
+def ask(hub: Hub, op: str, status: str = "connecting", **kwargs: Any) -> Any:
     memory = Memory()
-    rpc = PatientRPC(hub, lambda: waiting, memory)
+    rpc = PatientRPC(hub, lambda: status, memory)
     return asyncio.run(getattr(rpc, op)(**kwargs)), memory
 
 
@@ -99,7 +100,22 @@ class TestCalls:
 
     def test_a_call_of_a_client_that_has_given_up_fails(self) -> None:
         with pytest.raises(OSError, match="no connection"):
-            ask(Hub(away=3), "who_has", waiting=False)
+            ask(Hub(away=3), "who_has", status="closed")
+
+    def test_a_client_may_not_have_noticed_yet_that_its_hub_is_gone(self) -> None:
+        assert ask(Hub(away=3), "who_has", status="running")[0] == "done"
+
+    def test_a_hub_that_answers_with_an_error_is_not_gone(self) -> None:
+        hub = Hub(away=1, error=TimeoutError("no site could take the data"))
+        with pytest.raises(TimeoutError, match="no site"):
+            ask(hub, "scatter", status="running", data={}, workers=None)
+
+    def test_a_hub_that_cannot_be_reached_though_its_stream_stands_is_not_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(returning, "NOTICED_S", 0.01)
+        with pytest.raises(OSError, match="no connection"):
+            ask(Hub(away=10**6), "who_has", status="running")
 
     def test_what_is_asked_again_carries_the_same_id(self) -> None:
         hub = Hub(away=2)
@@ -109,7 +125,7 @@ class TestCalls:
         assert len({call[REQUEST] for call in hub.calls}) == 2
 
     def test_attributes_pass(self) -> None:
-        assert PatientRPC(Hub(), lambda: True, Memory()).address == "tcp://hub"
+        assert PatientRPC(Hub(), lambda: "running", Memory()).address == "tcp://hub"
 
     def test_pauses_grow_up_to_the_longest(self) -> None:
         found = pauses()
@@ -129,7 +145,7 @@ class TestScatter:
     def test_of_what_did_not_arrive_no_copy_is_kept(self) -> None:
         memory = Memory()
         memory.keep_data({"x": 1})
-        rpc = PatientRPC(Hub(away=1), lambda: False, memory)
+        rpc = PatientRPC(Hub(away=1), lambda: "closed", memory)
         with pytest.raises(OSError, match="no connection"):
             asyncio.run(rpc.scatter({"x": 1, "y": 2}, None, client="c"))
         assert memory.copies(["x", "y"]) == {"x": 1}
