@@ -394,7 +394,8 @@ class HubCore:
         if (block := self._attempt(site, message)) is not None:
             self._bring_failures_anew(block, site.name)
             self._again(block, message.reason)
-        else:  # the hub may have learnt of what it made when its client was not back yet
+        elif message.block not in self.ledger.blocks or message.attempt.epoch < self.ledger.epoch:
+            # what it made was learnt from the site, and perhaps when its client was not back yet
             made = [key for key, state in self.ledger.keys.items() if site.name in state.holders]
             self.ledger.disclaim(message.block, made, site.name)
 

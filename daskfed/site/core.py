@@ -116,7 +116,7 @@ class SiteCore:
         known = [state for state in self.keys.values() if state.hub or state.made_by]
         held = [state for state in known if state.phase is KeyPhase.HELD]
         failed = [state for state in known if state.phase is KeyPhase.FAILED and not state.unopened]
-        coming = [state for state in self.keys.values() if state.announce]
+        coming = [state for state in self.keys.values() if state.announce or state.unopened]  # never to be answered
         return SiteHoldings(
             held=tuple(MadeKey(state.key, state.nbytes) for state in held),
             failed=tuple(state.key for state in failed),
