@@ -147,7 +147,8 @@ class HubNode:
 
     def _fail_keys(self, command: ev.FailKeys) -> None:
         """The hub itself may fail only what nobody can make any more, as the client that could is gone."""
-        excused = command.kind == "SiteLostError" and self.sim.doomed().issuperset(command.keys)
+        killed = command.kind == "KilledSite"  # so many sites crashed by chance while it was made
+        excused = killed or (command.kind == "SiteLostError" and self.sim.doomed().issuperset(command.keys))
         self.sim.require(excused, "the hub fails keys without cause", command)
         for key in command.keys:
             self.stores.keep_error([key], {"exception": key, "traceback": None})

@@ -226,8 +226,19 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
     pending = [future for future in futures if not future.done()]
     lines = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(futures)}"]
     lines += [f"sites: {_asked(client._fetch_sites, client)}"]
-    lines += [f"{future.key!r}: {_asked(client._explain, client, future.key)}" for future in pending[:8]]
+    keys = [key for future in pending[:8] for key in _parts(client, future.key)]
+    lines += [f"{key!r} {_state(client, key)}: {_asked(client._explain, client, key)}" for key in keys]
     return "\n".join([*lines, siege.logs()])
+
+
+def _parts(client: Client, key: Any) -> list[Any]:
+    """Return a key and, where this client puts it together, of what it does so."""
+    assembly = client._assemblies.get(key)
+    return [key, *(assembly[0].inputs if assembly is not None else ())]
+
+
+def _state(client: Client, key: Any) -> str:
+    return client.futures[key].status if key in client.futures else "unknown"
 
 
 def _asked(question: Callable[..., Any], client: Client, *args: Any) -> Any:
