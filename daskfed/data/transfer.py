@@ -23,6 +23,7 @@ GROUP_BYTES = 8 * 2**20  # values that one request brings together, if they are 
 GROUP_KEYS = 256
 DIAL_TIMEOUT_S = 3.0  # how long a direct connection may take before the hub relays instead
 UNREACHABLE_S = 60.0  # how long a site that could not be reached is not dialled again
+STALLED_S = 30.0  # after which a stream from which nothing comes is given up, and asked for again
 STREAMS_PER_SOURCE = 4  # requests to one site at a time
 
 Gather = Callable[[list[Key]], Awaitable[Mapping[Key, Any]]]
@@ -193,7 +194,7 @@ class Fetcher:
     async def _receive(self, messages: AsyncIterator[dict[str, Any]], request: _Request) -> str:
         """Deliver what a stream brings; returns why the rest is missing. Raises OSError where it breaks off."""
         unpacker = Unpacker()
-        async for message in messages:
+        async for message in _lively(messages):
             if message.get("end"):
                 return str(message.get("error") or "the stream ended early")
             if "missing" in message:
@@ -228,3 +229,16 @@ class _Request:
 async def _messages(comm: Any) -> AsyncIterator[dict[str, Any]]:
     while True:
         yield await comm.read()
+
+
+async def _lively(messages: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield messages; raises TransferError where the next one does not come for a long time."""
+    while True:
+        try:
+            async with asyncio.timeout(STALLED_S):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise TransferError(f"nothing came for {STALLED_S:g} s") from None
+        yield message

@@ -51,6 +51,8 @@ IMPORT_PRIORITY = 1000  # fetch tasks are short, and others wait for them
 ARRIVALS_S = 0.001  # keys that arrive within this time are given to the scheduler together
 SCATTER_TIMEOUT_S = 30
 REPORT_TIMEOUT_S = 30.0
+GATHER_TIMEOUT_S = 15.0  # for workers to answer, beside the time that the bytes take
+SLOWEST_BPS = 10e6  # bytes per second from a worker to the agent, at the least
 GATHER_TRIES = 20
 GATHER_PAUSE_S = 0.1  # while a key that the site holds is on its way from a lost worker to another
 TASK_FUNCTIONS = {function: by_value(function) for function in (open_import, fetch_import, raise_import)}
@@ -306,7 +308,7 @@ class Session:
             missing = [key for key in keys if key not in values]
             who_has = await self.ask_scheduler("who_has", keys=missing)
             located = {key: workers for key, workers in who_has.items() if workers}
-            found, *_ = await gather_from_workers(located, rpc=self.pool)
+            found = await self._from_workers(located)
             values.update(found)
             if not any(self.core.holds(key) for key in missing if key not in found):
                 break
@@ -314,6 +316,17 @@ class Session:
         if absent := [key for key in keys if key not in values and key not in located]:
             self.take([ev.KeysMissing(tuple(absent))])
         return values
+
+    async def _from_workers(self, located: Mapping[Key, Collection[str]]) -> dict[Key, Any]:
+        """Return the unopened values that workers answer with; of those that take far too long, nothing."""
+        limit_s = GATHER_TIMEOUT_S + sum(map(self._expected_nbytes, located)) / SLOWEST_BPS
+        try:
+            async with asyncio.timeout(limit_s):
+                found, *_ = await gather_from_workers(located, rpc=self.pool)
+        except TimeoutError:
+            logger.warning("workers did not answer within %.0f s when asked for %d keys", limit_s, len(located))
+            return {}
+        return dict(found)
 
     def stream_keys(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages of a stream with ``keys``; see :mod:`daskfed.data.parcels`."""

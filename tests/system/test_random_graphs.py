@@ -60,7 +60,7 @@ def besieged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Siege, 
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(program=programs(BESIEGED, LEAST), salt=st.integers(0, 2**30))
 def test_result_is_that_of_dask_get_whoever_is_killed(
     besieged: tuple[Siege, Client], program: Program, salt: int

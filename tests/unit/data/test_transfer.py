@@ -13,6 +13,7 @@ from distributed.protocol.serialize import serialize
 
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.dask_private import Serialized
+from daskfed.data import transfer
 from daskfed.data.fetch import open_import
 from daskfed.data.parcels import CHUNK_BYTES
 from daskfed.data.transfer import GROUP_BYTES, GROUP_KEYS, Arrival, Fetcher, Source, grouped
@@ -30,12 +31,15 @@ class NorthSite:
         self.source = Source(self.gather, lambda key: 1)
         self.said_address = address  # what the hub says, if not the truth
         self.break_after: int | None = None  # messages of a stream
+        self.stalls = False  # instead of sending a value
         self.asked: list[str] = []
         self.gathered: list[list[Key]] = []
         self.streams = 0
 
     async def gather(self, keys: list[Key]) -> dict[Key, Any]:
         self.gathered.append(keys)
+        if self.stalls:
+            await asyncio.sleep(3600)
         return {key: Serialized(*serialize(self.values[key])) for key in keys if key in self.values}
 
     async def get_keys(self, comm: Comm, keys: Collection[Key], token: str, site: str) -> Status:
@@ -163,6 +167,21 @@ def test_a_stream_that_breaks_off_loses_only_what_had_not_come(address: str | No
         arrivals = await fetched(north, "a", "b")
         assert value(arrivals["a"]) == 1
         assert arrivals["b"].parcel is None and who in arrivals["b"].reason and "'north'" in arrivals["b"].reason
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("address", [None, ""], ids=["direct", "relayed"])
+def test_a_stream_from_which_nothing_comes_is_given_up(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "STALLED_S", 0.05)
+
+    async def check() -> None:
+        north = NorthSite({"x": 1}, address)
+        north.stalls = True
+        arrival = (await fetched(north, "x"))["x"]
+        assert arrival.parcel is None and "nothing came for 0.05 s" in arrival.reason and not arrival.missing
+        north.stalls = False
+        assert value((await fetched(north, "x"))["x"]) == 1
 
     asyncio.run(check())
 
