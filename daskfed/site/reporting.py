@@ -104,8 +104,8 @@ class SiteReporter(SchedulerPlugin):
         elif finish == "forgotten":
             self.failed_imports.discard(key)
             self.importing.discard(key)
-        elif finish == "released" and start == "memory":
-            self._lost_from_memory(key)
+        elif self._failed and (finish == "waiting" or (finish == "released" and start == "memory")):
+            self._see_to_failed_inputs(key)
 
     def _in_memory(self, key: Key, startstops: Collection[dict[str, Any]]) -> None:
         task = self.scheduler.tasks[key]
@@ -153,8 +153,8 @@ class SiteReporter(SchedulerPlugin):
         if blamed := [key for key in tasks if scheduler.tasks[key].exception_blame is not None]:
             scheduler.loop.add_callback(self._fail_stuck, blamed)
 
-    def _lost_from_memory(self, key: Key) -> None:
-        """See to a value whose worker is gone and that Dask will not make again, as an input has failed meanwhile."""
+    def _see_to_failed_inputs(self, key: Key) -> None:
+        """See to a task that an input has failed of, while its value was there: lost now, it would wait for ever."""
         if any(each.state == "erred" for each in self.scheduler.tasks[key].dependencies):
             self.scheduler.loop.add_callback(self._fail_stuck, [key])
 
@@ -162,13 +162,14 @@ class SiteReporter(SchedulerPlugin):
         """Fail tasks that Dask lets wait for an input that has failed.
 
         It decides that a new task of such an input is to fail, and where a dependent that it takes up first decides
-        that the task is to wait, the later decision wins. And a task whose value was lost it leaves as it is.
+        that the task is to wait, the later decision wins. A task whose value was lost it leaves as it is, or lets wait.
         """
         found = [task for key in keys if (task := self.scheduler.tasks.get(key)) is not None]
         stuck = [task.key for task in found if task.state == "waiting" and task.exception_blame]
         for task in found:
             failed = next((each for each in task.dependencies if each.state == "erred"), None)
-            if task.state == "released" and (task.who_wants or task.waiters) and failed is not None:
+            waits = task.state == "waiting" or (task.state == "released" and (task.who_wants or task.waiters))
+            if waits and failed is not None and not task.exception_blame:
                 task.exception_blame = failed.exception_blame
                 stuck.append(task.key)
         if stuck:

@@ -348,6 +348,8 @@ class FakeScheduler:
         task.waiters = {k: d for k, d in task.dependents.items() if d.state is State.WAITING}
         if not task.waiting_on:
             self._recommend(task, State.PROCESSING)
+        else:
+            self._inherit_failure(task)  # Dask would have it wait for ever: the agent's plugin mends that too
 
     def _to_processing(self, task: FakeTaskState) -> None:
         task.state = State.PROCESSING

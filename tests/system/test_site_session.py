@@ -312,6 +312,21 @@ def test_a_value_that_is_lost_while_an_input_of_it_has_failed_is_told_as_lost() 
     check(story)
 
 
+def test_a_value_is_told_as_lost_also_where_an_input_of_its_input_has_failed() -> None:
+    async def story(site: Site) -> None:
+        runs.clear()
+        site.run({"x": (succeed_once,), "y": (operator.add, X, 1), "z": (operator.add, Y, 1)}, outputs=("x", "z"))
+        await site.made("z")
+        await site.release("x")
+        site.run({"x": (succeed_once,)})
+        await site.failed("x")
+        (worker,) = site.scheduler.workers
+        await site.scheduler.remove_worker(worker, stimulus_id="test")
+        assert (await site.told_of(KeysLost)).keys == ("z",)
+
+    check(story)
+
+
 def test_a_key_that_no_worker_has_though_it_is_held_is_given_up_by_whoever_asks_for_it() -> None:
     async def story(site: Site) -> None:
         site.run({"x": (operator.add, 1, 2)})
