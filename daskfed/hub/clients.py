@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import logging
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from math import inf
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_OWNER = "local"
 FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client waits for it
 GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
+LAST_WORDS_S = 1.0  # for telling clients that the federation ends
 FLUSH_S = 0.002  # what is sent to a client within this time travels together
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
@@ -146,9 +148,19 @@ class ClientSessions:
         for session in list(self.sessions.values()):
             if session.federated and not self.hub.journal.durable:
                 session.send({"op": "fed-ended"})
-        await asyncio.sleep(2 * FLUSH_S)
+        await self._flushed()
         for session in list(self.sessions.values()):
             session.stream.abort()
+
+    async def _flushed(self) -> None:
+        """Wait until what was said last is on its way to all who listen: else they would wait for another hub."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        await asyncio.sleep(2 * FLUSH_S)
+        while any(each.stream.buffer and not each.stream.closed() for each in self.sessions.values()):
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(FLUSH_S)
+        await asyncio.sleep(2 * FLUSH_S)
 
     # -- told by clients ---------------------------------------------------------------------------------------------
 
