@@ -102,6 +102,8 @@ class Client(distributed.Client):
             self._set_methods.__exit__(None, None, None)
             self._set_methods = None
         await super()._close(fast=fast)
+        for state in list(self.futures.values()):  # submitted while it closed
+            state.cancel(reason="client-closed", msg="the client has closed; submit the work with another one")
         self._memory.close()
 
     async def _ensure_connected(self, timeout: Any = None) -> None:
