@@ -78,19 +78,17 @@ class Arrivals:
         for spec, arrival in zip(specs, arrivals, strict=True):
             if spec.id in self.ledger.blocks:
                 continue
-            if all(self._is_made(self.ledger.keys.get(key), arrival) for key in spec.outputs):
+            if all(self._is_made(key, arrival) for key in spec.outputs):
                 self.ledger.command(ForgetBlock(spec.id, client))
                 continue
             order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, arrival)
             added.append(self.ledger.add_block(spec, order, wait))
         return added
 
-    def _is_made(self, state: KeyState | None, arrival: int) -> bool:
+    def _is_made(self, key: Key, arrival: int) -> bool:
         """Whether a key is made, failed, or being made already, by a block that arrived before."""
-        if state is None:
-            return False
-        producer = self.ledger.blocks.get(state.producer or "")
-        return producer.order[-1] < arrival if producer is not None else not self.ledger.lacks_producer(state)
+        maker = _maker(self.ledger, key)
+        return maker.order[-1] < arrival if maker is not None else self._exists(key)
 
     # -- circles -----------------------------------------------------------------------------------------------------
 
@@ -121,8 +119,9 @@ class Arrivals:
         There are such keys where a client holds a future of what was made from a lost key, and makes the lost key from
         that: the circle is cut, at a key that exists if there is one.
         """
-        wrong = any(self._maker_after(key, block.order[-1]) for block in blocks for key in block.spec.inputs)
-        if self.ledger.patient or not wrong:
+        if self.ledger.patient:
+            return []
+        if not any(self._maker_after(key, block.order[-1]) for block in blocks for key in block.spec.inputs):
             return []
         cut = []
         ordered, circle = _walk(self.ledger)

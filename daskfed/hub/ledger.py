@@ -29,7 +29,7 @@ from daskfed.hub.events import (
 )
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.hub.suspicion import Suspicion
-from daskfed.messages import Attempt, BlockSpec, CancelBlock, Key, ReleaseKeys
+from daskfed.messages import Attempt, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
 FIRST_REST_S = 0.1  # a block whose second attempt failed rests so long, and twice as long after each further one
@@ -90,6 +90,18 @@ class BlockState:
     suspects: dict[Key, Suspicion] = field(default_factory=dict)  # outputs that may have killed workers or sites
 
 
+@dataclass(slots=True)
+class Crossing:
+    """What a site was told that it may not have heard yet when it said what it holds."""
+
+    released: set[Key] = field(default_factory=set)
+    cancelled: dict[str, Attempt] = field(default_factory=dict)  # block -> its last attempt that was cancelled there
+
+    def ends(self, held: HeldBlock) -> bool:
+        """Say whether a site that holds this has been told to end it and to release what it made."""
+        return held.block in self.cancelled and held.attempt <= self.cancelled[held.block]
+
+
 class Ledger:
     """Keys, blocks, interest, and the commands that follow from their changes.
 
@@ -100,7 +112,7 @@ class Ledger:
         self.epoch = epoch
         self.now = 0.0  # seconds, as of the present event
         self.attempts = 0  # of the block that had most of them since the hub started
-        self.crossing: dict[str, set[Key]] = {}  # site that is to report its holdings -> keys released there since then
+        self.crossing: dict[str, Crossing] = {}  # site that is to report its holdings -> what it was told since then
         self.patient = False  # somebody who is not back yet may bring what nobody can make
         self.keys: dict[Key, KeyState] = {}
         self.blocks: dict[str, BlockState] = {}
@@ -157,7 +169,13 @@ class Ledger:
         """Have a site release a key."""
         self._releases.setdefault(site, []).append(key)
         if site in self.crossing:
-            self.crossing[site].add(key)
+            self.crossing[site].released.add(key)
+
+    def cancel_at(self, site: str, block: str, attempt: Attempt) -> None:
+        """Have a site end an attempt and release what it made."""
+        self.command(TellSite(site, CancelBlock(block, attempt)))
+        if site in self.crossing:
+            self.crossing[site].cancelled[block] = attempt
 
     def flush(self) -> list[Command]:
         """Return the commands since the last flush, in order."""
@@ -411,7 +429,7 @@ class Ledger:
 
         ``blameless``: the trouble that ended it is over, so that it need not rest before the next attempt.
         """
-        self.command(TellSite(str(block.site), CancelBlock(block.spec.id, block.attempt)))
+        self.cancel_at(str(block.site), block.spec.id, block.attempt)
         block.failures += not blameless
         if block.failures > 1:
             block.rests_until = self.now + min(FIRST_REST_S * 2 ** (block.failures - 2), LONGEST_REST_S)
@@ -552,7 +570,7 @@ class Ledger:
     def _cancel(self, block: BlockState) -> Iterable[Key]:
         placed = block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING)
         if placed:
-            self.command(TellSite(str(block.site), CancelBlock(block.spec.id, block.attempt)))
+            self.cancel_at(str(block.site), block.spec.id, block.attempt)
             self._leave_site(block)
         self.move_block(block, "cancel")
         self._drop(block)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from daskfed.hub.arrivals import Arrivals
 from daskfed.hub.dispatch import Dispatcher, SiteState
 from daskfed.hub.events import TellSite
-from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.ledger import BlockState, Crossing, KeyState, Ledger
 from daskfed.hub.states import BlockPhase, KeyPhase
-from daskfed.messages import CancelBlock, HeldBlock, Key, ReportHoldings, SiteHoldings
+from daskfed.messages import HeldBlock, Key, ReportHoldings, SiteHoldings
 
 DATA = "data"  # why a site holds a key that no block made there
 PATIENCE_S = 10.0  # with sites, and with clients that were connected, before work is placed anew
@@ -120,7 +120,7 @@ class Recovery:
         for site in self.dispatcher.sites.values():
             if site.unclaimed and site.name not in self.ledger.crossing:
                 site.unclaimed = False
-                self.ledger.crossing[site.name] = set()
+                self.ledger.crossing[site.name] = Crossing()
                 self.asked.add(site.name)
                 self._asked_at = now
                 self.ledger.command(TellSite(site.name, ReportHoldings()))
@@ -148,18 +148,18 @@ class Recovery:
         ledger = self.ledger
         ledger.reports[site.name] = told.reports
         self.dispatcher.imports = max([self.dispatcher.imports, *(each.number for each in told.coming)])
-        refused = {block.block for block in told.blocks if not self._take_block(site, block)}
-        claims = _claims(told, refused)
+        crossing = ledger.crossing.pop(site.name, Crossing())
+        current = [block for block in told.blocks if not crossing.ends(block)]
+        blocks = [block for block in current if self._take_block(site, block)]
+        claims = _claims(told.placed, blocks)
         nbytes = {made.key: made.nbytes for made in told.held}
-        released = ledger.crossing.pop(site.name, set())
         for key in dict.fromkeys((*nbytes, *told.failed)):
-            if key in claims and key not in released:
+            if key in claims and key not in crossing.released:
                 self._take_key(site, key, nbytes.get(key), claims[key])
         for each in told.coming:
             self._take_coming(site, each.key, each.number)
-        for block in told.blocks:
-            if block.block not in refused:
-                self._adopt(site, block)
+        for block in blocks:
+            self._adopt(site, block)
         self.asked.discard(site.name)
         self.sites.discard(site.name)
         self.tick(now)
@@ -178,7 +178,7 @@ class Recovery:
         return False
 
     def _stop(self, site: SiteState, held: HeldBlock) -> None:
-        self.ledger.command(TellSite(site.name, CancelBlock(held.block, held.attempt)))
+        self.ledger.cancel_at(site.name, held.block, held.attempt)
         self.ledger.disclaim(held.block, held.kept, site.name)
 
     def _take_key(self, site: SiteState, key: Key, nbytes: int | None, claims: tuple[str, ...]) -> None:
@@ -233,14 +233,12 @@ def _may_adopt(block: BlockState, held: HeldBlock) -> bool:
     return block.phase in (BlockPhase.WAITING, BlockPhase.READY) and held.attempt > block.attempt
 
 
-def _claims(told: SiteHoldings, refused: Iterable[str]) -> dict[Key, tuple[str, ...]]:
-    """Return why each key is at a site: the blocks that made it there, without the ``refused`` ones, or ``data``."""
-    refused = set(refused)
-    found: dict[Key, tuple[str, ...]] = {key: (DATA,) for key in told.placed}
-    for block in told.blocks:
-        if block.block not in refused:
-            for key in block.kept:
-                found[key] = (*found.get(key, ()), block.block)
+def _claims(placed: Iterable[Key], blocks: Iterable[HeldBlock]) -> dict[Key, tuple[str, ...]]:
+    """Return why each key is at a site: the blocks that made it there, or ``data`` where it was placed there."""
+    found: dict[Key, tuple[str, ...]] = {key: (DATA,) for key in placed}
+    for block in blocks:
+        for key in block.kept:
+            found[key] = (*found.get(key, ()), block.block)
     return found
 
 

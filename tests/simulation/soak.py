@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import signal
 import sys
 import time
 from collections import Counter
@@ -87,7 +88,7 @@ def seeds_until(end: float, first: int, histories: int | None, now: Callable[[],
 
 
 def take_all(histories: Iterable[Result | str], tally: Tally) -> int:
-    """Count all histories, or those until the user interrupts; return 1 where one broke a rule, else 0."""
+    """Count all histories, or those until someone interrupts or terminates; return 1 where one broke a rule, else 0."""
     with suppress(KeyboardInterrupt):
         for each in histories:
             tally.take(each)
@@ -104,6 +105,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     tally = Tally(lambda line: print(line, flush=True), time.monotonic)
     seeds = seeds_until(time.monotonic() + 60 * options.minutes, options.first, options.histories, time.monotonic)
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:

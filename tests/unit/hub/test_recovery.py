@@ -113,6 +113,20 @@ def test_what_a_client_no_longer_wants_is_stopped_and_released() -> None:
     assert stage.empty
 
 
+def test_what_a_site_holds_of_a_block_that_was_cancelled_since_it_was_asked_is_not_counted_on() -> None:
+    stage = Anew("north", clients="c d")
+    stage.back(block("b", "x"), wanted="x")
+    stage.holds("north", "z", working("b", "x"), placed="z")
+    assert sent(stage.back(client="d"), ReportHoldings) == [ReportHoldings()]
+    stage.drop("x")
+    assert sent(stage.later(11), CancelBlock) == [CancelBlock("b", Attempt(1, 1))]
+    again = block("again", "x")
+    stage.submit(again, wanted="x")
+    commands = stage.says("north", SiteHoldings((MadeKey("x", 8),), (), (), (), (working("b", "", "x"),), 0))
+    assert not [each for each in commands if isinstance(each, ev.TellClient)]
+    assert stage.block("again").phase is BlockPhase.PLACED
+
+
 def test_the_lease_of_a_client_that_never_comes_ends() -> None:
     stage = Anew("north")
     stage.holds("north", "x", placed="x")
