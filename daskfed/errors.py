@@ -39,6 +39,10 @@ class KilledSite(DaskfedError, KilledWorker):
         return f"{self.args[0]}. Look into the logs of those workers; often a task needs more memory than they have."
 
 
+class CancelledKeyError(DaskfedError):
+    """A task needed a key that somebody cancelled."""
+
+
 class TransferError(DaskfedError, OSError):
     """A key could not be moved from one site to another."""
 

@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
@@ -72,6 +72,13 @@ class BlockSpec:
     label: str = ""  # what a person calls it: the prefixes of its outputs
     stateful: bool = False  # its results are actors: they end with their site
     patience_s: float = inf  # how long it waits for a site that meets its constraint where there is none any more
+    uses: tuple[tuple[int, ...], ...] = ()  # of each output the places in ``inputs`` that it needs; empty: maybe all
+
+    def needs(self, output: Key, key: Key) -> bool:
+        """Say whether one of its outputs may need one of its inputs."""
+        if not self.uses:
+            return True
+        return any(self.inputs[place] == key for place in self.uses[self.outputs.index(output)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +148,19 @@ class CancelBlock(Message):
     op: ClassVar[str] = "cancel-block"
     block: str
     attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class StopKeys(Message):
+    """Nobody wants these outputs of a block any more, but others of it: stop what makes them.
+
+    Those that were not reported before are answered by one KeysStopped.
+    """
+
+    op: ClassVar[str] = "stop-keys"
+    block: str
+    attempt: Attempt
+    keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +300,16 @@ class KeysFailed(Message):
     attempt: Attempt
     keys: tuple[Key, ...]
     blame: Key | None = None  # the task that the scheduler gave up since its workers died; it may be innocent
+
+
+@dataclass(frozen=True, slots=True)
+class KeysStopped(Message):
+    """The site does not make these outputs of a block any more, as it was told, and will not report them."""
+
+    op: ClassVar[str] = "keys-stopped"
+    block: str
+    attempt: Attempt
+    keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True, slots=True)

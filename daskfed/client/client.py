@@ -17,7 +17,7 @@ import dask
 import distributed
 from dask.base import tokenize
 from dask.utils import format_bytes, format_time, funcname, parse_bytes
-from distributed.client import Future
+from distributed.client import Future, futures_of
 from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
@@ -28,6 +28,7 @@ from daskfed.client.constraints import constraint_of, set_sites_lookup, site_sel
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
+from daskfed.client.retrying import Retrying
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
@@ -45,7 +46,7 @@ FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
-class Client(distributed.Client):
+class Client(Retrying):
     """Connect to a federation of sites and submit computation to it.
 
     Takes what ``distributed.Client`` takes. ``Client()`` starts a hub and one local site in this process, with keywords
@@ -67,6 +68,8 @@ class Client(distributed.Client):
         self._fixed_single = False
         self._graph_ids = itertools.count()
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
+        self._watches: dict[Key, asyncio.Task[Any]] = {}  # of assemblies
+        self._marks = 0  # set on the stream
         self._set_methods: Any = None
         self._memory = Memory()
         self._epoch = 0  # of the hub
@@ -109,7 +112,7 @@ class Client(distributed.Client):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory)
+            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory, self._mark)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
@@ -118,6 +121,12 @@ class Client(distributed.Client):
         """Return the status of this client; it is new until it was connected once."""
         return str(self.status) if self._epoch else "newly-created"
 
+    def _mark(self) -> int:
+        """Set a mark on the stream, so that a call can be made to wait for what was said before."""
+        self._marks += 1
+        self._send_to_scheduler({"op": "fed-mark", "mark": self._marks})
+        return self._marks
+
     def _say_hello(self) -> None:
         info = self._scheduler_identity
         if info.get("type") != "Hub":
@@ -125,6 +134,8 @@ class Client(distributed.Client):
             raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
+        if not self._fixed_single:
+            self.direct_to_workers = False  # sites cannot be dialled
         me = {"owner": getpass.getuser(), "patience_s": site_timeout_s()}
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
@@ -352,6 +363,7 @@ class Client(distributed.Client):
         state = self.futures.get(key)
         if state is None:
             return
+        self._watches[key] = asyncio.current_task()  # type: ignore[assignment]
         await asyncio.gather(*(part._state.wait() for part in parts))
         bad = next((part._state for part in parts if part.status != "finished"), None)
         if bad is None:
@@ -365,7 +377,7 @@ class Client(distributed.Client):
         asked = set(self._gather_keys)
         here = {key: self._assemblies[key] for key in asked & self._assemblies.keys()}
         self._gather_keys = (asked - here.keys()).union(*(assembly.inputs for assembly, _ in here.values()))
-        response: dict[str, Any] = await super()._gather_remote(direct, local_worker)
+        response: dict[str, Any] = await super()._gather_remote(direct and self._fixed_single, local_worker)
         if response["status"] == "OK":
             data = response["data"]
             done = {key: await asyncio.to_thread(assembly.run, data) for key, (assembly, _) in here.items()}
@@ -373,8 +385,28 @@ class Client(distributed.Client):
         return response
 
     def _release_key(self, key: Key) -> None:
-        self._assemblies.pop(key, None)
+        self._disassemble(key)
         super()._release_key(key)
+
+    def _disassemble(self, key: Key) -> None:
+        """Want the parts of a result no more that was to be assembled here."""
+        self._assemblies.pop(key, None)
+        if (watch := self._watches.pop(key, None)) is not None:
+            watch.cancel()
+
+    async def _cancel(self, futures: Any, **how: Any) -> None:
+        for future in futures_of(futures):
+            self._disassemble(future.key)
+        await super()._cancel(futures, **how)
+
+    async def _retry(self, futures: Any) -> None:
+        asked = futures_of(futures)
+        here = {each.key: self._assemblies[each.key][1] for each in asked if each.key in self._assemblies}
+        await super()._retry([*(each for each in asked if each.key not in here), *here.values()])
+        for key, parts in here.items():
+            if self.futures[key].status == "error":
+                self.futures[key].retry()
+                self.loop.add_callback(self._watch_assembly, key, parts)
 
     # -- checking ----------------------------------------------------------------------------------------------------
 
@@ -414,6 +446,9 @@ class Client(distributed.Client):
             raise ValueError(f"replicas={replicas!r} must be the number of sites that are to hold the data")
         places = [workers] if isinstance(workers, str) else list(workers or ())
         return super().scatter(data, [*places, Replicas(replicas)], *args, **kwargs)
+
+    async def _scatter(self, data: Any, **how: Any) -> Any:
+        return await super()._scatter(data, **{**how, "direct": False})  # sites cannot be dialled
 
 
 class _annotated:

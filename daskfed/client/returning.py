@@ -112,11 +112,12 @@ class PatientRPC:
 
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
     ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
-    ``memory`` keeps what is scattered.
+    ``memory`` keeps what is scattered; ``mark`` sets a mark on the client's stream and returns its number.
     """
 
-    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory) -> None:
+    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory, mark: Callable[[], int]) -> None:
         self._rpc = rpc
+        self._mark = mark
         self._status = status
         self._memory = memory
 
@@ -153,6 +154,8 @@ class PatientRPC:
         places = [each for each in workers or () if not isinstance(each, Replicas)]
         replicas = max((each.count for each in workers or () if isinstance(each, Replicas)), default=1)
         added = [key for key in data if key not in self._memory.keys]
+        if len(added) < len(data):  # it is there, and may have been released a moment ago
+            how["mark"] = self._mark()
         self._memory.keep_data(data)
         try:
             request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}

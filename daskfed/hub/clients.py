@@ -30,6 +30,7 @@ FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client
 GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
 LAST_WORDS_S = 1.0  # for telling clients that the federation ends
 FLUSH_S = 0.002  # what is sent to a client within this time travels together
+HEARD_WITHIN_S = 2.0  # a client's stream that is further behind is not waited for
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
 
@@ -43,6 +44,7 @@ class ClientSession:
         self.stream = stream
         self.federated = False  # it is daskfed's client, not a stock one
         self.ended = False  # it said that it ends
+        self.mark = 0  # the last that it set on its stream
         self.patience_s = inf  # how long its work waits for a site where there is none that may run it
 
     def send(self, message: dict[str, Any]) -> None:
@@ -66,6 +68,7 @@ class ClientSessions:
             "fed-submit": self.submit_blocks,
             "fed-back": self.back,
             "fed-no-copies": self.no_copies,
+            "fed-mark": self.marked,
             "update-graph": self.update_graph,
             "client-desires-keys": self.desire,
             "client-releases-keys": self.release,
@@ -233,6 +236,18 @@ class ClientSessions:
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
 
+    def marked(self, client: str, mark: int) -> None:
+        """All that a client said before it set this mark was heard."""
+        self.sessions[client].mark = mark
+
+    async def caught_up(self, client: str, mark: int) -> None:
+        """Wait until what a client said on its stream before ``mark`` was heard: a call may overtake it."""
+        deadline = time.monotonic() + HEARD_WITHIN_S
+        while (session := self.sessions.get(client)) is not None and session.mark < mark:
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(FLUSH_S)
+
     def no_copies(self, client: str, keys: Collection[Key]) -> None:
         """A client was asked for copies that it does not have."""
         self.hub.take(ev.CopiesGone(client, tuple(keys)))
@@ -249,10 +264,10 @@ class ClientSessions:
         self.hub.take(ev.KeysReleased(client, tuple(keys)))
 
     def cancel(
-        self, client: str, keys: Collection[Key], force: bool = False, reason: str = "", msg: str | None = None
+        self, client: str, keys: Collection[Key], force: bool = False, reason: str | None = None, msg: str | None = None
     ) -> None:
         """A client cancels keys."""
-        self.hub.take(ev.KeysCancelled(client, tuple(keys), force, msg or reason))
+        self.hub.take(ev.KeysCancelled(client, tuple(keys), force, reason or "", msg))
 
     def report(self, client: str, key: Key) -> None:
         """A client asks how a key stands; one that nobody knows is lost, as in stock Dask."""
@@ -271,8 +286,9 @@ class ClientSessions:
                 self.hub.loop.add_callback(self.hub.coordination.let_go, command.keys, command.client)
             return
         if command.outcome in GONE:
-            reason = {"reason": command.reason or "lost dependencies", "msg": None}
-            session.send({"op": "cancelled-keys", "keys": list(command.keys), **reason})
+            unsaid = "lost dependencies" if command.outcome is ev.Outcome.LOST else None
+            why = {"reason": command.reason or unsaid, "msg": command.msg}
+            session.send({"op": "cancelled-keys", "keys": list(command.keys), **why})
             return
         for key in command.keys:
             session.send(self._status(key, command.outcome))
@@ -287,6 +303,8 @@ class ClientSessions:
         stores = self.hub.stores
         if outcome is ev.Outcome.FAILED:
             return {"op": "task-erred", "key": key, **stores.errors[key]}
+        if outcome is ev.Outcome.RETRIED:
+            return {"op": "task-retried", "key": key}
         found = {"op": "key-in-memory", "key": key}
         return found | {"type": stores.types[key]} if key in stores.types else found
 

@@ -12,12 +12,14 @@ from typing import Any
 from daskfed.hub import events as ev
 from daskfed.hub import inspection
 from daskfed.hub.arrivals import Arrivals
+from daskfed.hub.cancelling import cancel_for, cancel_keys, give_up
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.homes import Homes
 from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.poison import Poison
 from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
+from daskfed.hub.retrying import retry_keys
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
     Attempt,
@@ -30,6 +32,7 @@ from daskfed.messages import (
     KeysFailed,
     KeysLost,
     KeysMade,
+    KeysStopped,
     Learned,
     Message,
     SiteHoldings,
@@ -62,6 +65,7 @@ class HubCore:
             ev.KeysDesired: self._keys_desired,
             ev.KeysReleased: self._keys_released,
             ev.KeysCancelled: self._keys_cancelled,
+            ev.KeysRetried: self._keys_retried,
             ev.KeysScattered: self._keys_scattered,
             ev.CopiesGone: self._copies_gone,
             ev.KeysNeeded: self._keys_needed,
@@ -77,6 +81,7 @@ class HubCore:
             BlockRecalled: self._block_recalled,
             KeysMade: self._keys_made,
             KeysFailed: self._keys_failed,
+            KeysStopped: self._keys_stopped,
             BlockLost: self._block_lost,
             KeyImported: self._key_imported,
             ImportFailed: self._import_failed,
@@ -135,7 +140,7 @@ class HubCore:
             if (state := self.ledger.keys.get(key)) is not None:
                 self.ledger.keep(state, event.client)
                 if self.recovery.settled and is_promise(state):  # it may have missed that it was asked for it
-                    self.ledger.give_up(state)
+                    give_up(self.ledger, state)
             else:
                 self.ledger.command(ev.DropCopies(event.client, (key,)))
         self.ledger.unwant(event.client, stale)
@@ -203,7 +208,7 @@ class HubCore:
     def _refuse(self, block: BlockState, lost: list[Key], problem: str | None) -> None:
         if lost:
             own = [state.key for state in self.ledger.produced_by(block)]
-            self.ledger.cancel_keys(own, f"lost dependencies: {lost[:3]}")
+            cancel_keys(self.ledger, own, f"lost dependencies: {lost[:3]}")
         else:
             self.ledger.fail_block(block, "UnknownSiteError", f"{block.spec.label or block.spec.id}: {problem}")
 
@@ -219,17 +224,10 @@ class HubCore:
         self.ledger.settle(event.keys)
 
     def _keys_cancelled(self, event: ev.KeysCancelled) -> None:
-        mine: list[Key] = []
-        shared: list[Key] = []
-        for key in event.keys:
-            state = self.ledger.keys.get(key)
-            if state is not None:
-                (mine if event.force or state.wanted_by.keys() <= {event.client} else shared).append(key)
-        self.ledger.cancel_keys(mine, event.reason)
-        for key in shared:
-            self.ledger.tell((event.client,), ev.Outcome.CANCELLED, key, event.reason)
-        self.ledger.unwant(event.client, shared)
-        self.ledger.settle(shared)
+        cancel_for(self.ledger, event.client, event.keys, event.force, event.reason, event.msg)
+
+    def _keys_retried(self, event: ev.KeysRetried) -> None:
+        retry_keys(self.ledger, event.keys)
 
     def _keys_scattered(self, event: ev.KeysScattered) -> None:
         for key, nbytes in event.keys:
@@ -383,6 +381,11 @@ class HubCore:
                 state.failed_at[site.name] = None
                 self.ledger.key_failed(state)
         self.ledger.finish_if_done(block)
+
+    def _keys_stopped(self, site: SiteState, message: KeysStopped) -> None:
+        if (block := self._attempt(site, message)) is not None:
+            block.open_outputs.difference_update(message.keys)
+            self.ledger.finish_if_done(block)
 
     def _to_try_again(self, site: SiteState, block: BlockState, message: KeysFailed) -> Collection[Key]:
         """Return the outputs that failed since workers died, and may be innocent."""

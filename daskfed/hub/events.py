@@ -72,15 +72,23 @@ class KeysReleased:
 
 @dataclass(frozen=True, slots=True)
 class KeysCancelled:
-    """A client cancels keys: they end for every client, with all that depends on them.
+    """A client cancels keys, and with them what depends on them, as far as only it wants them.
 
-    ``force`` cancels also what other clients want.
+    ``force`` cancels also what other clients want. ``reason`` and ``msg`` are the user's.
     """
 
     client: str
     keys: tuple[Key, ...]
     force: bool = False
     reason: str = ""
+    msg: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeysRetried:
+    """Keys that failed are to be made again, with what they failed from and what failed from them."""
+
+    keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +159,7 @@ Event: TypeAlias = (
     | KeysDesired
     | KeysReleased
     | KeysCancelled
+    | KeysRetried
     | KeysScattered
     | CopiesGone
     | KeysNeeded
@@ -170,6 +179,7 @@ class Outcome(Enum):
     FAILED = "erred"
     CANCELLED = "cancelled"
     LOST = "lost"
+    RETRIED = "retried"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +190,7 @@ class TellClient:
     outcome: Outcome
     keys: tuple[Key, ...]
     reason: str = ""
+    msg: str | None = None  # what a user said beside the reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from distributed.comm.core import Comm
@@ -15,15 +13,16 @@ from distributed.core import Status, error_message
 from daskfed.comm.opaque import relays_errors
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
-from daskfed.hub.dispatch import SiteState, matches
+from daskfed.hub.dispatch import SiteState
 from daskfed.hub.inspection import progress_of
+from daskfed.hub.scattering import scatter
+from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
 SCHEME = "fed://"
-SCATTER_POLL_S = 0.05
 
 
 class Gateway:
@@ -38,6 +37,7 @@ class Gateway:
             "identity": self.identity,
             "gather": relays_errors(self.gather),
             "scatter": relays_errors(self.scatter),
+            "retry": self.retry,
             "who_has": self.who_has,
             "has_what": self.has_what,
             "ncores": self.ncores,
@@ -229,47 +229,17 @@ class Gateway:
                 by_site[site].append(key)
         return by_site, absent
 
-    async def scatter(
-        self,
-        data: Mapping[Key, Any],
-        workers: Any,
-        client: str,
-        broadcast: bool | int = False,
-        timeout: float = 30,
-        kept: bool = False,
-        again: bool = False,
-        replicas: int = 1,
-    ) -> list[Key]:
-        """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError for a wrong name.
+    async def scatter(self, data: Mapping[Key, Any], workers: Any, client: str, **how: Any) -> list[Key]:
+        """Put a client's data at sites; ``how`` as for :func:`daskfed.hub.scattering.scatter`, ``mark`` beside it."""
+        await self.hub.sessions.caught_up(client, how.pop("mark", 0))
+        return await scatter(self.hub, data, selectors_of(workers), client, **how)
 
-        ``workers`` may hold ``fed://`` addresses of workers, sites or labels. ``kept``, ``again`` and ``replicas`` as
-        for :class:`~daskfed.hub.events.KeysScattered`.
-        """
-        deadline = time.monotonic() + (timeout or 0)
-        while True:
-            site = await self._scatter_site(selectors_of(workers), deadline)
-            with suppress(OSError):  # it is gone: the next one takes the data
-                reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=broadcast)
-                break
-        sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
-        self.hub.take(ev.KeysScattered(client, site.name, sizes, kept, again, replicas))
-        return list(data)
-
-    async def _scatter_site(self, selectors: Collection[str], deadline: float) -> SiteState:
-        while True:
-            sites = [site for site in self.hub.core.sites.values() if self._can_take(site)]
-            fitting = [s for s in sites if not selectors or any(matches(s.hello, x) for x in selectors)]
-            if fitting:
-                return min(fitting, key=lambda site: (site.backlog_s / site.threads, site.name))
-            if sites and selectors:
-                raise UnknownSiteError(f"no site matches {list(selectors)}; sites are {sorted(self.hub.core.sites)}")
-            if time.monotonic() > deadline:
-                raise TimeoutError("no site has a worker that could take the data")
-            await asyncio.sleep(SCATTER_POLL_S)
-
-    def _can_take(self, site: SiteState) -> bool:
-        port = self.hub.ports.get(site.name)
-        return bool(site.threads) and not site.draining and port is not None and port.connected
+    async def retry(self, keys: Collection[Key], client: str) -> list[Key]:
+        """Have failed keys made again, with what they failed from and what failed from them; return those of them."""
+        known = self.hub.core.ledger.keys
+        failed = [key for key in keys if key in known and known[key].phase is KeyPhase.FAILED]
+        self.hub.take(ev.KeysRetried(tuple(keys)))
+        return [key for key in failed if key in known and known[key].phase is not KeyPhase.FAILED]
 
     # -- moving ------------------------------------------------------------------------------------------------------
 

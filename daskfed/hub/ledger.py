@@ -29,11 +29,13 @@ from daskfed.hub.events import (
 )
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.hub.suspicion import Suspicion
-from daskfed.messages import Attempt, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys
+from daskfed.messages import Attempt, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys, StopKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
 FIRST_REST_S = 0.1  # a block whose second attempt failed rests so long, and twice as long after each further one
 LONGEST_REST_S = 5.0
+
+AT_SITE = (BlockPhase.PLACED, BlockPhase.RECALLING)
 
 Order: TypeAlias = tuple[bool, int, int]
 """Blocks are placed in this order: (no whole graph, -priority, arrival); arrivals grow, also with the hub's epoch."""
@@ -123,8 +125,9 @@ class Ledger:
         self.reports: dict[str, int] = {}  # site -> KeysMade and KeysFailed of it that were taken in
         self.stories: deque[tuple[object, str]] = deque(maxlen=STORY_LENGTH)
         self._out: list[Command] = []
-        self._tells: dict[tuple[str, Outcome, str], list[Key]] = {}
+        self._tells: dict[tuple[str, Outcome, str, str | None], list[Key]] = {}
         self._releases: dict[str, list[Key]] = {}
+        self._stops: dict[tuple[str, str, Attempt], list[Key]] = {}  # (site, block, attempt) -> not to be made
         self._forgotten: list[Key] = []
         self._demoted: list[BlockState] = []  # gave up being the producer of keys
 
@@ -155,10 +158,12 @@ class Ledger:
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
-    def tell(self, clients: Iterable[str], outcome: Outcome, key: Key, reason: str = "") -> None:
+    def tell(
+        self, clients: Iterable[str], outcome: Outcome, key: Key, reason: str = "", msg: str | None = None
+    ) -> None:
         """Tell clients how a key stands."""
         for client in clients:
-            self._tells.setdefault((client, outcome, reason), []).append(key)
+            self._tells.setdefault((client, outcome, reason, msg), []).append(key)
 
     def command(self, command: Command) -> None:
         """Append a command after what was told and released so far."""
@@ -177,6 +182,12 @@ class Ledger:
         if site in self.crossing:
             self.crossing[site].cancelled[block] = attempt
 
+    def stop(self, state: KeyState) -> None:
+        """Have the site that is making a key for a block, of which other outputs are needed, stop making it."""
+        block = self.blocks.get(state.producer or "")
+        if block is not None and block.phase in AT_SITE and state.key in block.open_outputs:
+            self._stops.setdefault((str(block.site), block.spec.id, block.attempt), []).append(state.key)
+
     def flush(self) -> list[Command]:
         """Return the commands since the last flush, in order."""
         self._merge()
@@ -184,13 +195,17 @@ class Ledger:
         return out
 
     def _merge(self) -> None:
+        for (site, name, attempt), keys in self._stops.items():
+            block = self.blocks.get(name)
+            if block is not None and block.phase in AT_SITE and block.attempt == attempt:
+                self._out.append(TellSite(site, StopKeys(name, attempt, tuple(keys))))
         for site, keys in self._releases.items():
             self._out.append(TellSite(site, ReleaseKeys(tuple(keys), self.reports.get(site, 0))))
-        for (client, outcome, reason), keys in self._tells.items():
-            self._out.append(TellClient(client, outcome, tuple(keys), reason))
+        for (client, outcome, reason, msg), keys in self._tells.items():
+            self._out.append(TellClient(client, outcome, tuple(keys), reason, msg))
         if self._forgotten:
             self._out.append(ForgetKeys(tuple(self._forgotten)))
-        self._releases, self._tells, self._forgotten = {}, {}, []
+        self._releases, self._tells, self._stops, self._forgotten = {}, {}, {}, []
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +267,7 @@ class Ledger:
     def link_inputs(self, block: BlockState) -> None:
         """Count the block as a consumer of its inputs, have those made again that are gone, and see if it is ready."""
         for state in self._link(block):
-            self._demand(state)
+            self.demand(state)
 
     def _link(self, block: BlockState) -> list[KeyState]:
         """Count the block as a consumer of its inputs and return those that must be made again for it."""
@@ -269,7 +284,7 @@ class Ledger:
         self._ready_if_complete(block)
         return revived
 
-    def _demand(self, state: KeyState) -> None:
+    def demand(self, state: KeyState) -> None:
         """See to it that a pending key is made, and first whatever is missing of what it is made from."""
         stack = [state]
         while stack:
@@ -282,13 +297,6 @@ class Ledger:
             elif block.phase is BlockPhase.DONE:
                 self.move_block(block, "needed again")
                 stack.extend(self._link(block))
-
-    def give_up(self, state: KeyState) -> None:
-        """Nobody will submit what makes this key: have its keeper bring it, or end it and what depends on it."""
-        if state.keeper is not None:
-            self._demand(state)
-        else:
-            self.cancel_keys([state.key], "lost dependencies: nobody knows them any more since the hub started anew")
 
     def keep(self, state: KeyState, client: str) -> None:
         """A client keeps a copy of a key."""
@@ -469,14 +477,16 @@ class Ledger:
             self.settle(self._retire(state))
             return
         self.move_key(state, "lost")
-        for name in state.consumers:
-            self._input_lost(self.blocks[name])
-        self._demand(state)
+        self.inputs_missing(state)
+        self.demand(state)
 
-    def _input_lost(self, block: BlockState) -> None:
-        block.missing += 1
-        if block.phase is BlockPhase.READY:
-            self.move_block(block, "input lost")
+    def inputs_missing(self, state: KeyState) -> None:
+        """A key is not there any more: the blocks that need it have to wait."""
+        for name in state.consumers:
+            block = self.blocks[name]
+            block.missing += 1
+            if block.phase is BlockPhase.READY:
+                self.move_block(block, "input lost")
 
     # -- interest ----------------------------------------------------------------------------------------------------
 
@@ -491,7 +501,7 @@ class Ledger:
             self.tell((client,), Outcome.FAILED, key)
         elif state.phase is KeyPhase.RETIRED:
             self.move_key(state, "needed again")
-            self._demand(state)
+            self.demand(state)
 
     def unwant(self, client: str, keys: Iterable[Key]) -> None:
         """A client no longer wants these keys."""
@@ -544,6 +554,8 @@ class Ledger:
             self.release_at(site, state.key)
 
     def _free(self, state: KeyState) -> Iterable[Key]:
+        if state.phase is KeyPhase.PENDING:
+            self.stop(state)
         self.move_key(state, "release")
         self._release_everywhere(state)
         del self.keys[state.key]
@@ -594,24 +606,3 @@ class Ledger:
     def _drop(self, block: BlockState) -> None:
         if self.blocks.pop(block.spec.id, None) is not None:
             self.command(ForgetBlock(block.spec.id, block.spec.client))
-
-    def cancel_keys(self, keys: Iterable[Key], reason: str) -> None:
-        """End keys and all that depends on them, for every client."""
-        doomed = self._downstream(keys)
-        for state in doomed:
-            self.tell(state.wanted_by, Outcome.CANCELLED, state.key, reason)
-            for client in list(state.wanted_by):
-                self.unwant(client, (state.key,))
-        self.settle([state.key for state in doomed])
-
-    def _downstream(self, keys: Iterable[Key]) -> list[KeyState]:
-        found: dict[Key, KeyState] = {}
-        stack = list(keys)
-        while stack:
-            key = stack.pop()
-            if key in found or key not in self.keys:
-                continue
-            state = found[key] = self.keys[key]
-            for name in state.consumers:
-                stack.extend(self.blocks[name].spec.outputs)
-        return list(found.values())

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from daskfed.hub.arrivals import Arrivals
+from daskfed.hub.cancelling import give_up
 from daskfed.hub.dispatch import Dispatcher, SiteState
 from daskfed.hub.events import TellSite
 from daskfed.hub.ledger import BlockState, Crossing, KeyState, Ledger
@@ -114,7 +115,7 @@ class Recovery:
         """End those of these keys that nobody makes and nobody will bring."""
         for state in [state for state in states if is_promise(state)]:
             if state.key in self.ledger.keys and is_promise(state):
-                self.ledger.give_up(state)
+                give_up(self.ledger, state)
 
     def _ask_sites(self, now: float) -> None:
         for site in self.dispatcher.sites.values():

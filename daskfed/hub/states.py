@@ -59,6 +59,7 @@ KEY_MOVES: dict[tuple[KeyPhase, str], KeyPhase] = {
     (KeyPhase.PENDING, "failed"): KeyPhase.FAILED,
     (KeyPhase.HELD, "lost"): KeyPhase.PENDING,
     (KeyPhase.FAILED, "made"): KeyPhase.HELD,
+    (KeyPhase.FAILED, "retry"): KeyPhase.PENDING,
     (KeyPhase.PENDING, "retire"): KeyPhase.RETIRED,
     (KeyPhase.HELD, "retire"): KeyPhase.RETIRED,
     (KeyPhase.RETIRED, "needed again"): KeyPhase.PENDING,

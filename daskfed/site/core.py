@@ -35,12 +35,14 @@ from daskfed.messages import (
     KeysFailed,
     KeysLost,
     KeysMade,
+    KeysStopped,
     MadeKey,
     RecallBlock,
     ReleaseKeys,
     ReportHoldings,
     RunBlock,
     SiteHoldings,
+    StopKeys,
 )
 from daskfed.site import events as ev
 from daskfed.site import inspection
@@ -84,6 +86,7 @@ class SiteCore:
             RunBlock: self._run_block,
             RecallBlock: self._recall_block,
             CancelBlock: self._cancel_block,
+            StopKeys: self._stop_keys,
             ReleaseKeys: self._release_keys,
             CopyKeys: self._copy_keys,
             ReportHoldings: self._report_holdings,
@@ -221,7 +224,23 @@ class SiteCore:
         if (block := self._attempt(message)) is not None:
             self._end_block(block, "cancel")
 
-    def _attempt(self, message: RecallBlock | CancelBlock) -> BlockState | None:
+    def _stop_keys(self, message: StopKeys) -> None:
+        block = self._attempt(message)
+        if block is None or not (stopped := [key for key in message.keys if key in block.open]):
+            return
+        for key in stopped:
+            del block.open[key]
+            if (state := self.keys.get(key)) is not None:
+                state.makers.discard(block.spec.id)
+                self._settle(state)
+        self._tell(KeysStopped(message.block, message.attempt, tuple(stopped)))
+        if block.phase is BlockPhase.SUBMITTED:
+            self._finish_if_done(block)
+        elif not block.open:
+            self._end_block(block, "step back")
+            self._forget_if_released(self.blocks[message.block])
+
+    def _attempt(self, message: RecallBlock | CancelBlock | StopKeys) -> BlockState | None:
         """Return the block that the hub means, or None where it means an attempt that is over."""
         block = self.blocks.get(message.block)
         return block if block is not None and block.attempt == message.attempt else None
