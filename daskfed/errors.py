@@ -39,6 +39,10 @@ class KilledSite(DaskfedError, KilledWorker):
         return f"{self.args[0]}. Look into the logs of those workers; often a task needs more memory than they have."
 
 
+class ActorCallError(DaskfedError, RuntimeError):
+    """An actor could not be called: its worker is gone, or cannot be reached."""
+
+
 class CancelledKeyError(DaskfedError):
     """A task needed a key that somebody cancelled."""
 

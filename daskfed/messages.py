@@ -38,6 +38,7 @@ class BlockKind(StrEnum):
     GRAPH = "graph"  # a Dask expression with the tasks of one block, as the client cut it
     CALLS = "calls"  # a Dask expression with at most 512 independent calls of one function (submit, map)
     WHOLE = "whole"  # a whole, unmaterialised Dask expression: its inner keys are unknown to everybody but the site
+    NESTED = "nested"  # nothing: the outputs are keys that tasks made at the one site of its constraint
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,12 @@ class Calls:
     expr: Any
     keys: tuple[Key, ...]
     needs: frozenset[Key]
+    rows: tuple[frozenset[Key], ...] = ()  # what each call needs of them, where that differs
+
+    def places(self, inputs: tuple[Key, ...]) -> tuple[tuple[int, ...], ...]:
+        """Return for each call the places in ``inputs``, which are its needs in some order, of what it needs."""
+        place = {key: n for n, key in enumerate(inputs)}
+        return tuple(tuple(sorted(place[key] for key in row)) for row in self.rows)
 
 
 class CallsExpr(Expr):
@@ -81,10 +87,12 @@ def _batch(
     large: Mapping[Key, Any],
 ) -> Calls:
     columns = list(map(_parsed, columns))
-    needs = {dep for column in columns if isinstance(column, list) for value in column for dep in _needs(value)}
-    needs.update(itertools.chain.from_iterable(map(_needs, kwargs.values())))
+    shared = set(itertools.chain.from_iterable(map(_needs, kwargs.values()))).difference(large)
+    referring = [column for column in columns if isinstance(column, list) and any(map(_needs, column))]
+    rows = [shared.union(*map(_needs, row)) for row in zip(*referring, strict=False)]
+    needs = shared.union(*rows)
     expr = CallsExpr(func, columns, list(keys), dict(kwargs), dict(large), _determ_token=uuid.uuid4().hex)
-    return Calls(expr, keys, frozenset(needs.difference(large)))
+    return Calls(expr, keys, frozenset(needs), tuple(map(frozenset, rows)))
 
 
 def _keywords(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Key, Any]]:

@@ -32,6 +32,7 @@ from daskfed.client.retrying import Retrying
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
+from daskfed.data.fetch import futures_in
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
@@ -280,7 +281,7 @@ class Client(Retrying):
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
         self._check_sites(annotations)
-        if self._fixed_single or actors:
+        if self._fixed_single or (actors and not one_by_one(expr)):
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
                 retries, fifo_timeout, actors,
@@ -288,21 +289,25 @@ class Client(Retrying):
         for key in set(keys):
             validate_key(key)
         with self._refcount_lock, paused_collection():
-            return self._submit(expr, list(dict.fromkeys(keys)), annotations)
+            return self._submit(expr, list(dict.fromkeys(keys)), annotations, bool(actors))
 
-    def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
+    def _submit(
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
+    ) -> dict[Key, Future]:
         if isinstance(expr, MapExpr):
-            return self._submit_calls(_calls_of_map(expr), keys, annotations)
-        if isinstance(expr, LLGExpr) and len(keys) == 1 and len(expr.operand("dsk")) == 1:
+            return self._submit_calls(_calls_of_map(expr), keys, annotations, actors)
+        if one_by_one(expr):
             ((key, task),) = expr.operand("dsk").items()
-            if isinstance(task, Task):
-                return self._submit_calls([Calls(expr, (key,), frozenset(task.dependencies))], keys, annotations)
+            calls = [Calls(expr, (key,), frozenset(task.dependencies))]
+            return self._submit_calls(calls, keys, annotations, actors)
         return self._submit_graph(materialise(expr, keys, annotations), keys)
 
-    def _submit_calls(self, calls: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
+    def _submit_calls(
+        self, calls: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
+    ) -> dict[Key, Future]:
         constraint = constraint_of(annotations)
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
-        submission = plan_calls(calls, constraint, other, self._block_ids())
+        submission = plan_calls(calls, constraint, other, self._block_ids(), actors)
         held = self._hold(key for block in submission.blocks for key in block.inputs)
         futures = {key: Future(key, self) for key in keys}
         self._send(submission, keys, held)
@@ -372,6 +377,14 @@ class Client(Retrying):
             state.set_error(bad.exception, bad.traceback)
         else:
             state.cancel()
+
+    async def _gather(self, futures: Any, *args: Any, **kwargs: Any) -> Any:
+        values = await super()._gather(futures, *args, **kwargs)
+        if returned := [future for future in futures_in(values) if future.client is None]:
+            for future in returned:  # a task made it, and returned it
+                future.bind_client(self)
+            self._send_to_scheduler({"op": "client-desires-keys", "keys": [future.key for future in returned]})
+        return values
 
     async def _gather_remote(self, direct: bool, local_worker: Any) -> dict[str, Any]:
         asked = set(self._gather_keys)
@@ -495,6 +508,14 @@ def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any
     named = {"priority": priority, "retries": retries, "resources": resources}
     named |= {"workers": [workers] if isinstance(workers, str) else workers, "allow_other_workers": allow_other_workers}
     return {name: value for name, value in named.items() if value}
+
+
+def one_by_one(expr: Any) -> bool:
+    """Whether an expression is what ``submit`` or ``map`` make, calls that do not need each other."""
+    if isinstance(expr, MapExpr):
+        return True
+    graph = expr.operand("dsk") if isinstance(expr, LLGExpr) else {}
+    return len(graph) == 1 and isinstance(next(iter(graph.values())), Task)
 
 
 def _calls_of_map(expr: Any) -> Any:

@@ -41,10 +41,13 @@ class Submission:
         blocks = [encode(block) for block in self.blocks]
         return {"op": "fed-submit", "blocks": blocks, "payloads": self.payloads, "wanted": list(wanted), "wait": wait}
 
-    def add(self, block: BlockSpec, expr: Any, priorities: Mapping[Key, int] | None) -> None:
+    def add(
+        self, block: BlockSpec, expr: Any, priorities: Mapping[Key, int] | None, actors: bool = False
+    ) -> None:
         """Append a block; raises TypeError where its tasks cannot be pickled."""
         self.blocks.append(block)
-        self.payloads.append({"expr": pickled(expr), "priorities": dict(priorities) if priorities else None})
+        payload = {"expr": pickled(expr), "priorities": dict(priorities) if priorities else None}
+        self.payloads.append({**payload, "actors": True} if actors else payload)
 
 
 @contextmanager
@@ -88,9 +91,13 @@ def _block_of(piece: Piece, name: str) -> BlockSpec:
 
 
 def plan_calls(
-    calls: Iterable[Calls], constraint: Constraint, annotations: Mapping[str, Any], ids: Iterator[str]
+    calls: Iterable[Calls],
+    constraint: Constraint,
+    annotations: Mapping[str, Any],
+    ids: Iterator[str],
+    actors: bool = False,
 ) -> Submission:
-    """Make a block of each batch of calls; ``annotations`` are given to every call."""
+    """Make a block of each batch of calls; ``annotations`` are given to every call; ``actors``: they make actors."""
     submission = Submission()
     for each in calls:
         spec = BlockSpec(
@@ -104,8 +111,10 @@ def plan_calls(
             prefixes=((key_split(each.keys[0]), len(each.keys)),),
             constraint=replace(constraint, python=PYTHON),
             label=label_of(each.keys),
+            stateful=actors,
+            uses=each.places(tuple(each.needs)),
         )
-        submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None)
+        submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None, actors)
     return submission
 
 

@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
+from distributed import Future, get_client
+from distributed.actor import Actor, ProxyRPC
 from distributed.protocol.serialize import merge_and_deserialize
 
 from daskfed.dask_private import decompress_frames
+
+MOST_ITEMS = 1000  # containers with more are not searched for futures
 
 
 def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) -> Any:
@@ -27,7 +31,40 @@ def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) ->
         raise _transfer_error(f"an imported value is damaged: its checksum is {found:#x} instead of {checksum:#x}")
     if any(header.get("compression") or ()):
         frames = decompress_frames(header, frames)
-    return merge_and_deserialize(header, frames)
+    return _at_home_here(merge_and_deserialize(header, frames))
+
+
+def _at_home_here(value: Any) -> Any:
+    """Return an imported value with its futures bound to the worker's client, and an actor that is called elsewhere."""
+    if isinstance(value, Actor):
+        return ActorElsewhere(*value.__reduce__()[1])
+    if found := futures_in(value):
+        client: Any = get_client()
+        for future in found:
+            future.bind_client(client)
+        client._send_to_scheduler({"op": "client-desires-keys", "keys": [future.key for future in found]})
+    return value
+
+
+def futures_in(value: Any, depth: int = 3) -> list[Any]:
+    """Return the futures in a value or in small containers in it."""
+    if isinstance(value, Future):
+        return [value]
+    if not isinstance(value, (list, tuple, set, dict)) or len(value) > MOST_ITEMS or depth == 0:
+        return []
+    items = value.values() if isinstance(value, dict) else value
+    return [future for item in items for future in futures_in(item, depth - 1)]
+
+
+class ActorElsewhere(Actor):
+    """An actor at another site: this site's scheduler passes calls on, since its worker cannot be dialled."""
+
+    @property
+    def _worker_rpc(self) -> Any:
+        return ProxyRPC(self._scheduler_rpc, self._address)
+
+    def __reduce__(self) -> Any:
+        return (ActorElsewhere, (self._cls, self._address, self.key))
 
 
 def fetch_import(address: str, key: Any, token: str) -> Any:

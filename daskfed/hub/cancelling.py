@@ -33,15 +33,15 @@ def cancel_keys(
 def cancel_for(
     ledger: Ledger, client: str, keys: Iterable[Key], force: bool, reason: str, msg: str | None = None
 ) -> None:
-    """A client cancels keys: what others want they keep, unless it uses ``force``."""
-    known = [state for key in keys if (state := ledger.keys.get(key)) is not None]
-    mine = [state.key for state in known if force or state.wanted_by.keys() <= {client}]
-    shared = [state.key for state in known if not (force or state.wanted_by.keys() <= {client})]
+    """A client cancels keys: what others want they keep, unless it uses ``force``.
+
+    It is not told of these keys, as it knows, and may have submitted some of them again meanwhile.
+    """
+    known = [key for key in keys if key in ledger.keys]
+    ledger.unwant(client, known)
+    mine = [key for key in known if force or not ledger.keys[key].wanted_by]
     cancel_keys(ledger, mine, reason, msg, None if force else client)
-    for key in shared:
-        ledger.tell((client,), Outcome.CANCELLED, key, reason, msg)
-    ledger.unwant(client, shared)
-    ledger.settle(shared)
+    ledger.settle(known)
 
 
 def give_up(ledger: Ledger, state: KeyState) -> None:

@@ -179,7 +179,7 @@ class ClientSessions:
         self.hub.take(ev.ClientJoined(client, session.owner))
         session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})
 
-    def submit_blocks(
+    async def submit_blocks(
         self,
         client: str,
         blocks: Collection[dict[str, Any]],
@@ -190,7 +190,10 @@ class ClientSessions:
         """A client submits blocks that it cut."""
         specs = self._specs(client, blocks)
         self.hub.stores.keep_payloads(specs, payloads)
-        self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
+        made = {key for spec in specs for key in spec.outputs}
+        inputs = (key for spec in specs for key in spec.inputs if key not in made)
+        async with self.hub.nested.known(inputs, self.sessions[client].owner):
+            self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
 
     def back(
         self,
@@ -252,12 +255,13 @@ class ClientSessions:
         """A client was asked for copies that it does not have."""
         self.hub.take(ev.CopiesGone(client, tuple(keys)))
 
-    def desire(self, client: str, keys: Collection[Key]) -> None:
+    async def desire(self, client: str, keys: Collection[Key]) -> None:
         """A client wants keys, or wants them made for nobody."""
         if client == FIRE_AND_FORGET:
             self.hub.coordination.hold(keys, client)
             return
-        self.hub.take(ev.KeysDesired(client, tuple(keys)))
+        async with self.hub.nested.known(keys, self.sessions[client].owner):
+            self.hub.take(ev.KeysDesired(client, tuple(keys)))
 
     def release(self, client: str, keys: Collection[Key]) -> None:
         """A client no longer wants keys."""

@@ -44,6 +44,8 @@ from daskfed.messages import REQUEST, Key
 
 RELEASE = "client-releases-keys"
 """What a site sends when its tasks no longer want keys that they got here."""
+DESIRE = "client-desires-keys"
+"""What a site sends when its tasks want keys by name; the reply says which of them the federation knows."""
 TAKING = ("semaphore_acquire", "multi_lock_acquire", "queue_get", "variable_get", "publish_get")
 """Ops that wait, after a restart, until those who were there are back."""
 
@@ -212,6 +214,10 @@ class Coordination:
             kwargs = {**kwargs, "client": f"{site}/{kwargs['client']}"}
         if op == RELEASE:
             return self._view.client_releases_keys(**kwargs)
+        if op == DESIRE:
+            known = [key for key in kwargs["keys"] if key in self._view.tasks]
+            self._view.client_desires_keys(known, kwargs["client"])
+            return known
         if (handler := self._handlers.get(op)) is not None:
             return await handler(**kwargs, **{REQUEST: request})
         if (handler := self._view.stream_handlers.get(op)) is None:

@@ -39,7 +39,7 @@ MIN_BLOCKS = 2  # that a site may always have, however long they are
 TASKS_AHEAD = 4  # tasks per thread that a site may always have
 LOOKAHEAD = 16  # blocks of a queue that are looked at while the first ones wait for a better site
 RECALL_GAIN = 0.8  # a recall must promise to finish in this share of the time or less
-
+AT_ONCE = (BlockKind.WHOLE, BlockKind.NESTED)  # must not be overtaken by releases of what the hub does not know
 
 Where: TypeAlias = tuple[Constraint, tuple[str, ...]]
 """What blocks of one queue have in common: where they may run, and near what they should."""
@@ -206,7 +206,7 @@ class Dispatcher:
             if block is None or block.phase is not BlockPhase.READY:
                 heapq.heappop(queue)
                 continue
-            whole = block.spec.kind is BlockKind.WHOLE  # its inputs are unknown: it must not be overtaken by releases
+            whole = block.spec.kind in AT_ONCE
             priority = block.spec.constraint.priority
             if not whole and not any(site.has_room(priority) for site in sites):
                 break
@@ -420,7 +420,7 @@ def _work(block: BlockState) -> tuple[int, int, float]:
 
 def _recallable(block: BlockState) -> bool:
     """Say whether a block may be asked back; a whole graph may not, as its inputs are unknown."""
-    return block.phase is BlockPhase.PLACED and not block.started and block.spec.kind is not BlockKind.WHOLE
+    return block.phase is BlockPhase.PLACED and not block.started and block.spec.kind not in AT_ONCE
 
 
 def placement_part(constraint: Constraint) -> Constraint:

@@ -29,7 +29,7 @@ from daskfed.hub.events import (
 )
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.hub.suspicion import Suspicion
-from daskfed.messages import Attempt, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys, StopKeys
+from daskfed.messages import Attempt, BlockKind, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys, StopKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
 FIRST_REST_S = 0.1  # a block whose second attempt failed rests so long, and twice as long after each further one
@@ -327,8 +327,10 @@ class Ledger:
         if self.patient:
             return
         where = f"site {state.lost_at!r}" if state.lost_at else "its site"
-        actor = state.producer is not None
-        advice = "create the actor again" if actor else "scatter it with replicas=2, or keep its client connected"
+        block = self.blocks.get(state.producer or "")
+        advice = "create the actor again" if block else "scatter it with replicas=2, or keep its client connected"
+        if block is not None and block.spec.kind is BlockKind.NESTED:
+            advice = "have the task that submitted it run again"
         why = f"{state.key!r} was at {where}, which is gone, and cannot be computed again: {advice}"
         self.command(FailKeys((state.key,), "SiteLostError", why))
         self.key_failed(state)
@@ -427,7 +429,11 @@ class Ledger:
         """A placed block is back at the hub, to be placed again."""
         self.move_block(block, move)
         self._leave_site(block)
-        if block.pending:
+        if block.spec.kind is BlockKind.NESTED and move == "site lost":
+            for state in self.pending_of(block):
+                state.lost_at = str(block.site)
+                self._lost_for_good(state)
+        elif block.pending:
             self.link_inputs(block)
         else:
             self.settle(self._stand_down(block))
@@ -468,9 +474,20 @@ class Ledger:
             return
         del state.holders[site]
         state.lost_at = site
+        self._drop_references(state)
         if state.holders or state.phase is not KeyPhase.HELD:
             return
         self._remake(state)
+
+    def _drop_references(self, state: KeyState) -> None:
+        """Where an actor is gone, what other sites hold under its key is of no use."""
+        block = self.blocks.get(state.producer or "")
+        if block is None or not block.spec.stateful or block.spec.kind is BlockKind.NESTED:
+            return
+        if not any(state.producer in claims for claims in state.holders.values()):
+            for site in state.holders:
+                self.release_at(site, state.key)
+            state.holders.clear()
 
     def _remake(self, state: KeyState) -> None:
         if not state.needed:

@@ -26,12 +26,14 @@ from daskfed.comm.opaque import OpaqueError, OpaqueServer, relays_errors
 from daskfed.config import client_grace_s, hub_memory
 from daskfed.data.spill import Spilled
 from daskfed.hub import events as ev
-from daskfed.hub.clients import ClientSessions
-from daskfed.hub.coordination import attach
+from daskfed.hub.actors import Actors
+from daskfed.hub.clients import DEFAULT_OWNER, ClientSessions
+from daskfed.hub.coordination import DESIRE, attach
 from daskfed.hub.core import HubCore
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.journal import Journal
+from daskfed.hub.nested import Nested
 from daskfed.hub.ownerless import Ownerless
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
@@ -87,6 +89,8 @@ class Hub(Hosting, OpaqueServer):
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
         self.sessions = ClientSessions(self)
         self.gateway = Gateway(self)
+        self.actors = Actors(self)
+        self.nested = Nested(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
         self._telling = asyncio.Lock()
         self._sessions = itertools.count()  # of sites
@@ -107,6 +111,8 @@ class Hub(Hosting, OpaqueServer):
             "forward": relays_errors(self.forward),
             "announce-keys": self.announce_keys,
             "bring-keys": self.bring_keys,
+            "proxy": self.actors.proxy,
+            "actor-answer": self.actor_answer,
             "terminate": self.terminate,
         }
 
@@ -298,6 +304,7 @@ class Hub(Hosting, OpaqueServer):
             self.journal.forget_site(hello.site)
         logger.info("site %s left", hello.site)
         self.coordination.site_gone(hello.site)
+        self.actors.site_gone(hello.site)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
         self.sites_changed()
 
@@ -352,10 +359,10 @@ class Hub(Hosting, OpaqueServer):
 
     # -- coordination ------------------------------------------------------------------------------------------------
 
-    async def announce_keys(self, site: str, keys: Collection[tuple[Key, int]], token: str) -> None:
-        """A site holds keys that its tasks made; they are kept until the op that follows has been done."""
+    async def announce_keys(self, site: str, keys: Collection[Key], token: str) -> None:
+        """Tasks made keys at a site; they are kept until the op that follows has been done."""
         self._check_token(token)
-        self.take(ev.KeysScattered(_announcer(site), site, tuple((key, nbytes) for key, nbytes in keys)))
+        self.nested.claim(site, keys, _announcer(site), DEFAULT_OWNER)
 
     async def bring_keys(self, site: str, keys: Collection[Key], token: str) -> None:
         """Have a site copy keys whose futures its tasks took; waits for those that are still being made."""
@@ -365,13 +372,22 @@ class Hub(Hosting, OpaqueServer):
             await asyncio.sleep(POLL_S)
         self.take(ev.KeysNeeded(site, tuple(keys)))
 
+    async def actor_answer(self, site: str, ticket: int, reply: Any, token: str) -> None:
+        """A site has called an actor."""
+        self._check_token(token)
+        self.actors.answered(site, ticket, reply)
+
     async def forward(
         self, site: str, hub_op: str, kwargs: Mapping[str, Any], token: str, request: str | None = None
     ) -> Any:
         """Do what a task at a site asked of its scheduler, once per ``request``; PermissionError for a stranger."""
         self._check_token(token)
+        if hub_op == "proxy":
+            return await self.actors.proxy(**kwargs)
+        wanted = kwargs["keys"] if hub_op == DESIRE else ()
         try:
-            return await self.coordination.serve_site(site, hub_op, dict(kwargs), request)
+            async with self.nested.known(wanted, DEFAULT_OWNER):
+                return await self.coordination.serve_site(site, hub_op, dict(kwargs), request)
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
 

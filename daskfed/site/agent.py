@@ -30,6 +30,7 @@ from daskfed.comm.opaque import OpaqueServer
 from daskfed.ending import end_tasks
 from daskfed.errors import DaskfedError, TransferError
 from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
+from daskfed.site.actors import ActorCalls
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers, forward_to_hub
 from daskfed.site.ports import HubPort, RemoteHub
@@ -79,6 +80,7 @@ class Agent:
         self._closed = False
         self.reason = ""  # why the site ended by itself
         self.failed = False  # it ended though nobody asked for it
+        self._actor_calls = ActorCalls(self._ask_scheduler, self._ask_hub)
         self._handlers: dict[str, Callable[..., Any]] = {
             "gather": self._gather,
             "scatter_keys": self._scatter_keys,
@@ -87,6 +89,8 @@ class Agent:
             "forward_to_hub": self._forward_to_hub,
             "announce_keys": self.announce_keys,
             "ping": self._ping,
+            "find_keys": self._find_keys,
+            "call_actor": self._actor_calls.start,
         }
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -184,6 +188,7 @@ class Agent:
             return
         self._closed = True
         await end_tasks(self._keeper, self._watcher)
+        await self._actor_calls.close()
         if self._session is not None:
             await self._session.close()
         if isinstance(self._port, RemoteHub):
@@ -241,6 +246,13 @@ class Agent:
     async def _scheduler_rpc(self, scheduler_op: str, kwargs: Mapping[str, Any]) -> Any:
         return await self.session.ask_scheduler(scheduler_op, **kwargs)
 
+    async def _ask_scheduler(self, op: str, **kwargs: Any) -> Any:
+        return await self.session.ask_scheduler(op, **kwargs)
+
+    async def _find_keys(self, keys: Collection[Key]) -> list[Key]:
+        """Return those of ``keys`` that the scheduler knows, since tasks made them; they are held from now on."""
+        return list(await self.session.ask_scheduler("fed-find", keys=list(keys), client=self.session.client))
+
     async def _cluster(self, method: str, kwargs: Mapping[str, Any]) -> Any:
         if method == "drain":
             self.session.drain()
@@ -295,8 +307,7 @@ class Agent:
 
     async def announce_keys(self, keys: Collection[Key]) -> None:
         """Tell the hub of keys that tasks made here; raises OSError where the hub is gone."""
-        sizes = await self.session.hold(keys)
-        await self._ask_hub("announce-keys", keys=list(sizes.items()))
+        await self._ask_hub("announce-keys", keys=list(keys))
 
     async def bring_keys(self, keys: Collection[Key]) -> None:
         """Have the hub bring keys here and wait until the scheduler knows them; raises TransferError if not."""

@@ -10,6 +10,8 @@ Requests and replies stay unopened all the way. Futures need more than passing o
 
 - A future that a task puts where others see it names a key that the hub may not know, since the task made it: the agent
   announces it first (:meth:`AgentPort.announce_keys`).
+- A future that a task has got otherwise, as in what another task returned, names a key that its site's scheduler does not
+  know: the plugin has the hub look for it, hold it and bring it.
 - A future that a task takes names a key that the site may not have: the agent brings it (:meth:`AgentPort.bring_keys`)
   before the task hears of it. The hub holds it for the task until the task's client lets go of it.
 
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 TAKEN_OPS = ("variable-future-received-confirm", "queue-future-release")
 """Stream ops by which a task's client says that it has a future now; the hub then holds the key for it."""
 RELEASE = "client-releases-keys"
+DESIRE = "client-desires-keys"
+ACTOR_OPS = ("actor_execute", "actor_attribute")
+"""What a scheduler is asked to pass on to the worker of an actor."""
 LOCAL_TOPICS = ("worker-", "invalid-worker-")
 """Topics that begin so are a worker's own; so are those named after an address."""
 MOST_CALLS = 2**16
@@ -97,6 +102,8 @@ async def forward_to_hub(port: AgentPort, op: str, kwargs: Mapping[str, Any], an
 
 def keys_taken(op: str, reply: Any) -> list[Key]:
     """Return the keys of the futures that a reply of the hub hands out."""
+    if op == DESIRE:
+        return list(reply)
     if op == "publish_get":
         return [key for dataset in reply if dataset is not None for key in dataset["keys"]]
     if op not in ("variable_get", "queue_get"):
@@ -140,6 +147,8 @@ class ForwardCoordination(SchedulerPlugin):
         self.scheduler = scheduler
         self.held: dict[str, set[Key]] = defaultdict(set)  # by the hub for the clients of tasks
         self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        self._expected: dict[str, set[Key]] = defaultdict(set)  # by client: keys that are being brought for it
+        self._bringing: set[asyncio.Task[None]] = set()
         self._pool = OpaquePool(limit=MOST_CALLS, connection_args=scheduler.connection_args)
         await self._pool.start()
         self._sender = asyncio.create_task(self._send_in_order())
@@ -151,11 +160,13 @@ class ForwardCoordination(SchedulerPlugin):
         """Give the scheduler its own handlers back and let go of the agent; called by the scheduler when it ends."""
         for handlers, own in self._replaced:
             handlers.update(own)
-        self._sender.cancel()
+        for task in (self._sender, *self._bringing):
+            task.cancel()
         await self._pool.close()
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Let go of what the hub holds for a task's client that has gone; called by the scheduler."""
+        self._expected.pop(client, None)
         self._let_go(client, self.held.get(client, ()))
 
     # -- handlers ----------------------------------------------------------------------------------------------------
@@ -166,11 +177,22 @@ class ForwardCoordination(SchedulerPlugin):
 
     def _rpc_handlers(self, own: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         forwarded = {op: self._forwarder(op) for op in own if op.startswith(COORDINATION)}
-        return forwarded | {"log_event": self._logger(own["log_event"])}
+        return forwarded | {"log_event": self._logger(own["log_event"]), "proxy": self._proxy(own["proxy"])}
 
     def _stream_handlers(self, own: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         forwarded = {op: self._stream_forwarder(op) for op in own if op.startswith((*COORDINATION, *TAKEN_OPS))}
-        return forwarded | {RELEASE: self._releaser(own[RELEASE]), "log-event": self._logger(own["log-event"])}
+        keys = {RELEASE: self._releaser(own[RELEASE]), DESIRE: self._desirer(own[DESIRE])}
+        return forwarded | keys | {"log-event": self._logger(own["log-event"])}
+
+    def _proxy(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        async def proxy(msg: dict[str, Any], worker: str, **how: Any) -> Any:
+            actor = self.scheduler.tasks.get(msg.get("actor"))
+            if msg.get("op") not in ACTOR_OPS or (actor is not None and actor.actor):
+                return await own(msg=msg, worker=worker, **how)
+            reply = await self._forward("proxy", {"worker": worker, "msg": msg})  # it is at another site
+            return settle(reply) if self.scheduler.address.startswith("inproc://") else reply
+
+        return proxy
 
     def _forwarder(self, op: str) -> Callable[..., Any]:
         async def forward(**kwargs: Any) -> Any:
@@ -189,10 +211,41 @@ class ForwardCoordination(SchedulerPlugin):
 
     def _releaser(self, own: Callable[..., Any]) -> Callable[..., Any]:
         def release(keys: Collection[Key], client: str, **rest: Any) -> None:
+            self._expected[client].difference_update(keys)
             own(keys=keys, client=client, **rest)
             self._let_go(client, keys)
 
         return release
+
+    def _desirer(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def desire(keys: Collection[Key], client: str, **rest: Any) -> None:
+            known = self.scheduler.tasks
+            own(keys=[key for key in keys if key in known], client=client, **rest)
+            if unknown := [key for key in keys if key not in known]:
+                self._expected[client].update(unknown)
+                task = asyncio.create_task(self._bring(unknown, client, own))
+                self._bringing.add(task)
+                task.add_done_callback(self._bringing.discard)
+
+        return desire
+
+    async def _bring(self, keys: list[Key], client: str, own: Callable[..., Any]) -> None:
+        """Have keys brought that a task's client wants and this scheduler does not know; it hears if there are none."""
+        try:
+            reply = await self._forward(DESIRE, {"keys": keys, "client": client})
+        except OSError as exc:
+            reply = {"exception_text": str(exc)}
+        found = [] if isinstance(reply, dict) else list(reply)
+        if isinstance(reply, dict):
+            logger.warning("Could not bring %s for a task: %s", keys[:3], reply.get("exception_text"))
+        wanted = [key for key in keys if key in self._expected[client]]
+        self._expected[client].difference_update(keys)
+        self.held[client].update(found)
+        own(keys=[key for key in wanted if key in found], client=client)
+        if lost := [key for key in wanted if key not in found]:
+            gone = {"op": "cancelled-keys", "keys": lost, "reason": "lost dependencies", "msg": None}
+            self.scheduler.report(gone, client=client)
+        self._let_go(client, [key for key in found if key not in wanted])
 
     def _let_go(self, client: str, keys: Collection[Key]) -> None:
         if client not in self.held:

@@ -67,6 +67,8 @@ class SiteReporter(SchedulerPlugin):
         scheduler.stream_handlers["fed-import"] = self.expect_imports
         scheduler.stream_handlers["fed-released"] = self.end_imports
         scheduler.stream_handlers["fed-renew"] = self.renew
+        scheduler.stream_handlers["fed-claim"] = self.claim
+        scheduler.handlers["fed-find"] = self.find
         timers = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._look_after_imports, SLOW_S))
         self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
         for callback in self._callbacks:
@@ -277,6 +279,26 @@ class SiteReporter(SchedulerPlugin):
             task.exception_blame = None
             task.state = "released"
         self.scheduler.transitions(forgettable, "daskfed-import")
+
+    # -- keys that tasks made ----------------------------------------------------------------------------------------
+
+    def find(self, keys: Collection[Key], client: str) -> list[Key]:
+        """Hold those of ``keys`` for the agent that tasks made, or are making, and return them."""
+        found = [key for key in keys if (task := self.scheduler.tasks.get(key)) and (task.run_spec or task.who_has)]
+        self.scheduler.client_desires_keys(found, client)
+        return found
+
+    def claim(self, keys: Collection[Key], client: str) -> None:
+        """Hold keys that tasks made for the agent, and tell how they stand; of one that is gone, that it is."""
+        if client != self.client:
+            return
+        known = self.scheduler.tasks
+        for key in keys:
+            if key in known and known[key].state == "memory":
+                self._send({"op": "fed-key", "key": key, "nbytes": known[key].nbytes})
+            elif key not in known:
+                self.scheduler.report_on_key(key, client=client)
+        self.scheduler.client_desires_keys([key for key in keys if key in known], client)
 
     # -- telling -----------------------------------------------------------------------------------------------------
 

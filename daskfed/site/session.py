@@ -50,6 +50,7 @@ INLINE_BYTES = 32 * 1024  # imports up to this size travel inside their fetch ta
 IMPORT_PRIORITY = 1000  # fetch tasks are short, and others wait for them
 ARRIVALS_S = 0.001  # keys that arrive within this time are given to the scheduler together
 SCATTER_TIMEOUT_S = 30
+LET_GO_S = 0.1  # after a release, until data is scattered under the same key again
 REPORT_TIMEOUT_S = 30.0
 GATHER_TIMEOUT_S = 15.0  # for workers to answer, beside the time that the bytes take
 SLOWEST_BPS = 10e6  # bytes per second from a worker to the agent, at the least
@@ -97,6 +98,8 @@ class Session:
         self._imports: list[ev.SubmitImport] = []
         self._fetches: defaultdict[str, list[tuple[Key, int]]] = defaultdict(list)
         self._got_status = asyncio.Event()
+        self._scattered: set[Key] = set()  # keys that were scattered here and not released
+        self._let_go: dict[Key, float] = {}  # those that were released a moment ago -> when
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -239,6 +242,7 @@ class Session:
                 self.parcels.pop(key, None)
             case ev.ReleaseAtScheduler(keys):
                 self.wire.release(keys)
+                self._note_let_go(keys)
                 for key in self._failures.keys() & set(keys):
                     del self._failures[key]
             case ev.TellHub(SiteHoldings() as message):
@@ -338,9 +342,26 @@ class Session:
         if busy:
             raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
         await self.wire.quiet(data)
+        await self._workers_released(data)
         how = {"workers": None, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}
         await self.ask_scheduler("scatter", data=data, client=self.client, **how)
+        self._scattered.update(data)
         return await self.hold(data)
+
+    async def _workers_released(self, keys: Iterable[Key]) -> None:
+        """Wait until workers have let go of an earlier value under these keys: else they would drop the new one.
+
+        They are told of it on a stream that the data does not go by, and nobody says when they have heard.
+        """
+        released = max((self._let_go.get(key, 0.0) for key in keys), default=0.0)
+        await asyncio.sleep(max(0.0, released + LET_GO_S - time.monotonic()))
+
+    def _note_let_go(self, keys: Iterable[Key]) -> None:
+        """Note which keys that were scattered here were released, for as long as it matters."""
+        now = time.monotonic()
+        self._let_go = {key: then for key, then in self._let_go.items() if now - then < LET_GO_S}
+        self._let_go.update(dict.fromkeys(self._scattered.intersection(keys), now))
+        self._scattered.difference_update(keys)
 
     async def hold(self, keys: Collection[Key]) -> dict[Key, int]:
         """Hold keys that the scheduler has and the core does not know yet, and return their sizes."""

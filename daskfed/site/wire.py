@@ -103,18 +103,25 @@ class SchedulerWire:
 
     # -- what can be asked of the scheduler --------------------------------------------------------------------------
 
-    def submit(self, keys: Collection[Key], expr: Any, priorities: Mapping[Key, int] | None = None) -> None:
-        """Have the tasks of a pickled expression run and keep ``keys``; lower priorities run first."""
-        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities})
+    def submit(
+        self, keys: Collection[Key], expr: Any, priorities: Mapping[Key, int] | None = None, actors: Any = None
+    ) -> None:
+        """Have the tasks of a pickled expression run and keep ``keys``; lower priorities run first.
+
+        ``actors``: True where all of ``keys`` are to be actors, or those of them that are.
+        """
+        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities, "actors": actors})
 
     def submit_block(self, keys: Collection[Key], payload: Mapping[str, Any]) -> None:
-        """Submit a block: either its expression and priorities, or all fields of an ``update-graph`` message."""
+        """Submit a block: its expression and priorities, or all fields of an ``update-graph`` message, or a claim."""
         if self._reading.failures:
             self._send({"op": "fed-renew"})
-        if "expr_ser" in payload:
+        if payload.get("claim"):
+            self._send({"op": "fed-claim", "keys": list(keys)})
+        elif "expr_ser" in payload:
             self.update_graph(payload)
         else:
-            self.submit(keys, payload["expr"], payload.get("priorities"))
+            self.submit(keys, payload["expr"], payload.get("priorities"), payload.get("actors"))
         self._send(self._reading.mark(submitted=1))
 
     def submit_imports(self, keys: Collection[Key], expr: Any, priority: int) -> None:

@@ -8,6 +8,7 @@ import operator
 import pickle
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,21 @@ def fresh(client: Client, name: str) -> str:
 
 def calls(client: Client, name: str) -> int:
     return int(Variable(name, client=client).get(timeout=5))
+
+
+def block(client: Client, site: str, threads: int) -> Callable[[], None]:
+    """Keep all threads of a site busy; return what ends that."""
+    names = [f"blocker {uuid.uuid4().hex}" for _ in range(threads)]
+    futures = client.map(wait_for, names, pure=False, site=site)
+    for name in names:
+        assert Event(f"{name}-started", client=client).wait(timeout=10)
+
+    def release() -> None:
+        for name in names:
+            Event(name, client=client).set()
+        assert client.gather(futures) == names
+
+    return release
 
 
 def tasks_at(client: Client, site: str) -> set[Any]:
@@ -292,25 +308,22 @@ class TestCancel:
 
     def test_calls_of_a_map_that_are_released_are_not_run(self, client: Client) -> None:
         names = [fresh(client, f"released {i}") for i in range(40)]
-        blockers = [client.submit(wait_for, "release", i, pure=False, site="north") for i in range(2)]
+        release = block(client, "north", 2)
         futures = client.map(count_calls, names, pure=False, site="north")
-        assert Event("release-started", client=client).wait(timeout=10)
         del futures[1:]
         time.sleep(0.2)
-        Event("release", client=client).set()
-        assert futures[0].result(timeout=10) == 1 and client.gather(blockers) == ["release"] * 2
+        release()
+        assert futures[0].result(timeout=10) == 1
         assert client.submit(inc, 1, pure=False, site="north").result(timeout=10) == 2
         assert [calls(client, name) for name in names[1:]] == [0] * 39
 
     def test_pending_calls_of_a_map_never_run(self, client: Client) -> None:
-        blockers = [client.submit(wait_for, "map of many", i, pure=False, site="north") for i in range(2)]
-        assert Event("map of many-started", client=client).wait(timeout=10)
+        release = block(client, "north", 2)
         name = fresh(client, "never")
         futures = client.map(count_calls, [name] * 40, pure=False, site="north")
         client.cancel(futures[1:])
-        Event("map of many", client=client).set()
+        release()
         assert futures[0].result(timeout=10) == 1
-        assert client.gather(blockers) == ["map of many"] * 2
         assert client.submit(inc, 1, pure=False, site="north").result(timeout=10) == 2
         assert calls(client, name) == 1
 
@@ -365,7 +378,7 @@ class TestCancel:
         assert client.submit(wait_for, "again").result(timeout=10) == "again"
 
     def test_a_collection(self, client: Client) -> None:
-        x = da.ones(8, chunks=2).map_blocks(lambda b: wait_for("collection") and b).persist()
+        x = da.ones(8, chunks=2).map_blocks(lambda b: wait_for("collection") and b, dtype=float, meta=np.ones(0)).persist()
         client.cancel(x)
         Event("collection", client=client).set()
         until(lambda: not client.futures, "futures are left")
@@ -537,12 +550,12 @@ class TestExecutor:
     def test_cancel(self, client: Client) -> None:
         with client.get_executor(pure=False) as executor:
             name = fresh(client, "executor")
-            blocked = [executor.submit(wait_for, "executor", i) for i in range(4)]
-            assert Event("executor-started", client=client).wait(timeout=10)
+            release = [block(client, "north", 2), block(client, "south", 2)]
             last = executor.submit(count_calls, name)
             assert last.cancel() and last.cancelled()
-            Event("executor", client=client).set()
-            assert [f.result() for f in blocked] == ["executor"] * 4
+            for let in release:
+                let()
+            assert executor.submit(inc, 1).result() == 2
             assert calls(client, name) == 0
 
     def test_map_timeout(self, client: Client) -> None:
@@ -669,7 +682,7 @@ class TestAsync:
                 await client.submit(operator.truediv, 1, 0)
             scattered = await client.scatter({"async-a": 1}, broadcast=True)
             assert await client.gather(scattered) == {"async-a": 1}
-            assert await client.get({"async-x": (inc, 1)}, "async-x") == 2
+            assert await client.get({"async-x": (inc, 1)}, "async-x", sync=False) == 2
             assert await client.compute(dask.delayed(inc)(2)) == 3
 
         self.run(federation, work)

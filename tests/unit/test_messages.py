@@ -59,6 +59,7 @@ TYPES: dict[str, st.SearchStrategy[Any]] = {
     "Key": KEYS,
     "tuple[Key, ...]": tuples(KEYS),
     "tuple[str, ...]": tuples(NAMES),
+    "tuple[tuple[int, ...], ...]": tuples(tuples(INTEGERS)),
     "tuple[tuple[str, str], ...]": tuples(NAMES, NAMES),
     "tuple[tuple[str, int], ...]": tuples(NAMES, INTEGERS),
     "tuple[tuple[str, float], ...]": tuples(NAMES, FLOATS),

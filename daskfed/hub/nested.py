@@ -1,0 +1,89 @@
+"""Keys that tasks made at their site with a client of their own: the hub learns of them when somebody else names them.
+
+A task's client (``get_client``, ``worker_client``) talks to its site's scheduler, so what it submits stays there and the
+hub does not know it. Its futures may get out: returned by the task, put into a Variable or a Queue, published. Then the
+hub *claims* the key: it counts as made by a block that runs where the key is already. From there on it is like any
+other, but for one thing: only the task that made it could make it again, so it ends with its site.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from daskfed.hub import events as ev
+from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
+
+if TYPE_CHECKING:
+    from daskfed.hub.server import Hub
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 5.0  # a site that takes longer to say which keys it knows is not waited for
+URGENT = 2**31  # the priority of a claim: it takes no time, and what it claims may be released soon
+
+
+class Nested:
+    """Finds and claims keys that tasks made."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self._numbers = itertools.count()
+
+    @asynccontextmanager
+    async def known(self, keys: Iterable[Key], owner: str) -> AsyncIterator[None]:
+        """Look for those of ``keys`` that the hub does not know, and claim what is found, at least while inside."""
+        known = self.hub.core.ledger.keys
+        unknown = [key for key in dict.fromkeys(keys) if key not in known]
+        if not unknown:
+            yield
+            return
+        holder = f"finder-{next(self._numbers)}"
+        found = await self._find(unknown)
+        for site, there in found.items():
+            self.claim(site, there, holder, owner)
+        try:
+            yield
+        finally:
+            self.hub.take(ev.KeysReleased(holder, tuple(key for there in found.values() for key in there)))
+
+    async def _find(self, keys: Collection[Key]) -> dict[str, list[Key]]:
+        """Return site -> those of ``keys`` that its scheduler knows, each at one site; its agent holds them now."""
+        ports = {name: port for name, port in self.hub.ports.items() if port.connected}
+        calls = [asyncio.wait_for(port.call("find_keys", keys=list(keys)), ANSWER_S) for port in ports.values()]
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        homes: dict[Key, str] = {}
+        for site, reply in zip(ports, replies, strict=True):
+            if isinstance(reply, BaseException):
+                logger.warning("site %s did not say which keys its tasks made: %s", site, reply)
+                continue
+            for key in reply:
+                homes.setdefault(key, site)
+        found: dict[str, list[Key]] = defaultdict(list)
+        for key, site in homes.items():
+            found[site].append(key)
+        return found
+
+    def claim(self, site: str, keys: Collection[Key], holder: str, owner: str) -> None:
+        """Count ``keys``, which the scheduler of a site knows, as made there, and want them in the name of ``holder``."""
+        spec = BlockSpec(
+            id=f"nested/{site}/{self.hub.core.ledger.epoch}/{next(self._numbers)}",
+            client=holder,
+            owner=owner,
+            kind=BlockKind.NESTED,
+            inputs=(),
+            outputs=tuple(keys),
+            ntasks=len(keys),
+            prefixes=(),
+            constraint=Constraint(sites=(site,), priority=URGENT),
+            label=f"made by tasks at {site}",
+            stateful=True,
+        )
+        payload: dict[str, Any] = {"claim": True}
+        self.hub.stores.keep_payloads((spec,), (payload,))
+        self.hub.take(ev.BlocksSubmitted(holder, (spec,), spec.outputs, wait=True))
