@@ -32,7 +32,7 @@ from daskfed.client.retrying import Retrying
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
-from daskfed.data.fetch import futures_in
+from daskfed.data.homing import futures_in
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key

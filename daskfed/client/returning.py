@@ -10,7 +10,9 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,7 @@ class Memory:
         self.payloads = Spilled(client_memory())
         self.data = Spilled(client_memory())
         self.keys: dict[Key, str] = {}  # of the data -> name in ``data``
+        self.sending: Counter[Key] = Counter()  # of the data: how often it is being scattered at the moment
         self._names = itertools.count()
 
     def keep(self, submission: Submission) -> None:
@@ -65,10 +68,21 @@ class Memory:
                 self.keys[key] = name = str(next(self._names))
                 self.data[name] = value
 
+    @contextmanager
+    def scattering(self, data: Mapping[Key, Any]) -> Iterator[None]:
+        """Keep a copy of what is scattered, and do not drop it meanwhile."""
+        self.keep_data(data)
+        self.sending.update(data.keys())
+        try:
+            yield
+        finally:
+            self.sending.subtract(data.keys())
+            self.sending += Counter()  # without those that are zero
+
     def drop_data(self, keys: Collection[Key]) -> None:
-        """Nobody will need these copies again."""
+        """Nobody will need these copies again, unless their keys are being scattered again meanwhile."""
         for key in keys:
-            if (name := self.keys.pop(key, None)) is not None:
+            if key not in self.sending and (name := self.keys.pop(key, None)) is not None:
                 del self.data[name]
 
     def copies(self, keys: Collection[Key]) -> dict[Key, Any]:
@@ -156,10 +170,10 @@ class PatientRPC:
         added = [key for key in data if key not in self._memory.keys]
         if len(added) < len(data):  # it is there, and may have been released a moment ago
             how["mark"] = self._mark()
-        self._memory.keep_data(data)
         try:
-            request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}
-            return await self._patiently(self._rpc.scatter, request)
+            with self._memory.scattering(data):
+                request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}
+                return await self._patiently(self._rpc.scatter, request)
         except BaseException:
             self._memory.drop_data(added)
             raise

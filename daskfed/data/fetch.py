@@ -13,13 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
-from distributed import Future, get_client
-from distributed.actor import Actor, ProxyRPC
+from distributed import get_worker
 from distributed.protocol.serialize import merge_and_deserialize
 
 from daskfed.dask_private import decompress_frames
-
-MOST_ITEMS = 1000  # containers with more are not searched for futures
 
 
 def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) -> Any:
@@ -31,40 +28,12 @@ def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) ->
         raise _transfer_error(f"an imported value is damaged: its checksum is {found:#x} instead of {checksum:#x}")
     if any(header.get("compression") or ()):
         frames = decompress_frames(header, frames)
-    return _at_home_here(merge_and_deserialize(header, frames))
-
-
-def _at_home_here(value: Any) -> Any:
-    """Return an imported value with its futures bound to the worker's client, and an actor that is called elsewhere."""
-    if isinstance(value, Actor):
-        return ActorElsewhere(*value.__reduce__()[1])
-    if found := futures_in(value):
-        client: Any = get_client()
-        for future in found:
-            future.bind_client(client)
-        client._send_to_scheduler({"op": "client-desires-keys", "keys": [future.key for future in found]})
-    return value
-
-
-def futures_in(value: Any, depth: int = 3) -> list[Any]:
-    """Return the futures in a value or in small containers in it."""
-    if isinstance(value, Future):
-        return [value]
-    if not isinstance(value, (list, tuple, set, dict)) or len(value) > MOST_ITEMS or depth == 0:
-        return []
-    items = value.values() if isinstance(value, dict) else value
-    return [future for item in items for future in futures_in(item, depth - 1)]
-
-
-class ActorElsewhere(Actor):
-    """An actor at another site: this site's scheduler passes calls on, since its worker cannot be dialled."""
-
-    @property
-    def _worker_rpc(self) -> Any:
-        return ProxyRPC(self._scheduler_rpc, self._address)
-
-    def __reduce__(self) -> Any:
-        return (ActorElsewhere, (self._cls, self._address, self.key))
+    value = merge_and_deserialize(header, frames)
+    try:
+        at_home = get_worker().daskfed_at_home
+    except (ValueError, AttributeError):  # no worker, or one that was not told how
+        return value
+    return at_home(value)
 
 
 def fetch_import(address: str, key: Any, token: str) -> Any:
@@ -72,7 +41,6 @@ def fetch_import(address: str, key: Any, token: str) -> Any:
 
     Raises TransferError where the agent cannot be reached, does not have the key, or sent something damaged.
     """
-    from distributed import get_worker
     from distributed.utils import sync
 
     worker = get_worker()
@@ -151,13 +119,13 @@ def _transfer_error(reason: str) -> Exception:
     return TransferError(reason)
 
 
-def by_value(function: Any) -> bytes:
-    """Return a function of this module, pickled so that it opens where daskfed is not installed."""
+def by_value(thing: Any) -> bytes:
+    """Return a function, or an object, of a module of ours, pickled so that it opens where daskfed is not installed."""
     import sys
 
-    module = sys.modules[__name__]
+    module = sys.modules[thing.__module__]
     cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps(function))
+        return bytes(cloudpickle.dumps(thing))
     finally:
         cloudpickle.unregister_pickle_by_value(module)

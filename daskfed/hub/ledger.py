@@ -191,21 +191,25 @@ class Ledger:
     def flush(self) -> list[Command]:
         """Return the commands since the last flush, in order."""
         self._merge()
+        self._send_stops()
         out, self._out = self._out, []
         return out
 
-    def _merge(self) -> None:
+    def _send_stops(self) -> None:
         for (site, name, attempt), keys in self._stops.items():
             block = self.blocks.get(name)
             if block is not None and block.phase in AT_SITE and block.attempt == attempt:
                 self._out.append(TellSite(site, StopKeys(name, attempt, tuple(keys))))
+        self._stops = {}
+
+    def _merge(self) -> None:
         for site, keys in self._releases.items():
             self._out.append(TellSite(site, ReleaseKeys(tuple(keys), self.reports.get(site, 0))))
         for (client, outcome, reason, msg), keys in self._tells.items():
             self._out.append(TellClient(client, outcome, tuple(keys), reason, msg))
         if self._forgotten:
             self._out.append(ForgetKeys(tuple(self._forgotten)))
-        self._releases, self._tells, self._stops, self._forgotten = {}, {}, {}, []
+        self._releases, self._tells, self._forgotten = {}, {}, []
 
     # -- making ------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from daskfed.errors import UnknownSiteError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
 SCATTER_POLL_S = 0.05
+_numbers = itertools.count()
 
 Share: TypeAlias = tuple[SiteState, bool | int]
 """A site, and on how many of its workers the data is to be: False for one of them, True for all."""
@@ -39,12 +42,25 @@ async def scatter(
     """
     deadline = time.monotonic() + (timeout or 0)
     sent: dict[str, Any] = {}
-    while not sent:  # sites may be gone: then others take the data
-        sent = await _send(hub, data, shares(await _takers(hub, selectors, deadline), broadcast))
-    for site, reply in sent.items():
-        sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
-        hub.take(ev.KeysScattered(client, site, sizes, kept, again, max(replicas, len(sent))))
+    with _held(hub, data):
+        while not sent:  # sites may be gone: then others take the data
+            sent = await _send(hub, data, shares(await _takers(hub, selectors, deadline), broadcast))
+        for site, reply in sent.items():
+            sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
+            hub.take(ev.KeysScattered(client, site, sizes, kept, again, max(replicas, len(sent))))
     return list(data)
+
+
+@contextmanager
+def _held(hub: Hub, keys: Iterable[Key]) -> Iterator[None]:
+    """See to it that no site is told to release keys while they are being scattered anew."""
+    known = tuple(key for key in keys if key in hub.core.ledger.keys)
+    holder = f"scatter-{next(_numbers)}"
+    hub.take(ev.KeysDesired(holder, known))
+    try:
+        yield
+    finally:
+        hub.take(ev.KeysReleased(holder, known))
 
 
 async def _send(hub: Hub, data: Mapping[Key, Any], to: Collection[Share]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from distributed.protocol.serialize import Serialized, serialize
 from daskfed.comm.opaque import OpaquePool
 from daskfed.dask_private import LLGExpr, Task, gather_from_workers
 from daskfed.data.fetch import by_value, fetch_import, open_import, raise_import
+from daskfed.data.homing import Homing
 from daskfed.data.parcels import Parcel
 from daskfed.data.transfer import Arrival, Fetcher, Source
 from daskfed.errors import SiteStartError, TransferError
@@ -108,6 +109,7 @@ class Session:
         await self.pool.start()
         await self.wire.connect()
         await self.register_plugin(SiteReporter(self.client))
+        await self.prepare_workers()
         try:
             await asyncio.wait_for(self._got_status.wait(), REPORT_TIMEOUT_S)
         except TimeoutError:
@@ -118,6 +120,12 @@ class Session:
         """Register a plugin at the scheduler, which opens it; raises OpaqueError where it refuses."""
         await self.ask_scheduler(
             "register_scheduler_plugin", plugin=dumps(plugin), name=plugin.name, idempotent=False
+        )
+
+    async def prepare_workers(self) -> None:
+        """Have every worker, also those to come, know what to do with imports; raises OpaqueError, OSError."""
+        await self.ask_scheduler(
+            "register_worker_plugin", plugin=by_value(Homing()), name=Homing.name, idempotent=True
         )
 
     async def join(self, port: HubPort, directory: Any, connection_args: dict[str, Any] | None = None) -> None:

@@ -23,7 +23,7 @@ from daskfed import Client, Federation, at
 
 pytestmark = pytest.mark.system
 
-TWO = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0", "resources": {"gpu": 1}}
+TWO = {"n_workers": 1, "processes": False, "threads_per_worker": 2, "dashboard_address": ":0", "resources": {"gpu": 1}}
 SITES = {
     "north": {"options": TWO, "resources": {"gpu": 1.0}},
     "south": {"options": {**TWO, "n_workers": 2, "threads_per_worker": 1}, "resources": {"gpu": 1.0}},
@@ -322,6 +322,8 @@ class TestCancel:
         name = fresh(client, "never")
         futures = client.map(count_calls, [name] * 40, pure=False, site="north")
         client.cancel(futures[1:])
+        until(lambda: client.explain(futures[-1])["phase"] == "unknown", "the hub was not told")
+        time.sleep(0.3)
         release()
         assert futures[0].result(timeout=10) == 1
         assert client.submit(inc, 1, pure=False, site="north").result(timeout=10) == 2
@@ -381,7 +383,8 @@ class TestCancel:
         x = da.ones(8, chunks=2).map_blocks(lambda b: wait_for("collection") and b, dtype=float, meta=np.ones(0)).persist()
         client.cancel(x)
         Event("collection", client=client).set()
-        until(lambda: not client.futures, "futures are left")
+        assert all(client.futures[key].status == "cancelled" for key in client.futures if key in x.__dask_keys__())
+        until(lambda: client.explain(x.__dask_keys__()[0])["phase"] == "unknown", "it is held still")
 
 
 class TestRetry:

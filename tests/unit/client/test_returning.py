@@ -88,7 +88,7 @@ class Hub:
 
 def ask(hub: Hub, op: str, status: str = "connecting", **kwargs: Any) -> Any:
     memory = Memory()
-    rpc = PatientRPC(hub, lambda: status, memory)
+    rpc = PatientRPC(hub, lambda: status, memory, lambda: 7)
     return asyncio.run(getattr(rpc, op)(**kwargs)), memory
 
 
@@ -125,7 +125,7 @@ class TestCalls:
         assert len({call[REQUEST] for call in hub.calls}) == 2
 
     def test_attributes_pass(self) -> None:
-        assert PatientRPC(Hub(), lambda: "running", Memory()).address == "tcp://hub"
+        assert PatientRPC(Hub(), lambda: "running", Memory(), lambda: 7).address == "tcp://hub"
 
     def test_pauses_grow_up_to_the_longest(self) -> None:
         found = pauses()
@@ -145,7 +145,7 @@ class TestScatter:
     def test_of_what_did_not_arrive_no_copy_is_kept(self) -> None:
         memory = Memory()
         memory.keep_data({"x": 1})
-        rpc = PatientRPC(Hub(away=1), lambda: "closed", memory)
+        rpc = PatientRPC(Hub(away=1), lambda: "closed", memory, lambda: 7)
         with pytest.raises(OSError, match="no connection"):
             asyncio.run(rpc.scatter({"x": 1, "y": 2}, None, client="c"))
         assert memory.copies(["x", "y"]) == {"x": 1}

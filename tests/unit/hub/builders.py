@@ -36,6 +36,7 @@ from daskfed.messages import (
     RunBlock,
     SiteHello,
     SiteStatus,
+    StopKeys,
 )
 
 Commands = list[ev.Command]
@@ -100,6 +101,11 @@ def cancel(site: str, name: str, n: int = 1) -> ev.TellSite:
     return ev.TellSite(site, CancelBlock(name, Attempt(0, n)))
 
 
+def stop(site: str, name: str, names: str, n: int = 1) -> ev.TellSite:
+    """Return the order to stop making some outputs of a block."""
+    return ev.TellSite(site, StopKeys(name, Attempt(0, n), keys(names)))
+
+
 def recall(site: str, name: str, n: int = 1) -> ev.TellSite:
     """Return the request to give a block back."""
     return ev.TellSite(site, RecallBlock(name, Attempt(0, n)))
@@ -120,9 +126,9 @@ def told_failed(names: str, client: str = "c") -> ev.TellClient:
     return ev.TellClient(client, ev.Outcome.FAILED, keys(names))
 
 
-def told_cancelled(names: str, client: str = "c", reason: str = "") -> ev.TellClient:
+def told_cancelled(names: str, client: str = "c", reason: str = "", msg: str | None = None) -> ev.TellClient:
     """Return the news that these keys were cancelled."""
-    return ev.TellClient(client, ev.Outcome.CANCELLED, keys(names), reason)
+    return ev.TellClient(client, ev.Outcome.CANCELLED, keys(names), reason, msg)
 
 
 def forget(names: str) -> ev.ForgetKeys:

@@ -291,7 +291,7 @@ def test_what_tasks_at_a_site_take_is_held_until_they_or_their_site_are_gone() -
 
 def test_a_site_may_forward_coordination_only() -> None:
     async def test(hub: SmallHub, one: Client, two: Client) -> None:
-        for op in ("register-client", "gather", "client-desires-keys"):
+        for op in ("register-client", "gather", "cancel-keys"):
             with pytest.raises(ValueError, match="no coordination op"):
                 await hub.coordination.serve_site("north", op, {"keys": []})
 

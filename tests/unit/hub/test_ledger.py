@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from itertools import product
 from typing import TypeVar
@@ -20,7 +21,9 @@ from daskfed.messages import (
     ImportFailed,
     KeyImported,
     KeysLost,
+    KeysStopped,
     ReleaseKeys,
+    RunBlock,
     SiteHoldings,
 )
 from tests.unit.hub.builders import (
@@ -32,6 +35,7 @@ from tests.unit.hub.builders import (
     lost_for_good,
     release,
     run,
+    stop,
     told,
     told_cancelled,
     told_failed,
@@ -66,9 +70,24 @@ class TestRelease:
 
     def test_of_one_output_of_a_block_that_runs(self, stage: Stage) -> None:
         stage.submit(block("b", "x y"), wanted="x y")
-        assert stage.drop("x") == [forget("x")]
+        assert stage.drop("x") == [forget("x"), stop("north", "b", "x")]
         assert stage.made("b", "x y") == [release("north", "x"), told("y")]
         assert stage.drop("y") == [release("north", "y"), forget("y"), forget_block("b")]
+
+    def test_what_was_stopped_is_not_waited_for(self, stage: Stage) -> None:
+        stage.submit(block("b", "x y"), wanted="x y")
+        stage.drop("x")
+        assert stage.made("b", "y") == [told("y")]
+        assert stage.says("north", KeysStopped("b", Attempt(0, 1), ("x",))) == []
+        assert stage.core.ledger.blocks["b"].phase is BlockPhase.DONE
+
+    def test_what_is_wanted_again_while_it_is_being_stopped_is_made_again(self, stage: Stage) -> None:
+        stage.submit(block("b", "x y"), wanted="x y")
+        stage.drop("x")
+        d = block("d", "x", sites=("south",))
+        assert stage.submit(d, wanted="x") == [run("south", d)]
+        assert stage.says("north", KeysStopped("b", Attempt(0, 1), ("x",))) == []
+        assert stage.made("d", "x") == [told("x")]
 
     def test_of_a_chain_while_its_first_block_runs(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), block("b", "y", "x"), wanted="y")
@@ -114,8 +133,8 @@ class TestRelease:
 class TestCancel:
     def test_it_ends_the_key_and_all_that_depends_on_it(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), block("b", "y", "x"), block("d", "z", "y"), wanted="x y z")
-        assert stage(ev.KeysCancelled("c", ("x",), reason="enough")) == [
-            told_cancelled("x y z", reason="enough"), forget("z"), forget_block("d"), forget("y"),
+        assert stage(ev.KeysCancelled("c", ("x",), reason="enough", msg="really")) == [
+            told_cancelled("y z", reason="enough", msg="really"), forget("z"), forget_block("d"), forget("y"),
             forget_block("b"), forget("x"), cancel("north", "a"), forget_block("a"),
         ]  # fmt: skip
         assert stage.empty
@@ -123,30 +142,49 @@ class TestCancel:
     def test_what_others_want_goes_on_without_force(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")
         stage.desire("x", client="d")
-        assert stage(ev.KeysCancelled("c", ("x",))) == [told_cancelled("x")]
+        assert stage(ev.KeysCancelled("c", ("x",))) == []
         assert stage.made("b", "x") == [told("x", client="d")]
 
     def test_force_ends_it_for_everybody(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")
         stage.desire("x", client="d")
-        assert stage(ev.KeysCancelled("c", ("x",), force=True)) == [
-            told_cancelled("x"), told_cancelled("x", client="d"), forget("x"), cancel("north", "b"),
-            forget_block("b"),
+        assert stage(ev.KeysCancelled("c", ("x",), force=True, reason="enough")) == [
+            told_cancelled("x", client="d", reason="enough"), forget("x"), cancel("north", "b"), forget_block("b"),
         ]  # fmt: skip
 
-    def test_dependents_end_for_other_clients_too(self, stage: Stage) -> None:
+    def test_what_others_make_of_it_goes_on_without_force(self, stage: Stage) -> None:
+        b = block("b", "y", "x")
+        stage.submit(block("a", "x"), wanted="x")
+        stage.submit(b, wanted="y", client="d")
+        assert stage(ev.KeysCancelled("c", ("x",))) == []
+        assert stage.made("a", "x") == [run("north", b)]
+        assert stage.made("b", "y") == [release("north", "x"), told("y", client="d")]
+
+    def test_force_ends_what_others_make_of_it(self, stage: Stage) -> None:
         stage.submit(block("a", "x"), wanted="x")
         stage.submit(block("b", "y", "x"), wanted="y", client="d")
-        assert stage(ev.KeysCancelled("c", ("x",))) == [
-            told_cancelled("x"), told_cancelled("y", client="d"), forget("y"), forget_block("b"), forget("x"),
-            cancel("north", "a"), forget_block("a"),
+        assert stage(ev.KeysCancelled("c", ("x",), force=True)) == [
+            told_cancelled("y", client="d"), forget("y"), forget_block("b"), forget("x"), cancel("north", "a"),
+            forget_block("a"),
         ]  # fmt: skip
+
+    def test_of_a_block_of_calls_only_those_end_that_need_it(self, stage: Stage) -> None:
+        stage.submit(block("a", "x"), block("b", "w"), wanted="x w")
+        calls = replace(block("d", "y z", "x w"), uses=((0,), (1,)))
+        stage.submit(calls, wanted="y z")
+        why = ev.FailKeys(("x",), "CancelledKeyError", "'x' was cancelled")
+        assert stage(ev.KeysCancelled("c", ("x",))) == [told_cancelled("y"), forget("y"), why, stop("north", "a", "x")]
+        assert stage.says("north", KeysStopped("a", Attempt(0, 1), ("x",))) == []
+        (order,) = [each for each in stage.made("b", "w") if isinstance(each, ev.TellSite)]
+        assert isinstance(order.message, RunBlock) and order.message.only == ("z",)
+        assert {each.key: each.failed for each in order.message.imports if each.failed} == {"x": True}
+        assert stage.made("d", "z")[-1] == told("z")
 
     def test_of_a_key_in_memory_releases_it(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")
         stage.made("b", "x")
         assert stage(ev.KeysCancelled("c", ("x",))) == [
-            release("north", "x"), told_cancelled("x"), forget("x"), forget_block("b")
+            release("north", "x"), forget("x"), forget_block("b")
         ]  # fmt: skip
 
     def test_of_unknown_keys_does_nothing(self, stage: Stage) -> None:
@@ -397,6 +435,7 @@ KEY_STORIES: dict[tuple[KeyPhase, str], tuple[Story, Story]] = {
     (KeyPhase.PENDING, "failed"): (placed, lambda stage: stage.failed("b", "y")),
     (KeyPhase.HELD, "lost"): (done, lambda stage: stage.leave("north")),
     (KeyPhase.FAILED, "made"): (failed, made_after_all),
+    (KeyPhase.FAILED, "retry"): (failed, lambda stage: stage(ev.KeysRetried(("y",)))),
     (KeyPhase.PENDING, "retire"): (needed_again, lambda stage: stage.drop("w")),
     (KeyPhase.HELD, "retire"): (used, lambda stage: stage.drop("y")),
     (KeyPhase.RETIRED, "needed again"): (retired, lambda stage: stage.desire("y")),
