@@ -39,6 +39,7 @@ MIN_BLOCKS = 2  # that a site may always have, however long they are
 TASKS_AHEAD = 4  # tasks per thread that a site may always have
 LOOKAHEAD = 16  # blocks of a queue that are looked at while the first ones wait for a better site
 RECALL_GAIN = 0.8  # a recall must promise to finish in this share of the time or less
+EXISTING = (KeyPhase.HELD, KeyPhase.FAILED)
 AT_ONCE = (BlockKind.WHOLE, BlockKind.NESTED)  # must not be overtaken by releases of what the hub does not know
 
 Where: TypeAlias = tuple[Constraint, tuple[str, ...]]
@@ -378,9 +379,9 @@ class Dispatcher:
                 self._copy(state.key, taker)
 
     def bring_key(self, key: Key, site: SiteState) -> None:
-        """Have a site copy a held key that it lacks; one that nobody knows or that is not made yet is left alone."""
+        """Have a site copy a key that it lacks, or its error; one that is unknown or not made yet is left alone."""
         state = self.ledger.keys.get(key)
-        if state is not None and state.holders and not state.present_at(site.name):
+        if state is not None and state.phase in EXISTING and not state.present_at(site.name):
             self._copy(key, site)
 
     def replicate(self) -> None:

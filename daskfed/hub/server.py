@@ -45,7 +45,6 @@ from daskfed.messages import (
     KeysFailed,
     KeysMade,
     Message,
-    RunBlock,
     SiteEnds,
     SiteHello,
     SiteHoldings,
@@ -211,7 +210,7 @@ class Hub(Hosting, OpaqueServer):
         port = self.ports.get(site)
         if port is None:
             return
-        port.send(message, self.stores.beside(message) if isinstance(message, RunBlock) else None)
+        port.send(message, self.stores.beside(message))
 
     # -- sites -------------------------------------------------------------------------------------------------------
 

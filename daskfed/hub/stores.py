@@ -8,7 +8,7 @@ from typing import Any
 from distributed.core import error_message
 
 from daskfed import errors
-from daskfed.messages import BlockSpec, Import, Key, RunBlock
+from daskfed.messages import BlockSpec, CopyKeys, Import, Key, Message, RunBlock
 
 
 class Stores:
@@ -38,12 +38,12 @@ class Stores:
         """Keep an error of the hub's own; ``kind`` names a class of :mod:`daskfed.errors`."""
         self.keep_error(keys, dict(error_message(getattr(errors, kind)(reason))))
 
-    def beside(self, message: RunBlock) -> dict[str, Any]:
-        """Return what travels beside an order to run a block."""
-        return {
-            "block": self.payloads[message.block.id],
-            "errors": {each.key: self.errors[each.key] for each in _failed(message.imports)},
-        }
+    def beside(self, message: Message) -> dict[str, Any] | None:
+        """Return what travels beside an order to run a block or to copy keys; None beside others."""
+        if not isinstance(message, RunBlock | CopyKeys):
+            return None
+        errors = {"errors": {each.key: self.errors[each.key] for each in _failed(message.imports)}}
+        return errors | ({"block": self.payloads[message.block.id]} if isinstance(message, RunBlock) else {})
 
     def forget_keys(self, keys: Iterable[Key]) -> None:
         """Drop what is kept for keys."""

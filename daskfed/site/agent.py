@@ -310,11 +310,11 @@ class Agent:
         await self._ask_hub("announce-keys", keys=list(keys))
 
     async def bring_keys(self, keys: Collection[Key]) -> None:
-        """Have the hub bring keys here and wait until the scheduler knows them; raises TransferError if not."""
+        """Have the hub bring keys, or their errors, and wait until they are here; raises TransferError if not."""
         await self._ask_hub("bring-keys", keys=list(keys))
         try:
             async with asyncio.timeout(BRING_TIMEOUT_S):
-                while not self.session.scheduler_knows(keys):
+                while not self.session.are_here(keys):
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise TransferError(f"{list(keys)[:3]} did not arrive within {BRING_TIMEOUT_S:g} s") from None

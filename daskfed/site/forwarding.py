@@ -241,6 +241,8 @@ class ForwardCoordination(SchedulerPlugin):
         wanted = [key for key in keys if key in self._expected[client]]
         self._expected[client].difference_update(keys)
         self.held[client].update(found)
+        for key in found:
+            await self._task(key)
         own(keys=[key for key in wanted if key in found], client=client)
         if lost := [key for key in wanted if key not in found]:
             gone = {"op": "cancelled-keys", "keys": lost, "reason": "lost dependencies", "msg": None}

@@ -28,6 +28,7 @@ from daskfed.data.parcels import Parcel
 from daskfed.data.transfer import Arrival, Fetcher, Source
 from daskfed.errors import SiteStartError, TransferError
 from daskfed.messages import (
+    CopyKeys,
     Key,
     KeysFailed,
     KeysMade,
@@ -42,7 +43,7 @@ from daskfed.site import events as ev
 from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
 from daskfed.site.reporting import SiteReporter
-from daskfed.site.states import AT_SCHEDULER
+from daskfed.site.states import KeyPhase
 from daskfed.site.wire import Report, SchedulerWire
 
 logger = logging.getLogger(__name__)
@@ -159,10 +160,10 @@ class Session:
         self.status = replace(self.status, draining=True)
         self.send_status()
 
-    def scheduler_knows(self, keys: Collection[Key]) -> bool:
-        """Say whether the scheduler knows all of these keys, made or not yet."""
+    def are_here(self, keys: Collection[Key]) -> bool:
+        """Say whether all of these keys are here, in memory or failed."""
         states = [self.core.keys.get(key) for key in keys]
-        return all(state is not None and state.phase in AT_SCHEDULER for state in states)
+        return all(state is not None and state.phase in (KeyPhase.HELD, KeyPhase.FAILED) for state in states)
 
     async def close(self) -> None:
         """Drop everything: transfers, and at the scheduler whatever was asked for."""
@@ -182,7 +183,8 @@ class Session:
         """Take in a message of the hub, with what travelled beside it."""
         if isinstance(message, RunBlock):
             self._payloads[message.block.id] = payload["block"]
-            self._errors.update(payload.get("errors") or {})
+        if isinstance(message, RunBlock | CopyKeys):
+            self._errors.update((payload or {}).get("errors") or {})
         self.take([message])
 
     def _take_report(self, report: Report) -> None:

@@ -17,7 +17,7 @@ from daskfed import Client, Federation
 
 pytestmark = pytest.mark.system
 
-ONE = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0"}
+ONE = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": ":0"}
 
 
 @pytest.fixture(scope="module")
