@@ -281,7 +281,7 @@ class Client(Retrying):
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
         self._check_sites(annotations)
-        if self._fixed_single or (actors and not one_by_one(expr)):
+        if self._fixed_single or (any_actors(actors) and not one_by_one(expr)):
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
                 retries, fifo_timeout, actors,
@@ -289,7 +289,7 @@ class Client(Retrying):
         for key in set(keys):
             validate_key(key)
         with self._refcount_lock, paused_collection():
-            return self._submit(expr, list(dict.fromkeys(keys)), annotations, bool(actors))
+            return self._submit(expr, list(dict.fromkeys(keys)), annotations, any_actors(actors))
 
     def _submit(
         self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
@@ -508,6 +508,11 @@ def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any
     named = {"priority": priority, "retries": retries, "resources": resources}
     named |= {"workers": [workers] if isinstance(workers, str) else workers, "allow_other_workers": allow_other_workers}
     return {name: value for name, value in named.items() if value}
+
+
+def any_actors(actors: Any) -> bool:
+    """Whether what a user gave as ``actors`` (a bool, a collection or several) asks for any."""
+    return actors is not None and actors is not False
 
 
 def one_by_one(expr: Any) -> bool:

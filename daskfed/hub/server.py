@@ -371,10 +371,10 @@ class Hub(Hosting, OpaqueServer):
             await asyncio.sleep(POLL_S)
         self.take(ev.KeysNeeded(site, tuple(keys)))
 
-    async def actor_answer(self, site: str, ticket: int, reply: Any, token: str) -> None:
+    async def actor_answer(self, site: str, ticket: int, answer: Any, token: str) -> None:
         """A site has called an actor."""
         self._check_token(token)
-        self.actors.answered(site, ticket, reply)
+        self.actors.answered(site, ticket, answer)
 
     async def forward(
         self, site: str, hub_op: str, kwargs: Mapping[str, Any], token: str, request: str | None = None

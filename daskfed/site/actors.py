@@ -40,7 +40,7 @@ class ActorCalls:
             problem = ActorCallError(f"the actor {msg['actor']!r} cannot be called at its worker {worker}: {exc}")
             reply = {"status": "error", "exception": to_serialize(problem)}
         try:
-            await self._tell_hub("actor-answer", ticket=ticket, reply=reply)
+            await self._tell_hub("actor-answer", ticket=ticket, answer=reply)
         except (OSError, OpaqueError) as exc:
             logger.warning("the answer of an actor could not be given to the hub: %s", exc)
 
