@@ -27,13 +27,13 @@ from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.retrying import Retrying
+from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
-from daskfed.data.homing import futures_in
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
+from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 

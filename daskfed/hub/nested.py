@@ -1,8 +1,8 @@
-"""Keys that tasks made at their site with a client of their own: the hub learns of them when somebody else names them.
+"""Keys that tasks made at their site with a client of their own: the hub learns of them when others name them.
 
-A task's client (``get_client``, ``worker_client``) talks to its site's scheduler, so what it submits stays there and the
-hub does not know it. Its futures may get out: returned by the task, put into a Variable or a Queue, published. Then the
-hub *claims* the key: it counts as made by a block that runs where the key is already. From there on it is like any
+A task's client (``get_client``, ``worker_client``) talks to its site's scheduler, so what it submits stays there and
+the hub does not know it. Its futures may get out: returned by the task, put into a Variable or a Queue, published. Then
+the hub *claims* the key: it counts as made by a block that runs where the key is already. From there on it is like any
 other, but for one thing: only the task that made it could make it again, so it ends with its site.
 """
 
@@ -70,7 +70,7 @@ class Nested:
         return found
 
     def claim(self, site: str, keys: Collection[Key], holder: str, owner: str) -> None:
-        """Count ``keys``, which the scheduler of a site knows, as made there, and want them in the name of ``holder``."""
+        """Count ``keys``, which the scheduler of a site knows, as made there, and want them for ``holder``."""
         spec = BlockSpec(
             id=f"nested/{site}/{self.hub.core.ledger.epoch}/{next(self._numbers)}",
             client=holder,

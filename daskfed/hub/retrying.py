@@ -49,4 +49,4 @@ def _failed_with(ledger: Ledger, keys: Iterable[Key]) -> list[KeyState]:
         stack += [key for key in block.spec.inputs if block.spec.needs(state.key, key)]
         for user in _blocks(ledger, (*state.consumers, *state.heirs)):
             stack += [out.key for out in ledger.produced_by(user) if user.spec.needs(out.key, state.key)]
-    return sorted(found.values(), key=lambda state: state.key in asked)  # a client waits to be told of what it asked for
+    return sorted(found.values(), key=lambda state: state.key in asked)  # who asked waits for that

@@ -10,8 +10,8 @@ Requests and replies stay unopened all the way. Futures need more than passing o
 
 - A future that a task puts where others see it names a key that the hub may not know, since the task made it: the agent
   announces it first (:meth:`AgentPort.announce_keys`).
-- A future that a task has got otherwise, as in what another task returned, names a key that its site's scheduler does not
-  know: the plugin has the hub look for it, hold it and bring it.
+- A future that a task has got otherwise, as in what another task returned, names a key that its site's scheduler does
+  not know: the plugin has the hub look for it, hold it and bring it.
 - A future that a task takes names a key that the site may not have: the agent brings it (:meth:`AgentPort.bring_keys`)
   before the task hears of it. The hub holds it for the task until the task's client lets go of it.
 
