@@ -567,9 +567,13 @@ class Ledger:
         state.failed_at.clear()
 
     def _drop_replicas(self, state: KeyState) -> None:
-        """Keep one copy of a key that is only wanted, not about to be used, or as many as were asked for."""
+        """Keep one copy of a key that is only wanted, not about to be used, or as many as were asked for.
+
+        Also those at sites whose tasks want it: they hold it in the name ``site/client``.
+        """
         sites = (*state.holders, *state.importing)
-        for site in sites[state.replicas :]:
+        tasks_at = {name.partition("/")[0] for name in state.wanted_by if "/" in name}
+        for site in [name for name in sites[state.replicas :] if name not in tasks_at]:
             state.holders.pop(site, None)
             state.importing.pop(site, None)
             self.release_at(site, state.key)

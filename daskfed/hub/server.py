@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 TICK_S = 0.2  # how often the core is told the time
+TAKEN_WITHIN_S = 10.0  # after a future was brought for a task, until the task holds it itself
 SITE_GRACE_S = 2.0  # how long a site whose connection broke is waited for before its work goes elsewhere
 
 
@@ -92,7 +93,7 @@ class Hub(Hosting, OpaqueServer):
         self.nested = Nested(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
         self._telling = asyncio.Lock()
-        self._sessions = itertools.count()  # of sites
+        self._sessions = itertools.count()  # of sites, and of futures that tasks take
         connection_args = security.get_connection_args("scheduler") if security else {}
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
         self.handlers = Handlers(self.handlers | self._own_handlers() | self.gateway.handlers())
@@ -369,7 +370,15 @@ class Hub(Hosting, OpaqueServer):
         known = self.core.ledger.keys
         while any(key in known and known[key].phase is KeyPhase.PENDING for key in keys):
             await asyncio.sleep(POLL_S)
+        taken = tuple(key for key in keys if key in known)
+        taker = f"{site}/taker-{next(self._sessions)}"  # until the task's client says that it has them
+        self.take(ev.KeysDesired(taker, taken))
+        self.loop.call_later(TAKEN_WITHIN_S, self._end_taking, taker, taken)
         self.take(ev.KeysNeeded(site, tuple(keys)))
+
+    def _end_taking(self, taker: str, keys: tuple[Key, ...]) -> None:
+        if self.status is Status.running:
+            self.take(ev.KeysReleased(taker, keys))
 
     async def actor_answer(self, site: str, ticket: int, answer: Any, token: str) -> None:
         """A site has called an actor."""

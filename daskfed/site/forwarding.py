@@ -205,6 +205,8 @@ class ForwardCoordination(SchedulerPlugin):
         def forward(**kwargs: Any) -> None:
             if op in TAKEN_OPS:
                 self.held[kwargs["client"]].add(kwargs["key"])
+                if kwargs["key"] in self.scheduler.tasks:  # its client may not know yet how it stands
+                    self.scheduler.client_desires_keys([kwargs["key"]], kwargs["client"])
             self._queue.put_nowait((op, kwargs))
 
         return forward

@@ -371,7 +371,7 @@ class TestSharedState:
     def test_a_queue(self, client: Client, there: str, here: str, name: str) -> None:
         def put(name: str) -> None:
             queue = Queue(name)
-            for item in (1, {"a": [2]}, "three", {4}):
+            for item in (1, {"a": (2,)}, "three", {4}):
                 queue.put(item)
 
         def get(name: str) -> list[Any]:
@@ -379,7 +379,7 @@ class TestSharedState:
 
         at(client, there, put, name)
         assert Queue(name, client=client).qsize() == 4
-        assert at(client, here, get, name) == [1, {"a": [2]}]
+        assert at(client, here, get, name) == [1, {"a": (2,)}]
         assert Queue(name, client=client).get(batch=True) == ["three", {4}]
 
     def test_a_full_queue_and_an_unset_variable_time_out(self, client: Client, name: str) -> None:
