@@ -290,9 +290,23 @@ class TestFuturesOfTasks:
     def test_what_is_there_or_nowhere_is_not_copied(self, stage: Stage) -> None:
         stage.scatter("south", "x")
         stage.desire("y")
-        stage.submit(block("b", "z"), wanted="z")
+        assert self.needed(stage, "south", "x", "y", "unknown") == []
+
+    def test_the_error_of_what_failed_elsewhere_is_brought(self, stage: Stage) -> None:
+        stage.submit(block("b", "z", sites=("north",)), wanted="z")
         stage.failed("b", "z")
-        assert self.needed(stage, "south", "x", "y", "z", "unknown") == []
+        error = Import("z", "", 0, failed=True)
+        assert self.needed(stage, "south", "z") == [ev.TellSite("south", CopyKeys((error,)))]
+        assert self.needed(stage, "north", "z") == []
+
+    def test_a_copy_that_a_task_wants_stays(self, stage: Stage) -> None:
+        stage.scatter("north", "x")
+        self.needed(stage, "south", "x")
+        stage.says("south", KeyImported("x", "north", 8, 0.1, relayed=False))
+        stage.desire("x", client="south/a task")
+        stage.desire("x", client="d")
+        assert stage.drop("x", client="d") == []
+        assert stage.drop("x", client="south/a task") == [release("south", "x")]
 
     def test_a_site_that_is_gone_needs_nothing(self, stage: Stage) -> None:
         stage.scatter("north", "x")
