@@ -77,3 +77,4 @@ def _spare_others(ledger: Ledger, state: KeyState, doomed: Mapping[Key, KeyState
     ledger.stop(state)
     ledger.command(FailKeys((state.key,), "CancelledKeyError", f"{state.key!r} was cancelled"))
     ledger.key_failed(state)
+    state.cancelled = True

@@ -19,7 +19,7 @@ from daskfed.hub.ledger import BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.poison import Poison
 from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
-from daskfed.hub.retrying import retry_keys
+from daskfed.hub.retrying import retry_keys, revive_cancelled
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import (
     Attempt,
@@ -154,6 +154,8 @@ class HubCore:
             block.attempt = Attempt(self.ledger.epoch, self.ledger.attempts)
 
     def _blocks_submitted(self, event: ev.BlocksSubmitted) -> None:
+        named = (key for spec in event.blocks for key in (*spec.inputs, *spec.outputs))
+        revive_cancelled(self.ledger, (*named, *event.wanted))
         added = self.arrivals.submitted(event.client, event.blocks, event.wait)
         self._want(event.client, event.wanted)
         self._link(added)
@@ -213,6 +215,7 @@ class HubCore:
             self.ledger.fail_block(block, "UnknownSiteError", f"{block.spec.label or block.spec.id}: {problem}")
 
     def _keys_desired(self, event: ev.KeysDesired) -> None:
+        revive_cancelled(self.ledger, event.keys)
         for key in event.keys:
             if key not in self.ledger.keys:
                 owner = self.clients.get(event.client, "")

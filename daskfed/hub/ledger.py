@@ -59,6 +59,7 @@ class KeyState:
     shielded: bool = False  # a client that is not back yet may want it
     replicas: int = 1  # how many sites are to hold it
     lost_at: str = ""  # the site that held it last
+    cancelled: bool = False  # it counts as failed since it was cancelled: who asks for it has it made
     heirs: dict[str, None] = field(default_factory=dict)  # finished blocks that took it and may have to run again
 
     @property

@@ -17,6 +17,7 @@ def retry_keys(ledger: Ledger, keys: Iterable[Key]) -> None:
         for site in state.failed_at:
             ledger.release_at(site, state.key)
         state.failed_at.clear()
+        state.cancelled = False
         ledger.move_key(state, "retry")
         ledger.tell(state.wanted_by, Outcome.RETRIED, state.key)
         ledger.inputs_missing(state)
@@ -28,6 +29,12 @@ def retry_keys(ledger: Ledger, keys: Iterable[Key]) -> None:
             ledger.move_block(block, "needed again")
             ledger.link_inputs(block)
     ledger.settle([state.key for state in states])
+
+
+def revive_cancelled(ledger: Ledger, keys: Iterable[Key]) -> None:
+    """Make keys again that count as failed since they were cancelled: somebody asks for them after all."""
+    known = (ledger.keys.get(key) for key in keys)
+    retry_keys(ledger, [state.key for state in known if state is not None and state.cancelled])
 
 
 def _blocks(ledger: Ledger, names: Iterable[str]) -> list[BlockState]:

@@ -146,7 +146,14 @@ class HubNode:
             self.dropped_reports += 1
 
     def _fail_keys(self, command: ev.FailKeys) -> None:
-        """The hub itself may fail only what nobody can make any more, as the client that could is gone."""
+        """The hub itself may fail only what nobody can make any more, as the client that could is gone.
+
+        What was cancelled counts as failed too, for blocks that need it for nothing that is wanted: nobody is to see that.
+        """
+        if command.kind == "CancelledKeyError":
+            for key in command.keys:
+                self.stores.keep_error([key], {"exception": key, "traceback": None})
+            return
         killed = command.kind == "KilledSite"  # so many sites crashed by chance while it was made
         excused = killed or (command.kind == "SiteLostError" and self.sim.doomed().issuperset(command.keys))
         self.sim.require(excused, "the hub fails keys without cause", command)
