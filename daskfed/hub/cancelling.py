@@ -7,7 +7,7 @@ counts as failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from daskfed.hub.events import FailKeys, Outcome
 from daskfed.hub.ledger import KeyState, Ledger
@@ -25,9 +25,7 @@ def cancel_keys(
         for each in list(state.wanted_by):
             ledger.unwant(each, (state.key,))
     ledger.settle(doomed)
-    for state in doomed.values():
-        if ledger.keys.get(state.key) is state and state.phase is KeyPhase.PENDING:
-            _spare_others(ledger, state, doomed)
+    _spare_others(ledger, doomed)
 
 
 def cancel_for(
@@ -68,13 +66,22 @@ def _doomed(ledger: Ledger, keys: Iterable[Key], client: str | None) -> dict[Key
     return found
 
 
-def _spare_others(ledger: Ledger, state: KeyState, doomed: Mapping[Key, KeyState]) -> None:
-    """A cancelled key is an input of blocks that go on: where what they still make does not need it, it is not made."""
-    blocks = [ledger.blocks[name] for name in state.consumers]
-    going_on = ((block.spec, out.key) for block in blocks for out in ledger.produced_by(block) if out.key not in doomed)
-    if any(spec.needs(output, state.key) for spec, output in going_on):
-        return
-    ledger.stop(state)
-    ledger.command(FailKeys((state.key,), "CancelledKeyError", f"{state.key!r} was cancelled"))
-    ledger.key_failed(state)
-    state.cancelled = True
+def _spare_others(ledger: Ledger, doomed: Mapping[Key, KeyState]) -> None:
+    """Cancelled keys may be inputs of blocks that go on: where what those still make does not need one, it fails."""
+    alive = {key: state for key, state in doomed.items() if ledger.keys.get(key) is state}
+    unmade = {key: state for key, state in alive.items() if state.phase is KeyPhase.PENDING}
+    while needed := [key for key, state in unmade.items() if _is_needed(ledger, state, unmade)]:
+        for key in needed:
+            del unmade[key]
+    for state in unmade.values():
+        ledger.stop(state)
+        ledger.command(FailKeys((state.key,), "CancelledKeyError", f"{state.key!r} was cancelled"))
+        ledger.key_failed(state)
+        state.cancelled = True
+
+
+def _is_needed(ledger: Ledger, state: KeyState, unmade: Container[Key]) -> bool:
+    """Whether something else than what will not be made needs a key."""
+    blocks = (ledger.blocks[name] for name in state.consumers)
+    outputs = ((block.spec, out.key) for block in blocks for out in ledger.produced_by(block) if out.key not in unmade)
+    return any(spec.needs(output, state.key) for spec, output in outputs)
