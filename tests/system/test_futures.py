@@ -556,6 +556,7 @@ class TestExecutor:
             release = [block(client, "north", 2), block(client, "south", 2)]
             last = executor.submit(count_calls, name)
             assert last.cancel() and last.cancelled()
+            time.sleep(0.5)  # until its site has heard of it
             for let in release:
                 let()
             assert executor.submit(inc, 1).result() == 2
