@@ -104,7 +104,7 @@ class RemoteHub:
             self._stream.resume(comm, reply["received"])
         else:
             self._stream = ControlStream(comm, reply["session"], deliver)
-        self._channels = Channels(lambda: self._park(hello), agent, self._counts)
+        self._channels = Channels(lambda: self._park(hello), agent, self._received)
         self.lost.clear()
         self.found.set()
         self._start(self._serve(self._stream))
@@ -112,8 +112,8 @@ class RemoteHub:
         self._channels.fill()
         return resumed
 
-    def _counts(self) -> tuple[int, int]:
-        return (0, 0) if self._stream is None else (self._stream.received, self._stream.link.accepted)
+    def _received(self) -> int:
+        return 0 if self._stream is None else self._stream.received
 
     async def _introduce(self, comm: Comm, hello: SiteHello) -> dict[str, Any]:
         had, received = ("", 0) if self._stream is None else (self._stream.session, self._stream.received)
@@ -205,19 +205,15 @@ class RemoteHub:
 class Channels:
     """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number in all.
 
-    ``counts`` are the messages of the control stream that came and that went: a call may ask to be served ``after``
-    some of those that came, and is then told how many went before its answer.
+    ``received`` counts the messages of the control stream: a call may ask to be served ``after`` some of them.
     """
 
     def __init__(
-        self,
-        park: Callable[[], Awaitable[Comm]],
-        agent: AgentSide,
-        counts: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        self, park: Callable[[], Awaitable[Comm]], agent: AgentSide, received: Callable[[], int] = lambda: 0
     ) -> None:
         self.park = park
         self.agent = agent
-        self.counts = counts
+        self.received = received
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = 0
 
@@ -253,8 +249,8 @@ class Channels:
             self._idle -= idle
 
     async def _answer(self, comm: Comm, request: dict[str, Any]) -> None:
-        op, reply, after = request.pop("op"), request.pop("reply", True), request.pop("after", None)
-        while after is not None and self.counts()[0] < after:  # a connection that breaks meanwhile ends this channel
+        op, reply, after = request.pop("op"), request.pop("reply", True), request.pop("after", 0)
+        while self.received() < after:  # a connection that breaks meanwhile ends this channel too
             await asyncio.sleep(POLL_S)
         if op == "get_keys":
             async for message in self.agent.stream_keys(list(request["keys"])):
@@ -263,8 +259,6 @@ class Channels:
         answer: Any
         try:
             answer = await self.agent.call(op, **request)
-            if after is not None:
-                answer = {**answer, "after": self.counts()[1]}
         except OpaqueError as exc:
             answer = exc.reply()
         except CommClosedError:
