@@ -447,7 +447,9 @@ class HubCore:
     def _keys_lost(self, site: SiteState, message: KeysLost) -> None:
         for key in message.keys:
             if (state := self.ledger.keys.get(key)) is not None:
-                if site.name in state.failed_at:  # it may have been told of the failure anew meanwhile
+                told_anew = site.name in state.failed_at  # of the failure
+                put_anew = DATA in state.holders.get(site.name, ()) and site.name not in state.importing
+                if told_anew or put_anew:  # it may have been, while this was on its way
                     self.ledger.release_at(site.name, key)
                 self.ledger.lose_key_at(state, site.name)
 
