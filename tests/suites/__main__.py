@@ -68,7 +68,7 @@ def _run(suite: Suite, args: argparse.Namespace) -> int:
         ])  # fmt: skip
         os.chdir(folder)
     after = read(rows)
-    done = summary((row for test, row in after.items() if row is not before.get(test)), _deselected(suite))
+    done = summary((row for test, row in after.items() if row != before.get(test)), _deselected(suite))
     print(f"\n{suite.name} with {suite.versions}\n{done}")
     if args.stock or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return 0 if args.stock else int(status)

@@ -36,15 +36,43 @@ DASK = ("dask", "distributed", "numpy", "pandas", "pyarrow")
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("dask.bag", ("dask.bag",), DASK, ("dask/bag/tests/test_bag.py",)),
-        Suite("dask.array", ("dask.array",), DASK, ("dask/array/tests/test_linalg.py",)),
-        Suite("dask.dataframe", ("dask.dataframe",), DASK, ("dask/dataframe/tests/test_hashing.py",)),
+        Suite(
+            "dask.bag", ("dask.bag",), DASK,
+            (
+                "dask/bag/tests/test_text.py",
+                "dask/bag/tests/test_bag.py::test_bag_map",
+                "dask/bag/tests/test_bag.py::test_foldby_tree_reduction",
+                "dask/bag/tests/test_bag.py::test_groupby_tasks_2[1000-20-100]",
+            ),
+        ),
+        Suite(
+            "dask.array", ("dask.array",), DASK,
+            (
+                "dask/array/tests/test_atop.py",
+                "dask/array/tests/test_array_core.py::test_matmul",
+                "dask/array/tests/test_array_core.py::test_stack",
+                "dask/array/tests/test_array_core.py::test_vindex_nd",
+            ),
+        ),
+        Suite(
+            "dask.dataframe", ("dask.dataframe",), DASK,
+            (
+                "dask/dataframe/dask_expr/tests/test_cumulative.py",
+                "dask/dataframe/dask_expr/tests/test_distributed.py::test_merge_p2p_shuffle_reused_dataframe",
+                "dask/dataframe/tests/test_hashing.py",
+            ),
+        ),
         Suite(
             "xarray", ("xarray.tests.test_distributed", "xarray.tests.test_dask"), ("xarray", *DASK),
-            ("xarray/tests/test_distributed.py",),
-        ),  # fmt: skip
+            (
+                "xarray/tests/test_distributed.py::test_dask_distributed_zarr_integration_test",
+                "xarray/tests/test_distributed.py::test_async",
+                "xarray/tests/test_dask.py::TestVariable",
+                "xarray/tests/test_dask.py::test_map_blocks_errors_bad_template_2",
+            ),
+        ),
     )
-}
+}  # fmt: skip
 
 
 def tests_folder() -> Path:
