@@ -58,8 +58,8 @@ SUITES = {
             "dask.dataframe", ("dask.dataframe",), DASK,
             (
                 "dask/dataframe/dask_expr/tests/test_cumulative.py",
-                "dask/dataframe/dask_expr/tests/test_distributed.py::test_merge_p2p_shuffle_reused_dataframe",
-                "dask/dataframe/tests/test_hashing.py",
+                "dask/dataframe/tests/test_dataframe.py::test_gh_517",
+                "dask/dataframe/tests/test_dataframe.py::test_array_to_df_conversion",
             ),
         ),
         Suite(

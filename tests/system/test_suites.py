@@ -16,14 +16,14 @@ from tests.suites.results import read, summary
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SUITES)
 def test_a_slice_of_a_foreign_suite_passes_over_two_sites(name: str, tmp_path: Path) -> None:
     """Both sites run blocks, keys cross between them, and every test that a stock cluster passes passes."""
     command = [sys.executable, "-m", "tests.suites", "--results", str(tmp_path), "run", name, "--slice"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     ended = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=150
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280
     )
     found = summary(read(tmp_path / f"{name}.jsonl").values(), ())
     told = f"{ended.stdout[-6000:]}\n{ended.stderr[-2000:]}"
