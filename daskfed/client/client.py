@@ -346,14 +346,12 @@ class Client(distributed.Client):
     def _assemble_later(self, assembly: Assembly, future: Future, inputs: dict[Key, Future]) -> None:
         parts = [inputs[key] if key in inputs else Future(key, self) for key in assembly.inputs]
         self._assemblies[assembly.key] = (assembly, parts)
-        self.loop.add_callback(self._watch_assembly, assembly.key, parts)
+        self.loop.add_callback(self._watch_assembly, future._state, [part._state for part in parts])
 
-    async def _watch_assembly(self, key: Key, parts: list[Future]) -> None:
-        state = self.futures.get(key)
-        if state is None:
-            return
-        await asyncio.gather(*(part._state.wait() for part in parts))
-        bad = next((part._state for part in parts if part.status != "finished"), None)
+    async def _watch_assembly(self, state: Any, parts: list[Any]) -> None:
+        """Let an assembly be done when its parts are; it holds none of them, so that they can be released meanwhile."""
+        await asyncio.gather(*(part.wait() for part in parts))
+        bad = next((part for part in parts if part.status != "finished"), None)
         if bad is None:
             state.finish()
         elif bad.status == "error":
@@ -373,8 +371,16 @@ class Client(distributed.Client):
         return response
 
     def _release_key(self, key: Key) -> None:
-        self._assemblies.pop(key, None)
+        _, parts = self._assemblies.pop(key, (None, ()))
         super()._release_key(key)
+        for part in parts:
+            self._release_at_once(part)
+
+    def _release_at_once(self, future: Future) -> None:
+        """Release a future in this turn of the loop: who computes the same again finds nothing of the former time."""
+        if not future._cleared and future._generation == self.generation:
+            future._cleared = True
+            self._dec_ref(future.key)
 
     # -- checking ----------------------------------------------------------------------------------------------------
 
