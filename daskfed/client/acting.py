@@ -173,7 +173,7 @@ def _report(found: Iterable[tuple[str, str, str]]) -> None:
     errors = []
     for site, warning, error in found:
         if warning:
-            warnings.warn(versions.VersionMismatchWarning(f"At site {site!r}: {warning}"), stacklevel=2)
+            warnings.warn(f"At site {site!r}: {warning}", stacklevel=2)
         if error:
             errors.append(f"At site {site!r}: {error}")
     if errors:
