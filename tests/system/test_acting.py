@@ -674,7 +674,7 @@ def test_another_client_hears_of_a_restart(federation: Federation) -> None:
 def test_what_restarted_workers_held_is_made_again(do: Do) -> None:
     async def scenario(client: Any) -> None:
         *north, south = await addresses(client)
-        x = client.submit(operator.add, 40, 1, workers=[north[0]], pure=False)
+        x = client.submit(operator.add, 40, 1, workers="north", pure=False)
         y = client.submit(operator.add, x, 1, workers="south", pure=False)  # south holds a copy of x too
         await waited(y)
         assert await got(client.restart_workers([south], timeout=SOON_S)) == {south: "OK"}
