@@ -58,7 +58,6 @@ class TestRefusedBlocks:
         bad, good = block("bad", "x", label="inc"), block("good", "y")
         event = ev.BlocksSubmitted("c", (bad, good), ("x", "y"), refused=(("bad", "no worker 'bob'"),))
         assert stage(event) == [
-            ev.BlocksArrived("c", "bad", 1, 2),
             ev.FailKeys(("x",), "UnknownWorkerError", "inc: no worker 'bob'"),
             told_failed("x"),
             run("north", good),
