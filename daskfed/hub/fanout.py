@@ -245,10 +245,10 @@ class Fanout:
 
     async def restart(self, **how: Any) -> None:
         """Forget all keys of all clients, and restart all workers; ``how`` as for Dask's scheduler."""
+        for session in self.hub.sessions.sessions.values():  # first: a client keeps copies while it has futures
+            session.send({"op": "restart"})
         for holder, keys in list(self.hub.core.ledger.wants.items()):
             self._forget_wants(holder, tuple(keys))
-        for session in self.hub.sessions.sessions.values():
-            session.send({"op": "restart"})
         await self.ask_all("restart", **how)
 
     def _forget_wants(self, holder: str, keys: tuple[Key, ...]) -> None:
