@@ -920,4 +920,5 @@ def test_embedded_asynchronously() -> None:
             assert await client.restart_workers([address], timeout=SOON_S) == {address: "OK"}
             assert list((await client.run(badges)).values()) == [["one"]]
 
-    asyncio.run(scenario())
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}):
+        asyncio.run(scenario())
