@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from daskfed.comm.opaque import OpaqueError
 from daskfed.hub.fanout import answers_errors
+from daskfed.hub.ports import SitePort
 from daskfed.messages import SiteHello, SiteStatus
 
 if TYPE_CHECKING:
@@ -97,22 +98,21 @@ class Plugins:
         return await self._at_all_sites(kind, name, "unregister_plugin")
 
     async def _at_all_sites(self, kind: str, name: str, op: str, **kwargs: Any) -> dict[str, Any] | None:
-        sites = list(self.hub.ports)
-        calls = [self._at_site(site, kind, name, op, kwargs) for site in sites]
+        ports = dict(self.hub.ports)
+        calls = [self._at_site(port, kind, name, op, kwargs) for port in ports.values()]
         replies = await asyncio.gather(*calls, return_exceptions=True)
-        for site, reply in zip(sites, replies, strict=True):
+        for site, reply in zip(ports, replies, strict=True):
             if isinstance(reply, OSError):
                 self._tell_soon(site)
             elif isinstance(reply, BaseException):
                 raise reply
         if kind == "scheduler":
             return None
-        answered = {site: reply for site, reply in zip(sites, replies, strict=True) if isinstance(reply, dict)}
+        answered = {site: reply for site, reply in zip(ports, replies, strict=True) if isinstance(reply, dict)}
         shown = self.hub.fanout.shown
         return {shown(site, worker): said for site, reply in answered.items() for worker, said in reply.items()}
 
-    async def _at_site(self, site: str, kind: str, name: str, op: str, kwargs: dict[str, Any]) -> Any:
-        port = self.hub.ports[site]
+    async def _at_site(self, port: SitePort, kind: str, name: str, op: str, kwargs: dict[str, Any]) -> Any:
         incarnation, number = port.hello.incarnation, self._numbers.get((kind, name))
         async with self._locks[incarnation]:
             reply = await port.call(op, kind=kind, name=name, **kwargs)
