@@ -94,6 +94,9 @@ HANDSHAKE_BYTES = 2**16
 """Largest message that is read before the peer has said who it is."""
 HANDSHAKE_TIMEOUT_S = 60.0
 """How long a peer that has connected may take to say who it is."""
+MOST_CALLS = 2**16
+"""Most calls that a pool for whatever tasks ask lets wait at once: a task that waits for a Lock holds one connection,
+and must not keep the one that would release it from being heard."""
 COPY_BYTES = 2**16
 """Frames up to this size are copied out of the buffer that they came in, so that a kept one does not hold it all."""
 

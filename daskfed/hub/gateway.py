@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
 SCATTER_POLL_S = 0.05
+EXPLAIN_S = 5.0  # for a site to say what it knows of a key
 
 
 class Gateway:
@@ -99,8 +100,12 @@ class Gateway:
         return [(*pair, t.count, t.nbytes, t.seconds, t.relayed) for pair, t in totals.items()]
 
     async def fed_explain(self, key: Key) -> dict[str, Any]:
-        """Return why a key waits, or where and why it ran."""
-        return self.hub.core.explain(key)
+        """Return why a key waits, or where and why it ran; under ``seen_at`` what each site knows of it."""
+        ports = {name: port for name, port in self.hub.ports.items() if port.connected}
+        asked = [asyncio.wait_for(port.call("explain", key=key), EXPLAIN_S) for port in ports.values()]
+        told = zip(ports, await asyncio.gather(*asked, return_exceptions=True), strict=True)
+        seen = {name: known for name, known in told if not isinstance(known, BaseException) and is_known(known)}
+        return {**self.hub.core.explain(key), "seen_at": seen}
 
     async def fed_progress(self, keys: Collection[Key]) -> dict[str, dict[str, int]]:
         """Return how many tasks the graph behind ``keys`` has, and how many remain, per key prefix."""
@@ -231,6 +236,11 @@ class Handlers(dict[str, Callable[..., Any]]):
             return error_message(NotImplementedError(problem), status="uncaught-error")
 
         return refuse
+
+
+def is_known(told: Mapping[str, Any]) -> bool:
+    """Say whether a site that was asked about a key has something to tell of it."""
+    return bool(told["story"] or told["task"])
 
 
 def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
             live[state.producer] += 1
             pending[state.producer] += state.phase is KeyPhase.PENDING
     for name, block in ledger.blocks.items():
-        assert block.live == live[name] > 0, f"block {name} counts {block.live} live outputs of {live[name]}"
+        assert block.live == live[name], f"block {name} counts {block.live} live outputs of {live[name]}"
+        assert block.live or ledger.patient, f"block {name} is kept though nothing of it lives"
         assert block.pending == pending[name], f"block {name} counts {block.pending} pending outputs of {pending[name]}"
         if block.phase is BlockPhase.DONE:
             _check_recipe(ledger, block)

@@ -237,6 +237,13 @@ class Ledger:
             self._give_up(block, state)
             state.producer = None
 
+    def hand_over(self, state: KeyState, maker: BlockState) -> None:
+        """Have another block make a key from now on; :meth:`rest_idle` sees to the one that did."""
+        self.orphan(state)
+        self._make_producer(maker, state)
+        if state.phase is KeyPhase.PENDING:
+            self._demand(state)
+
     def _give_up(self, block: BlockState, state: KeyState) -> None:
         block.live -= 1
         block.pending -= state.phase is KeyPhase.PENDING
@@ -244,10 +251,20 @@ class Ledger:
 
     def rest_idle(self, added: Iterable[BlockState]) -> None:
         """Once new blocks are linked: end those, new or demoted, that have nothing to make, or let them rest."""
-        demoted, self._demoted = self._demoted, []
-        for block in (*demoted, *added):
-            if block.spec.id in self.blocks:
+        blocks, self._demoted = [*self._demoted, *added], []
+        for block in blocks:
+            if block.spec.id not in self.blocks:
+                continue
+            if self.patient and not block.live and block.phase not in (BlockPhase.PLACED, BlockPhase.RECALLING):
+                self._spare(block)
+            else:
                 self.settle(self._end_if_idle(block))
+
+    def _spare(self, block: BlockState) -> None:
+        """Keep a block of which others make everything: it may have to take over, once all are back."""
+        self._demoted.append(block)
+        if block.phase is not BlockPhase.DONE:
+            self.settle(self._stand_down(block))
 
     def link_inputs(self, block: BlockState) -> None:
         """Count the block as a consumer of its inputs, have those made again that are gone, and see if it is ready."""

@@ -13,7 +13,8 @@ from daskfed.comm.control import ControlStream
 from daskfed.comm.opaque import call_opaque
 from daskfed.messages import Key, Message, SiteHello
 
-AFTER_MESSAGES = ("scatter_keys",)  # calls that must not overtake what was sent on the control stream before
+AFTER_MESSAGES = ("scatter_keys",)  # calls and answers that must not overtake what was sent on the control stream
+POLL_S = 0.005
 CHANNEL_TIMEOUT_S = 30.0  # how long a call waits for a site to park a channel
 
 
@@ -54,6 +55,7 @@ class RemoteSite:
         self.hello = hello
         self.stream = stream
         self.ended = False  # it said that it ends
+        self.gone = False  # the hub waits for it no more
         self.detached = asyncio.Event()  # its control stream has no connection
         self.detached.set()
         self._idle: asyncio.Queue[Comm | None] = asyncio.Queue()  # None: there will be no more
@@ -102,6 +104,7 @@ class RemoteSite:
 
     def give_up(self) -> None:
         """The site is gone: whoever waits for a channel of it need not wait any longer."""
+        self.gone = True
         self._idle.put_nowait(None)
 
     async def call(self, op: str, /, **kwargs: Any) -> Any:
@@ -110,10 +113,20 @@ class RemoteSite:
             kwargs["after"] = self.stream.link.accepted
         comm = await self.take()
         try:
-            return await call_opaque(comm, op, **kwargs)
+            reply = await call_opaque(comm, op, **kwargs)
         finally:
             if not comm.closed():
                 await self.park(comm)
+        if op in AFTER_MESSAGES:
+            await self._heard(reply.pop("after"))
+        return reply
+
+    async def _heard(self, count: int) -> None:
+        """Return once so many messages of the site have arrived; raises CommClosedError where it is gone before."""
+        while self.stream.received < count:
+            if self.gone:
+                raise CommClosedError(f"site {self.hello.site!r} is gone")
+            await asyncio.sleep(POLL_S)
 
     async def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages with these keys, up to the one that ends them; each is read when the last was taken."""

@@ -189,7 +189,9 @@ class Recovery:
             self.ledger.release_at(site.name, key)
         elif nbytes is None:
             self._take_failure(site, state)
-        elif site.name not in state.holders:
+        elif site.name in state.holders:
+            state.holders[site.name] = tuple(dict.fromkeys((*state.holders[site.name], *claims)))
+        else:
             state.importing.pop(site.name, None)
             for claim in claims:
                 self.ledger.key_made(state, site.name, nbytes, claim)

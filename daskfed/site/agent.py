@@ -85,6 +85,7 @@ class Agent:
             "gather": self._gather,
             "scatter_keys": self._scatter_keys,
             "scheduler_rpc": self._scheduler_rpc,
+            "explain": self._explain,
             "cluster": self._cluster,
             "forward_to_hub": self._forward_to_hub,
             "announce_keys": self.announce_keys,
@@ -247,6 +248,9 @@ class Agent:
 
     async def _scheduler_rpc(self, scheduler_op: str, kwargs: Mapping[str, Any]) -> Any:
         return await self.session.ask_scheduler(scheduler_op, **kwargs)
+
+    async def _explain(self, key: Key) -> dict[str, Any]:
+        return await self.session.explain(key)
 
     async def _cluster(self, method: str, kwargs: Mapping[str, Any]) -> Any:
         if method == "drain":

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from distributed import SchedulerPlugin
 
-from daskfed.comm.opaque import OpaqueError, OpaquePool, relays_errors, settle
+from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, relays_errors, settle
 from daskfed.messages import COORDINATION, Key
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ TAKEN_OPS = ("variable-future-received-confirm", "queue-future-release")
 RELEASE = "client-releases-keys"
 LOCAL_TOPICS = ("worker-", "invalid-worker-")
 """Topics that begin so are a worker's own; so are those named after an address."""
-MOST_CALLS = 2**16
-"""Most calls that wait for the agent at once: a task that waits for a Lock or an Event holds one connection."""
 POLL_S = 0.01
 KNOWN_WITHIN_S = 5.0
 """How long a key may take to reach the scheduler after the request that names it, which goes another way."""

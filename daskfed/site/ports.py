@@ -22,7 +22,7 @@ from distributed.comm.core import Comm, CommClosedError
 from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
-from daskfed.comm.opaque import OpaqueError, OpaquePool, connect_opaque
+from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, connect_opaque
 from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused, DaskfedError
 from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
@@ -76,7 +76,7 @@ class RemoteHub:
         self.epoch = 0
         self.federation = ""
         self._round_trips: deque[float] = deque(maxlen=5)  # seconds
-        self._pool = OpaquePool(limit=64, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
+        self._pool = OpaquePool(limit=MOST_CALLS, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
         self._tasks: set[asyncio.Task[None]] = set()
         self._stream: ControlStream | None = None
         self._channels: Channels | None = None
@@ -104,7 +104,7 @@ class RemoteHub:
             self._stream.resume(comm, reply["received"])
         else:
             self._stream = ControlStream(comm, reply["session"], deliver)
-        self._channels = Channels(lambda: self._park(hello), agent, self._received)
+        self._channels = Channels(lambda: self._park(hello), agent, self._counts)
         self.lost.clear()
         self.found.set()
         self._start(self._serve(self._stream))
@@ -112,8 +112,8 @@ class RemoteHub:
         self._channels.fill()
         return resumed
 
-    def _received(self) -> int:
-        return 0 if self._stream is None else self._stream.received
+    def _counts(self) -> tuple[int, int]:
+        return (0, 0) if self._stream is None else (self._stream.received, self._stream.link.accepted)
 
     async def _introduce(self, comm: Comm, hello: SiteHello) -> dict[str, Any]:
         had, received = ("", 0) if self._stream is None else (self._stream.session, self._stream.received)
@@ -205,15 +205,19 @@ class RemoteHub:
 class Channels:
     """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number in all.
 
-    ``received`` counts the messages of the control stream: a call may ask to be served ``after`` some of them.
+    ``counts`` are the messages of the control stream that came and that went: a call may ask to be served ``after``
+    some of those that came, and is then told how many went before its answer.
     """
 
     def __init__(
-        self, park: Callable[[], Awaitable[Comm]], agent: AgentSide, received: Callable[[], int] = lambda: 0
+        self,
+        park: Callable[[], Awaitable[Comm]],
+        agent: AgentSide,
+        counts: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self.park = park
         self.agent = agent
-        self.received = received
+        self.counts = counts
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = 0
 
@@ -249,8 +253,8 @@ class Channels:
             self._idle -= idle
 
     async def _answer(self, comm: Comm, request: dict[str, Any]) -> None:
-        op, reply, after = request.pop("op"), request.pop("reply", True), request.pop("after", 0)
-        while self.received() < after:  # a connection that breaks meanwhile ends this channel too
+        op, reply, after = request.pop("op"), request.pop("reply", True), request.pop("after", None)
+        while after is not None and self.counts()[0] < after:  # a connection that breaks meanwhile ends this channel
             await asyncio.sleep(POLL_S)
         if op == "get_keys":
             async for message in self.agent.stream_keys(list(request["keys"])):
@@ -259,6 +263,8 @@ class Channels:
         answer: Any
         try:
             answer = await self.agent.call(op, **request)
+            if after is not None:
+                answer = {**answer, "after": self.counts()[1]}
         except OpaqueError as exc:
             answer = exc.reply()
         except CommClosedError:

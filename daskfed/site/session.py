@@ -38,6 +38,7 @@ from daskfed.messages import (
     SiteStatus,
 )
 from daskfed.site import events as ev
+from daskfed.site import inspection
 from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
 from daskfed.site.reporting import SiteReporter
@@ -288,6 +289,12 @@ class Session:
         return _by_value_task(wanted.key, fetch_import, self.door_address, wanted.key, self.door_token)
 
     # -- data --------------------------------------------------------------------------------------------------------
+
+    async def explain(self, key: Key) -> dict[str, Any]:
+        """Return what this site knows of a key, and how its task stands with the scheduler."""
+        tasks = await self.ask_scheduler("get_task_status", keys=[key])
+        who_has = await self.ask_scheduler("who_has", keys=[key])
+        return {**inspection.explain(self.core, key), "task": tasks.get(key), "workers": list(who_has.get(key, ()))}
 
     def import_for_worker(self, key: Key) -> dict[str, Any]:
         """Return a key's bytes to the worker that runs its fetch task."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tests.simulation.federation import Simulation
 
 TICK_S = 1.0
+ANSWER_POLL_S = 0.001
 LEASE_S = 20.0  # of clients, after the hub started anew
 QUIET = (BlockStarted, Learned, SiteStatus)
 
@@ -253,7 +254,19 @@ class HubNode:
         if not again:
             self._expect_tells(client, keys)
         self.sim.sites[site].scatter(keys)
-        self.handle(ev.KeysScattered(client, site, tuple((key, 8) for key in keys), kept=True, again=again))
+        event = ev.KeysScattered(client, site, tuple((key, 8) for key in keys), kept=True, again=again)
+        self._take_after(self.links[site], self.links[site].ends[1].link.accepted, event)
+
+    def _take_after(self, connection: Connection, sent: int, event: ev.KeysScattered) -> None:
+        """Take in a site's answer once all is heard that it sent before; an answer ends with its connection."""
+        hub_end, owner = connection.ends[0], self.sim.clients[event.client]
+        if hub_end.closed:
+            if not self.crashed and owner.copies.keys() >= {key for key, _ in event.keys}:
+                owner.bring_again(tuple(key for key, _ in event.keys))
+        elif hub_end.link.received >= sent:
+            self.handle(event)
+        else:
+            self.sim.clock.call_later(ANSWER_POLL_S, self._take_after, connection, sent, event)
 
     def desire(self, client: str, keys: tuple[Key, ...]) -> None:
         """A client wants keys that another client submitted."""

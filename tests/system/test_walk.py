@@ -126,7 +126,9 @@ def test_failure_fails_only_dependents_across_sites(client: Client) -> None:
 def test_scatter(client: Client) -> None:
     """Scattered data is used at either site; a name puts it there."""
     future = client.scatter(np.arange(1000), site="south")
-    assert client.explain(future)["sites"] == ["south"]
+    told = client.explain(future)
+    assert told["sites"] == ["south"] == list(told["seen_at"])
+    assert (told["seen_at"]["south"]["phase"], told["seen_at"]["south"]["task"]) == ("held", "memory")
     assert client.submit(np.sum, future, site="north").result() == 499500
     many = client.scatter([1, 2, 3])
     assert client.submit(sum, many).result() == 6
