@@ -53,6 +53,17 @@ def unknown_site(names: str, name: str, selector: str, sites: str = "north, sout
     return ev.FailKeys(tuple(names.split()), "UnknownSiteError", reason)
 
 
+class TestRefusedBlocks:
+    def test_a_block_for_a_worker_that_does_not_exist_fails_alone(self, stage: Stage) -> None:
+        bad, good = block("bad", "x", label="inc"), block("good", "y")
+        event = ev.BlocksSubmitted("c", (bad, good), ("x", "y"), refused=(("bad", "no worker 'bob'"),))
+        assert stage(event) == [
+            ev.FailKeys(("x",), "UnknownWorkerError", "inc: no worker 'bob'"),
+            told_failed("x"),
+            run("north", good),
+        ]
+
+
 class TestGraphs:
     def test_a_block_runs_its_client_is_told_and_nothing_is_left_after_its_release(self, stage: Stage) -> None:
         b = block("b", "x")
