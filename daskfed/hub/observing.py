@@ -1,0 +1,381 @@
+"""What a user asks of a whole federation to see what it does: each site's scheduler is asked, the answers are merged.
+
+The sites' answers are plain data, or payloads that pass unopened. Where there is and will be one site, as behind
+``Client()``, its own answer is given, as stock Dask gives it. A site that is gone, or away for a moment, is left out.
+
+The merges, at the end, are pure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distributed import profile
+
+from daskfed.comm.opaque import OpaqueError, relays_errors
+from daskfed.messages import Key, agent_client
+
+if TYPE_CHECKING:
+    from daskfed.hub.server import Hub
+
+Series = Sequence[tuple[float, int]]
+"""Samples of memory: (seconds since the epoch, bytes)."""
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Samples of memory that are being taken for a client at several sites."""
+
+    client: str
+    started_at: float  # by the hub's clock
+    keys: dict[str, str]  # site -> the name of its series there
+
+
+class Observing:
+    """Answers to clients' RPCs that are made from the answers of all sites."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self._samplers: dict[str, Sampler] = {}
+        self._collecting: dict[str, set[str]] = {}  # name of a collection of task metadata -> incarnations of sites
+
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """Return the RPC handlers, by op."""
+        handlers: dict[str, Callable[..., Any]] = {
+            "get_task_stream": self.get_task_stream,
+            "get_task_stream_index": self.get_task_stream_index,
+            "performance_report": self.performance_report,
+            "profile": self.profile,
+            "start_task_metadata": self.start_task_metadata,
+            "stop_task_metadata": self.stop_task_metadata,
+            "memory_sampler_start": self.memory_sampler_start,
+            "memory_sampler_stop": self.memory_sampler_stop,
+            "get_cluster_state": self.get_cluster_state,
+            "benchmark_hardware": self.benchmark_hardware,
+            "fed_story": self.story,
+        }
+        return {op: relays_errors(handler) for op, handler in handlers.items()}
+
+    # -- asking sites ------------------------------------------------------------------------------------------------
+
+    async def ask(self, calls: Mapping[str, Mapping[str, Any]], op: str) -> dict[str, Any]:
+        """Call an op of several sites' schedulers, with keywords by site; raises OpaqueError where one raised."""
+        replies = await self.ask_each(calls, op)
+        if failed := [reply for reply in replies.values() if isinstance(reply, BaseException)]:
+            raise failed[0]
+        return replies
+
+    async def ask_each(self, calls: Mapping[str, Mapping[str, Any]], op: str) -> dict[str, Any]:
+        """Call an op as :meth:`ask` does; the reply of a site whose scheduler raised is the OpaqueError."""
+        ports = {site: self.hub.ports[site] for site in calls if site in self.hub.ports}
+        asked = [port.call("scheduler_rpc", scheduler_op=op, kwargs=dict(calls[site])) for site, port in ports.items()]
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException) and not isinstance(reply, (OSError, OpaqueError)):
+                raise reply
+        return {site: reply for site, reply in zip(ports, replies, strict=True) if not isinstance(reply, OSError)}
+
+    def everywhere(self, **kwargs: Any) -> dict[str, dict[str, Any]]:
+        """Return the same keywords for every site that is connected."""
+        return {site: kwargs for site, port in self.hub.ports.items() if port.connected}
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one site and there will be no other: then its answers are given as they are."""
+        return self.hub.fixed and len(self.hub.ports) == 1
+
+    def shown(self, site: str, worker: str) -> str:
+        """Return a worker's address as clients know it."""
+        return self.hub.gateway._shown(site, worker)
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    async def get_task_stream_index(self) -> dict[str, int]:
+        """Return site -> how many tasks it has recorded: where a stream that begins now begins."""
+        return await self.ask(self.everywhere(), "get_task_stream_index")
+
+    async def get_task_stream(
+        self,
+        start: str | float | None = None,
+        stop: str | float | None = None,
+        count: int | None = None,
+        start_index: Mapping[str, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the records of tasks that ran, of all sites, in the order in which they ended."""
+        calls = self.everywhere(start=start, stop=stop, count=count)
+        if start_index is not None:
+            calls = {site: {"start_index": start_index.get(site, 0)} for site in calls}
+        records = merge_task_streams(await self.ask(calls, "get_task_stream"), self.shown)
+        return records if start_index is not None else first_or_last(records, count, first=start is not None)
+
+    async def start_task_metadata(self, name: str) -> None:
+        """Begin to collect metadata and final states of the tasks that are submitted from now on."""
+        present = {site: self.hub.ports[site].hello.incarnation for site in self.everywhere()}
+        await self.ask(self.everywhere(name=name), "start_task_metadata")
+        self._collecting[name] = set(present.values())
+
+    async def stop_task_metadata(self, name: str) -> dict[str, dict[Key, Any]]:
+        """Return what was collected: ``metadata`` and ``state`` by key; raises ValueError for a name nobody started."""
+        if name not in self._collecting:
+            raise ValueError(f"no collection of task metadata {name!r} was started with this hub")
+        incarnations = self._collecting.pop(name)
+        calls = {
+            site: call
+            for site, call in self.everywhere(name=name).items()
+            if self.hub.ports[site].hello.incarnation in incarnations
+        }
+        return merge_task_metadata((await self.ask(calls, "stop_task_metadata")).values())
+
+    async def story(
+        self, keys_or_stimuli: Collection[Any], on_error: str = "raise"
+    ) -> list[tuple[str, *tuple[Any, ...]]]:
+        """Return what schedulers and workers noted of keys: each time who noted it, then what, as in stock Dask."""
+        names = list(keys_or_stimuli)
+        message = {"op": "get_story", "keys_or_stimuli": names}
+        asked = self.ask_each(self.everywhere(keys_or_stimuli=names), "get_story")
+        told = self.ask_each(self.everywhere(msg=message, on_error=on_error), "broadcast")
+        schedulers, workers = await asyncio.gather(asked, told)
+        for reply in (*schedulers.values(), *workers.values()):
+            if isinstance(reply, BaseException) and on_error == "raise":
+                raise reply
+        return merge_stories(schedulers, workers, self.shown, alone=self.alone)
+
+    # -- reports -----------------------------------------------------------------------------------------------------
+
+    async def performance_report(
+        self, start: float, last_count: int | Mapping[str, int], code: str = "", mode: str | None = None
+    ) -> str:
+        """Return one HTML page with the reports of all sites; a site that could make none says why.
+
+        ``last_count`` is a count of each site's monitor, by site or for all. Raises OpaqueError where none made one.
+        """
+        counts = last_count if isinstance(last_count, Mapping) else dict.fromkeys(self.hub.ports, last_count)
+        written = code if self.alone else html.escape(code, quote=False)
+        calls = {
+            site: {"start": start, "last_count": counts.get(site, 0), "code": written, "mode": mode}
+            for site in self.everywhere()
+        }
+        replies = await self.ask_each(calls, "performance_report")
+        problems = [reply for reply in replies.values() if isinstance(reply, OpaqueError)]
+        if problems and len(problems) == len(replies):
+            raise problems[0]
+        if self.alone and replies:
+            return str(next(iter(replies.values())))
+        return page_of_reports(replies)
+
+    async def profile(
+        self,
+        key: str | None = None,
+        workers: Collection[str] | None = None,
+        merge_workers: bool = True,
+        start: float | None = None,
+        stop: float | None = None,
+        server: bool = False,
+        scheduler: bool = False,
+    ) -> dict[str, Any]:
+        """Return the profile of all sites together, or with ``merge_workers=False`` worker -> its profile.
+
+        ``workers`` may name workers, or sites; raises ValueError for a name that is neither.
+        """
+        how = {"key": key, "start": start, "stop": stop, "server": server, "scheduler": scheduler}
+        calls = self.everywhere(**how, workers=None, merge_workers=merge_workers)
+        if workers is not None:
+            chosen = pick_workers(await self._workers(), workers, self.shown)
+            calls = {site: {**calls[site], "workers": there} for site, there in chosen.items() if site in calls}
+        replies = await self.ask(calls, "profile")
+        if merge_workers or scheduler:
+            return profile.merge(*replies.values())  # type: ignore[no-any-return]
+        return {self.shown(site, worker): tree for site, trees in replies.items() for worker, tree in trees.items()}
+
+    async def _workers(self) -> dict[str, list[str]]:
+        replies = await self.ask(self.everywhere(n_workers=-1), "identity")
+        return {site: list(reply["workers"]) for site, reply in replies.items()}
+
+    async def get_cluster_state(self, exclude: Collection[str]) -> dict[str, Any]:
+        """Return ``sites``: site -> the state of its scheduler and workers as stock Dask dumps it; and ``hub``."""
+        states = await self.ask(self.everywhere(exclude=list(exclude)), "get_cluster_state")
+        if self.alone and states:
+            return dict(next(iter(states.values())))
+        transfers = await self.hub.gateway.fed_transfers()
+        hub = {"address": self.hub.address, "epoch": self.hub.core.ledger.epoch}
+        hub |= {"started": self.hub.started_at, "sites": self.hub.gateway.sites_info(), "transfers": transfers}
+        return {"hub": hub, "sites": states}
+
+    async def benchmark_hardware(self) -> dict[str, dict[str, float]]:
+        """Return ``disk``, ``memory`` and ``network``: size -> bytes per second, the mean over all workers."""
+        replies = await self.ask(self.everywhere(), "benchmark_hardware")
+        counts = {site: len(workers) for site, workers in (await self._workers()).items()}
+        return merge_benchmarks([(replies[site], counts.get(site, 0)) for site in replies])
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    async def memory_sampler_start(self, client: str, measure: str, interval: float) -> str:
+        """Begin to sample the memory of all sites for ``client``, and return the name of the series."""
+        agents = {site: agent_client(self.hub.ports[site].hello.incarnation) for site in self.everywhere()}
+        calls = {site: {"client": agent, "measure": measure, "interval": interval} for site, agent in agents.items()}
+        name = str(uuid.uuid4())
+        started = await self.ask_each(calls, "memory_sampler_start")
+        keys = {site: key for site, key in started.items() if not isinstance(key, OpaqueError)}
+        self._samplers[name] = Sampler(client, time.time(), keys)
+        if failed := [reply for reply in started.values() if isinstance(reply, OpaqueError)]:
+            await self.memory_sampler_stop(name)
+            raise failed[0]
+        return name
+
+    async def memory_sampler_stop(self, key: str) -> list[tuple[float, int]]:
+        """End a series and return it: (time, bytes at all sites together); raises KeyError for one nobody started."""
+        if key not in self._samplers:
+            raise KeyError(f"no series of memory samples {key!r} was started with this hub, or its client is gone")
+        sampler = self._samplers.pop(key)
+        calls = {site: {"key": name} for site, name in sampler.keys.items() if site in self.everywhere()}
+        replies = await self.ask_each(calls, "memory_sampler_stop")
+        series = [reply for reply in replies.values() if not isinstance(reply, OpaqueError)]
+        return add_series(series, sampler.started_at)
+
+    async def client_gone(self, client: str) -> None:
+        """End the series that a client began that is gone."""
+        for name in [name for name, sampler in self._samplers.items() if sampler.client == client]:
+            with suppress(KeyError):  # it was ended meanwhile
+                await self.memory_sampler_stop(name)
+
+
+# -- merging, pure ---------------------------------------------------------------------------------------------------
+
+
+def merge_task_streams(
+    by_site: Mapping[str, Iterable[Mapping[str, Any]]], shown: Callable[[str, str], str]
+) -> list[dict[str, Any]]:
+    """Return the records of all sites in the order in which the tasks ended, with workers as they are ``shown``."""
+    records = [
+        {**record, "worker": shown(site, record["worker"])} for site, stream in by_site.items() for record in stream
+    ]
+    return sorted(records, key=lambda record: max(each["stop"] for each in record["startstops"]))
+
+
+def first_or_last(records: list[dict[str, Any]], count: int | None, *, first: bool) -> list[dict[str, Any]]:
+    """Return ``count`` of the records, the first ones or the last ones; all where ``count`` is None."""
+    if count is None:
+        return records
+    return records[:count] if first else records[max(0, len(records) - count) :]
+
+
+def merge_task_metadata(replies: Iterable[Mapping[str, Mapping[Key, Any]]]) -> dict[str, dict[Key, Any]]:
+    """Return ``metadata`` and ``state`` of all keys; of one that was also imported elsewhere, where it was made.
+
+    An import has no metadata, and fails only where the key had failed already.
+    """
+    metadata: dict[Key, Any] = {}
+    state: dict[Key, Any] = {}
+    for reply in replies:
+        for key, facts in reply["metadata"].items():
+            metadata[key] = facts or metadata.get(key, facts)
+        state.update(reply["state"])
+    return {"metadata": metadata, "state": state}
+
+
+def merge_stories(
+    schedulers: Mapping[str, Any], workers: Mapping[str, Any], shown: Callable[[str, str], str], *, alone: bool
+) -> list[tuple[str, *tuple[Any, ...]]]:
+    """Return the stories of schedulers and workers as one list; each entry begins with who tells it.
+
+    A site that raised (an exception in place of its reply) is left out.
+    """
+    found: list[tuple[str, *tuple[Any, ...]]] = []
+    for site, entries in schedulers.items():
+        who = "scheduler" if alone else f"scheduler at {site}"
+        found += [(who, *entry) for entry in entries] if not isinstance(entries, BaseException) else []
+    for site, by_worker in workers.items():
+        if not isinstance(by_worker, BaseException):
+            found += [(shown(site, worker), *entry) for worker, told in by_worker.items() for entry in told]
+    return found
+
+
+def pick_workers(
+    known: Mapping[str, Collection[str]], wanted: Collection[str], shown: Callable[[str, str], str]
+) -> dict[str, list[str]]:
+    """Return site -> addresses of workers, as the site knows them, that ``wanted`` names.
+
+    ``wanted`` holds addresses as they are ``shown``, raw ones that only one site has, or names of sites. ``known`` has
+    all raw addresses by site. Raises ValueError for what names nothing, or two workers, with what there is.
+    """
+    every = [(site, raw) for site, there in known.items() for raw in there]
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in wanted:
+        matching = [(site, raw) for site, raw in every if name in (shown(site, raw), raw)]
+        if len(matching) > 1:
+            raise ValueError(f"{name!r} is a worker of several sites: {', '.join(shown(*each) for each in matching)}")
+        if not matching and name not in known:
+            there = ", ".join([*known, *(shown(*each) for each in every)])
+            raise ValueError(f"no worker or site {name!r}; there are {there or 'none'}")
+        for site, raw in matching or [(name, raw) for raw in known[name]]:
+            found[site].append(raw)
+    return dict(found)
+
+
+def merge_benchmarks(replies: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> dict[str, dict[str, float]]:
+    """Return kind -> size -> mean over workers, from the means of sites and how many workers each has."""
+    totals: dict[str, dict[str, float]] = {"disk": {}, "memory": {}, "network": {}}
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for reply, workers in replies:
+        for kind, by_size in reply.items():
+            for size, value in by_size.items():
+                totals[kind][size] = totals[kind].get(size, 0.0) + value * max(1, workers)
+                counts[kind, size] += max(1, workers)
+    return {
+        kind: {size: total / counts[kind, size] for size, total in by_size.items()} for kind, by_size in totals.items()
+    }
+
+
+def add_series(series: Iterable[Series], started_at: float) -> list[tuple[float, int]]:
+    """Return one series whose values are the sums of those of several, each of which keeps its value until its next.
+
+    All began at ``started_at``, in seconds: sites' clocks may differ, so each series counts from its first sample.
+    """
+    changes: list[tuple[float, int, int]] = []  # when, which series, its new value
+    for n, samples in enumerate(series):
+        changes += [(started_at + at - samples[0][0], n, nbytes) for at, nbytes in samples]
+    current: dict[int, int] = {}
+    found: dict[float, int] = {}
+    for at, n, nbytes in sorted(changes):
+        current[n] = nbytes
+        found[at] = sum(current.values())
+    return list(found.items())
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Dask Performance Report</title><style>
+body {{ margin: 0; font-family: sans-serif }} nav {{ padding: 0.5em 1em; background: #eee }}
+nav a {{ margin-right: 1em }} section {{ height: 95vh }} iframe {{ width: 100%; height: 90vh; border: 0 }}
+h2 {{ margin: 0.5em 1em }} p {{ margin: 1em }}
+</style></head><body>
+<nav><b>Dask Performance Report of {count} sites:</b> {links}</nav>
+{sections}
+</body></html>
+"""
+_FRAME = '<iframe sandbox="allow-scripts allow-downloads" title="{site}" srcdoc="{report}"></iframe>'
+_SECTION = '<section id="site-{n}"><h2>{site}</h2>\n{body}\n</section>'
+
+
+def page_of_reports(replies: Mapping[str, Any]) -> str:
+    """Return an HTML page with a section for each site: the page that it made, or in words why it made none.
+
+    The pages of sites run their scripts in frames, which reach neither each other nor this page.
+    """
+    sections, links = [], []
+    for n, (name, reply) in enumerate(sorted(replies.items())):
+        site = html.escape(name)
+        if isinstance(reply, BaseException):
+            body = f"<p>This site made no report: {html.escape(str(reply))}</p>"
+        else:
+            body = _FRAME.format(site=site, report=html.escape(str(reply)))
+        sections.append(_SECTION.format(n=n, site=site, body=body))
+        links.append(f'<a href="#site-{n}">{site}</a>')
+    return _PAGE.format(count=len(replies), links=" ".join(links), sections="\n".join(sections))
