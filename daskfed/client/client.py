@@ -23,6 +23,7 @@ from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
 from daskfed.client import hooks, opening, progress
+from daskfed.client.acting import ActingClient
 from daskfed.client.assembly import Assembly, split_final
 from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
@@ -47,7 +48,7 @@ FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
-class Client(Observing):
+class Client(Observing, ActingClient):
     """Connect to a federation of sites and submit computation to it.
 
     Takes what ``distributed.Client`` takes. ``Client()`` starts a hub and one local site in this process, with keywords
@@ -273,6 +274,9 @@ class Client(Observing):
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
         self._check_sites(annotations)
+        self._check_workers(annotations)
+        if self._fixed_single:
+            workers = self._workers_here(workers)
         if self._fixed_single or actors:
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
@@ -293,7 +297,7 @@ class Client(Observing):
         return self._submit_graph(materialise(expr, keys, annotations), keys)
 
     def _submit_calls(self, calls: Any, keys: list[Key], annotations: Mapping[str, Any]) -> dict[Key, Future]:
-        constraint = constraint_of(annotations)
+        constraint = self._bound(constraint_of(annotations))
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
         submission = plan_calls(calls, constraint, other, self._block_ids())
         held = self._hold(key for block in submission.blocks for key in block.inputs)
@@ -305,6 +309,7 @@ class Client(Observing):
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
         graph = self._without_known(graph)
+        graph = self._bound_graph(graph)
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
@@ -395,12 +400,6 @@ class Client(Observing):
             problem = _unmet(constraint, self.sites())
         if problem and self._sites:
             raise UnknownSiteError(problem)
-
-    def _in_loop(self) -> bool:
-        try:
-            return asyncio.get_running_loop() is self.loop.asyncio_loop
-        except RuntimeError:
-            return False
 
     # -- data --------------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ class ClientSessions:
         self.hub.take(ev.ClientJoined(client, session.owner))
         session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})
 
-    def submit_blocks(
+    async def submit_blocks(
         self,
         client: str,
         blocks: Collection[dict[str, Any]],
@@ -189,8 +189,9 @@ class ClientSessions:
     ) -> None:
         """A client submits blocks that it cut."""
         specs = self._specs(client, blocks)
+        specs, refused = await self.hub.fanout.bound(specs)
         self.hub.stores.keep_payloads(specs, payloads)
-        self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
+        self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait, refused))
 
     def back(
         self,

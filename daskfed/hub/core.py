@@ -152,6 +152,9 @@ class HubCore:
         added = self.arrivals.submitted(event.client, event.blocks, event.wait)
         self._want(event.client, event.wanted)
         self._link(added)
+        for name, why in event.refused:
+            if (block := self.ledger.blocks.get(name)) is not None:
+                self.ledger.fail_block(block, "UnknownWorkerError", f"{block.spec.label or name}: {why}")
         self.ledger.settle([key for block in added for key in block.spec.outputs])
 
     def _want(self, client: str, keys: Iterable[Key]) -> None:

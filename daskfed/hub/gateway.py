@@ -1,4 +1,4 @@
-"""RPCs of clients that need the sites: gather, scatter, identity, who_has and their like. Results pass unopened."""
+"""RPCs of clients that need the sites: gather, scatter, identity and their like. Results pass unopened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distributed.core import Status, error_message
 from daskfed.comm.opaque import relays_errors
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
-from daskfed.hub.dispatch import SiteState, matches
+from daskfed.hub.dispatch import SiteState
 from daskfed.hub.inspection import progress_of
 from daskfed.hub.observing import Observing
 from daskfed.hub.replay import Replay
@@ -24,7 +24,6 @@ from daskfed.messages import Key
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
-SCHEME = "fed://"
 SCATTER_POLL_S = 0.05
 
 
@@ -42,14 +41,6 @@ class Gateway:
             "identity": self.identity,
             "gather": relays_errors(self.gather),
             "scatter": relays_errors(self.scatter),
-            "who_has": self.who_has,
-            "has_what": self.has_what,
-            "ncores": self.ncores,
-            "ncores_running": self.ncores,
-            "nbytes": self.nbytes,
-            "logs": self.no_logs,
-            "get_logs": self.no_logs,
-            "worker_logs": self.worker_logs,
             "subscribe_worker_status": self.subscribe_worker_status,
             "fed_sites": self.fed_sites,
             "fed_transfers": self.fed_transfers,
@@ -95,26 +86,12 @@ class Gateway:
         return self.hub.dashboard.link or first
 
     async def _workers(self) -> dict[str, Any]:
-        replies = await self._ask_all("identity", n_workers=-1)
+        replies = await self.hub.fanout.ask_all("identity", n_workers=-1)
         return {
-            self._shown(site, address): {**info, "site": site}
+            self.hub.fanout.shown(site, address): {**info, "site": site}
             for site, reply in replies.items()
             for address, info in reply["workers"].items()
         }
-
-    def _shown(self, site: str, worker: str) -> str:
-        """Return a worker's address as clients see it: plain where there is and will be one site, as in stock Dask."""
-        return worker if self.hub.fixed and len(self.hub.ports) == 1 else address_at(site, worker)
-
-    async def _ask_all(self, op: str, **kwargs: Any) -> dict[str, Any]:
-        """Call an op of every site's scheduler; a site that is gone meanwhile is left out."""
-        ports = dict(self.hub.ports)
-        calls = [port.call("scheduler_rpc", scheduler_op=op, kwargs=kwargs) for port in ports.values()]
-        replies = await asyncio.gather(*calls, return_exceptions=True)
-        for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, OSError):
-                raise reply
-        return {name: reply for name, reply in zip(ports, replies, strict=True) if not isinstance(reply, BaseException)}
 
     def sites_info(self) -> dict[str, dict[str, Any]]:
         """Return name -> what ``client.sites()`` shows."""
@@ -158,15 +135,6 @@ class Gateway:
             return {"status": "error", "reason": f"no site {site!r} is connected, or the caller is no site of the hub"}
         return {"status": "OK", "address": port.hello.data_address, "federation": self.hub.secret}
 
-    async def no_logs(self, n: int | None = None) -> list[Any]:
-        """The hub keeps no log of its own for clients."""
-        return []
-
-    async def worker_logs(self, n: int | None = None, workers: Any = None, nanny: bool = False) -> dict[str, Any]:
-        """Return the logs of all workers."""
-        replies = await self._ask_all("worker_logs", n=n, nanny=nanny)
-        return {self._shown(site, worker): log for site, reply in replies.items() for worker, log in reply.items()}
-
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""
         identity = await self.identity(n_workers=-1)
@@ -179,40 +147,7 @@ class Gateway:
             del self.hub.watchers[comm]
         return Status.dont_reply
 
-    async def ncores(self, workers: Any = None) -> dict[str, int]:
-        """Return worker -> threads."""
-        return {address: info["nthreads"] for address, info in (await self._workers()).items()}
-
     # -- keys --------------------------------------------------------------------------------------------------------
-
-    async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, list[str]]:
-        """Return key -> workers that hold it."""
-        known = self.hub.core.ledger.keys
-        asked = list(known) if keys is None else list(keys)
-        found: dict[Key, list[str]] = {key: [] for key in asked}
-        for site, reply in (await self._ask_all("who_has", keys=asked)).items():
-            for key, workers in reply.items():
-                found[key].extend(self._shown(site, worker) for worker in workers)
-        return found
-
-    async def has_what(self, workers: Any = None) -> dict[str, list[Key]]:
-        """Return worker -> keys that it holds."""
-        replies = await self._ask_all("has_what")
-        found = ((site, worker, keys) for site, reply in replies.items() for worker, keys in reply.items())
-        return {self._shown(site, worker): list(keys) for site, worker, keys in found}
-
-    async def nbytes(self, keys: Collection[Key] | None = None, summary: bool = True) -> dict[Any, int]:
-        """Return key -> bytes; or with ``summary`` key prefix -> bytes."""
-        known = self.hub.core.ledger.keys
-        states = known.values() if keys is None else [known[key] for key in keys if key in known]
-        if not summary:
-            return {state.key: state.nbytes for state in states}
-        replies = await self._ask_all("nbytes", keys=list(keys) if keys is not None else None, summary=True)
-        totals: dict[Any, int] = defaultdict(int)
-        for reply in replies.values():
-            for prefix, nbytes in reply.items():
-                totals[prefix] += nbytes
-        return dict(totals)
 
     async def gather(self, keys: Collection[Key], serializers: Any = None) -> dict[str, Any]:
         """Return ``{"status": "OK", "data": {key: value}}``, values unopened, or which keys could not be had."""
@@ -256,29 +191,32 @@ class Gateway:
         again: bool = False,
         replicas: int = 1,
     ) -> list[Key]:
-        """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError for a wrong name.
+        """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError or
+        UnknownWorkerError for a wrong name.
 
-        ``workers`` may hold ``fed://`` addresses of workers, sites or labels. ``kept``, ``again`` and ``replicas`` as
+        ``workers`` are named as in :mod:`daskfed.hub.addresses`. ``kept``, ``again`` and ``replicas`` as
         for :class:`~daskfed.hub.events.KeysScattered`.
         """
         deadline = time.monotonic() + (timeout or 0)
         while True:
-            site = await self._scatter_site(selectors_of(workers), deadline)
+            site, there = await self._scatter_site(workers or None, deadline)
             with suppress(OSError):  # it is gone: the next one takes the data
-                reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=broadcast)
+                how = {"broadcast": broadcast, "workers": there}
+                reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), **how)
                 break
         sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
         self.hub.take(ev.KeysScattered(client, site.name, sizes, kept, again, replicas))
         return list(data)
 
-    async def _scatter_site(self, selectors: Collection[str], deadline: float) -> SiteState:
+    async def _scatter_site(self, workers: Any, deadline: float) -> tuple[SiteState, list[str] | None]:
+        """Return the site that is to take data, and which of its workers, None for any."""
         while True:
             sites = [site for site in self.hub.core.sites.values() if self._can_take(site)]
-            fitting = [s for s in sites if not selectors or any(matches(s.hello, x) for x in selectors)]
+            targets = await self.hub.fanout.targets(workers) if sites else {}
+            fitting = [site for site in sites if site.name in targets]
             if fitting:
-                return min(fitting, key=lambda site: (site.backlog_s / site.threads, site.name))
-            if sites and selectors:
-                raise UnknownSiteError(f"no site matches {list(selectors)}; sites are {sorted(self.hub.core.sites)}")
+                best = min(fitting, key=lambda site: (site.backlog_s / site.threads, site.name))
+                return best, targets[best.name]
             if time.monotonic() > deadline:
                 raise TimeoutError("no site has a worker that could take the data")
             await asyncio.sleep(SCATTER_POLL_S)
@@ -309,17 +247,6 @@ class Handlers(dict[str, Callable[..., Any]]):
             return error_message(NotImplementedError(problem), status="uncaught-error")
 
         return refuse
-
-
-def address_at(site: str, address: str) -> str:
-    """Return a worker's address as it is shown across sites: ``fed://site/host:port``."""
-    return f"{SCHEME}{site}/{address.split('://', 1)[-1]}"
-
-
-def selectors_of(workers: Any) -> list[str]:
-    """Return the sites or labels that ``fed://`` addresses name."""
-    given = [workers] if isinstance(workers, str) else list(workers or ())
-    return [name.removeprefix(SCHEME).split("/")[0] for name in given if str(name).startswith(SCHEME)]
 
 
 def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:

@@ -125,5 +125,5 @@ class Hosting:
 
     def origin(self: Any, site: str, worker: str) -> Mapping[str, str]:
         """Return the address under which clients know a worker, and its site, where there may be several."""
-        shown = self.gateway._shown(site, worker)
+        shown = self.fanout.shown(site, worker)
         return {"worker": worker} if shown == worker else {"worker": shown, "site": site}

@@ -12,7 +12,7 @@ import asyncio
 import html
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import profile
 
-from daskfed.comm.opaque import OpaqueError, relays_errors
+from daskfed.comm.opaque import OpaqueError
+from daskfed.hub.fanout import answers_errors
 from daskfed.messages import Key, agent_client
 
 if TYPE_CHECKING:
@@ -62,16 +63,13 @@ class Observing:
             "benchmark_hardware": self.benchmark_hardware,
             "fed_story": self.story,
         }
-        return {op: relays_errors(handler) for op, handler in handlers.items()}
+        return {op: answers_errors(handler) for op, handler in handlers.items()}
 
     # -- asking sites ------------------------------------------------------------------------------------------------
 
     async def ask(self, calls: Mapping[str, Mapping[str, Any]], op: str) -> dict[str, Any]:
         """Call an op of several sites' schedulers, with keywords by site; raises OpaqueError where one raised."""
-        replies = await self.ask_each(calls, op)
-        if failed := [reply for reply in replies.values() if isinstance(reply, BaseException)]:
-            raise failed[0]
-        return replies
+        return await self.hub.fanout.ask(op, calls)
 
     async def ask_each(self, calls: Mapping[str, Mapping[str, Any]], op: str) -> dict[str, Any]:
         """Call an op as :meth:`ask` does; the reply of a site whose scheduler raised is the OpaqueError."""
@@ -94,7 +92,7 @@ class Observing:
 
     def shown(self, site: str, worker: str) -> str:
         """Return a worker's address as clients know it."""
-        return self.hub.gateway._shown(site, worker)
+        return self.hub.fanout.shown(site, worker)
 
     # -- tasks -------------------------------------------------------------------------------------------------------
 
@@ -183,21 +181,17 @@ class Observing:
     ) -> dict[str, Any]:
         """Return the profile of all sites together, or with ``merge_workers=False`` worker -> its profile.
 
-        ``workers`` may name workers, or sites; raises ValueError for a name that is neither.
+        ``workers`` as everywhere (:mod:`.addresses`); raises UnknownWorkerError for a name that says nothing.
         """
         how = {"key": key, "start": start, "stop": stop, "server": server, "scheduler": scheduler}
         calls = self.everywhere(**how, workers=None, merge_workers=merge_workers)
         if workers is not None:
-            chosen = pick_workers(await self._workers(), workers, self.shown)
+            chosen = await self.hub.fanout.targets(workers)
             calls = {site: {**calls[site], "workers": there} for site, there in chosen.items() if site in calls}
         replies = await self.ask(calls, "profile")
         if merge_workers or scheduler:
             return profile.merge(*replies.values())  # type: ignore[no-any-return]
         return {self.shown(site, worker): tree for site, trees in replies.items() for worker, tree in trees.items()}
-
-    async def _workers(self) -> dict[str, list[str]]:
-        replies = await self.ask(self.everywhere(n_workers=-1), "identity")
-        return {site: list(reply["workers"]) for site, reply in replies.items()}
 
     async def get_cluster_state(self, exclude: Collection[str]) -> dict[str, Any]:
         """Return ``sites``: site -> the state of its scheduler and workers as stock Dask dumps it; and ``hub``."""
@@ -212,8 +206,8 @@ class Observing:
     async def benchmark_hardware(self) -> dict[str, dict[str, float]]:
         """Return ``disk``, ``memory`` and ``network``: size -> bytes per second, the mean over all workers."""
         replies = await self.ask(self.everywhere(), "benchmark_hardware")
-        counts = {site: len(workers) for site, workers in (await self._workers()).items()}
-        return merge_benchmarks([(replies[site], counts.get(site, 0)) for site in replies])
+        counts = Counter(worker.site for worker in await self.hub.fanout.workers())
+        return merge_benchmarks([(reply, counts[site]) for site, reply in replies.items()])
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -296,28 +290,6 @@ def merge_stories(
         if not isinstance(by_worker, BaseException):
             found += [(shown(site, worker), *entry) for worker, told in by_worker.items() for entry in told]
     return found
-
-
-def pick_workers(
-    known: Mapping[str, Collection[str]], wanted: Collection[str], shown: Callable[[str, str], str]
-) -> dict[str, list[str]]:
-    """Return site -> addresses of workers, as the site knows them, that ``wanted`` names.
-
-    ``wanted`` holds addresses as they are ``shown``, raw ones that only one site has, or names of sites. ``known`` has
-    all raw addresses by site. Raises ValueError for what names nothing, or two workers, with what there is.
-    """
-    every = [(site, raw) for site, there in known.items() for raw in there]
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in wanted:
-        matching = [(site, raw) for site, raw in every if name in (shown(site, raw), raw)]
-        if len(matching) > 1:
-            raise ValueError(f"{name!r} is a worker of several sites: {', '.join(shown(*each) for each in matching)}")
-        if not matching and name not in known:
-            there = ", ".join([*known, *(shown(*each) for each in every)])
-            raise ValueError(f"no worker or site {name!r}; there are {there or 'none'}")
-        for site, raw in matching or [(name, raw) for raw in known[name]]:
-            found[site].append(raw)
-    return dict(found)
 
 
 def merge_benchmarks(replies: Iterable[tuple[Mapping[str, Mapping[str, float]], int]]) -> dict[str, dict[str, float]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from daskfed.comm.opaque import OpaqueError, relays_errors
+from daskfed.comm.opaque import OpaqueError
+from daskfed.hub.fanout import answers_errors
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Replay:
             "fed_known": self.known,
             "fed_make_again": self.make_again,
         }
-        return {op: relays_errors(handler) for op, handler in handlers.items()}
+        return {op: answers_errors(handler) for op, handler in handlers.items()}
 
     async def get_error_cause(self, keys: Collection[Key]) -> Key | None:
         """Return the key of the task that is to blame for the failure of the first of ``keys`` that failed."""

@@ -2,7 +2,8 @@
 
 Clients speak the Dask client protocol (a stream and RPCs); sites dial a control stream and park channels. Everything a
 user pickled passes through unopened. The parts: :mod:`.clients` serves clients' streams, :mod:`.gateway` answers what
-needs the sites (gather, scatter, who_has ...), :mod:`.stores` keeps payloads, :mod:`.ports` reaches sites.
+needs the sites (gather, scatter ...), :mod:`.fanout` what needs their schedulers and workers, :mod:`.plugins` keeps the
+plugins that all sites have, :mod:`.stores` payloads, :mod:`.ports` reaches sites.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import attach
 from daskfed.hub.core import HubCore
 from daskfed.hub.dashboard import Dashboard
+from daskfed.hub.fanout import Fanout
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.journal import Journal
 from daskfed.hub.ownerless import Ownerless
 from daskfed.hub.placement import Policy
+from daskfed.hub.plugins import Plugins
 from daskfed.hub.ports import RemoteSite, SitePort
 from daskfed.hub.states import KeyPhase
 from daskfed.hub.stores import Stores
@@ -91,12 +94,15 @@ class Hub(Hosting, OpaqueServer):
         self.gateway = Gateway(self)
         self.dashboard = Dashboard(self.gateway.sites_info, lambda: self.address)
         self.has_page = dashboard
+        self.fanout = Fanout(self)
+        self.plugins = Plugins(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
         self._telling = asyncio.Lock()
         self._sessions = itertools.count()  # of sites
         connection_args = security.get_connection_args("scheduler") if security else {}
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
-        self.handlers = Handlers(self.handlers | self._own_handlers() | self.gateway.handlers())
+        served = self._own_handlers() | self.gateway.handlers() | self.fanout.handlers() | self.plugins.handlers()
+        self.handlers = Handlers(self.handlers | served)
         self.stream_handlers.update(self.sessions.stream_handlers())
         self.coordination = attach(self, self.journal, self.recovered)
         self.ownerless = Ownerless(self)
@@ -135,6 +141,7 @@ class Hub(Hosting, OpaqueServer):
         """Take up what an earlier hub journalled, before anybody is served."""
         self.coordination.restore()
         self.ownerless.restore()
+        self.plugins.restore()
         if not self.core.recovery.settled:
             self._ongoing_background_tasks.call_soon(self._forget_absent_sites)
             self.loop.call_later(client_grace_s(), self._forget_absent_clients)
@@ -292,6 +299,7 @@ class Hub(Hosting, OpaqueServer):
         self.journal.keep_site(port.hello.site)
         logger.info("site %s joined", port.hello.site)
         self.take(ev.SiteJoined(port.hello))
+        self.plugins.site_joined(port.hello)
 
     def remove_site(self, hello: SiteHello, port: SitePort | None = None) -> None:
         """A site is gone; where ``port`` is given, only if it is the one that the site is reached through."""
@@ -305,6 +313,7 @@ class Hub(Hosting, OpaqueServer):
             self.journal.forget_site(hello.site)
         logger.info("site %s left", hello.site)
         self.coordination.site_gone(hello.site)
+        self.plugins.site_left(hello.site)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
         self.sites_changed()
 
@@ -313,6 +322,8 @@ class Hub(Hosting, OpaqueServer):
         known = self.core.ledger.keys
         if isinstance(message, SiteEnds):
             self._site_ends(site)
+            return
+        if isinstance(message, SiteStatus) and self.plugins.holds_back(site, message):
             return
         if isinstance(message, KeysFailed):
             self.stores.keep_error([key for key in message.keys if key in known], payload)

@@ -32,6 +32,7 @@ from daskfed.errors import DaskfedError, TransferError
 from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers, forward_to_hub
+from daskfed.site.plugins import SitePlugins
 from daskfed.site.ports import HubPort, RemoteHub
 from daskfed.site.replay import make_again
 from daskfed.site.session import Session
@@ -80,6 +81,7 @@ class Agent:
         self._closed = False
         self.reason = ""  # why the site ended by itself
         self.failed = False  # it ended though nobody asked for it
+        plugins = SitePlugins(lambda op, **kwargs: self.session.ask_scheduler(op, **kwargs))
         self._handlers: dict[str, Callable[..., Any]] = {
             "gather": self._gather,
             "scatter_keys": self._scatter_keys,
@@ -88,6 +90,9 @@ class Agent:
             "forward_to_hub": self._forward_to_hub,
             "announce_keys": self.announce_keys,
             "make_again": self._make_again,
+            "register_plugin": plugins.register,
+            "unregister_plugin": plugins.unregister,
+            "agree_on_plugins": plugins.agree,
             "ping": self._ping,
         }
 
@@ -237,8 +242,10 @@ class Agent:
         missing = [key for key in keys if key not in values]
         return {"status": "error", "keys": missing} if missing else {"status": "OK", "data": values}
 
-    async def _scatter_keys(self, data: dict[Key, Any], broadcast: bool | int = False) -> dict[str, Any]:
-        return {"status": "OK", "nbytes": await self.session.scatter(dict(data), broadcast)}
+    async def _scatter_keys(
+        self, data: dict[Key, Any], broadcast: bool | int = False, workers: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        return {"status": "OK", "nbytes": await self.session.scatter(dict(data), broadcast, workers)}
 
     async def _scheduler_rpc(self, scheduler_op: str, kwargs: Mapping[str, Any]) -> Any:
         return await self.session.ask_scheduler(scheduler_op, **kwargs)

@@ -333,13 +333,18 @@ class Session:
         """Yield the messages of a stream with ``keys``; see :mod:`daskfed.data.parcels`."""
         return self.source.stream(keys)
 
-    async def scatter(self, data: dict[Key, Any], broadcast: bool | int = False) -> dict[Key, int]:
-        """Put data on workers, hold it, and return its sizes; raises TransferError where a key is being made here."""
+    async def scatter(
+        self, data: dict[Key, Any], broadcast: bool | int = False, workers: Collection[str] | None = None
+    ) -> dict[Key, int]:
+        """Put data on workers (None: any), hold it, and return its sizes.
+
+        Raises TransferError where a key is being made here.
+        """
         busy = [key for key in data if key in self.core.keys and not self.core.holds(key)]
         if busy:
             raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
         await self.wire.quiet(data)
-        how = {"workers": None, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}
+        how = {"workers": workers, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}
         await self.ask_scheduler("scatter", data=data, client=self.client, **how)
         return await self.hold(data)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import operator
 import time
 import urllib.error
@@ -18,7 +19,7 @@ import distributed
 import msgpack
 import pytest
 from dask.utils import key_split
-from distributed import get_task_metadata, get_task_stream, span, wait
+from distributed import get_task_metadata, get_task_stream, performance_report, span, wait
 from distributed.diagnostics import MemorySampler
 
 from daskfed import Client, Federation
@@ -164,12 +165,13 @@ def test_profile(client: Client, tmp_path: Path) -> None:
     assert client.profile(key="spin")["count"] and client.profile(scheduler=True)["identifier"] == "root"
     client.profile(filename=str(tmp_path / "profile.html"))
     assert "Dask Profile" in (tmp_path / "profile.html").read_text()
-    with pytest.raises(ValueError, match=r"no worker or site 'nroth'; there are north, south, fed://north/"):
+    with pytest.raises(ValueError, match=r"no worker 'nroth'; there are fed://north/.*, or name a site"):
         client.profile(workers=["nroth"])
 
 
 def test_performance_report_of_the_sites(client: Client, tmp_path: Path) -> None:
     """One page with the report of each site in a frame of its own, which has the code escaped."""
+    client.get_task_stream()  # from then on sites record the tasks that run
     start = time.time()
     at_both(client)
     how = {"start": start, "last_count": 0, "code": "x < y"}
@@ -451,3 +453,44 @@ def test_embedded(embedded: Client, tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(ZeroDivisionError):
         embedded.recreate_error_locally(embedded.submit(operator.truediv, 1, 0))
     assert embedded.dashboard_link == embedded.cluster.dashboard_link == embedded.sites()["local"]["dashboard"]
+
+
+# -- with what other parts bring -------------------------------------------------------------------------------------
+
+
+def test_performance_report(client: Client, embedded: Client, tmp_path: Path) -> None:
+    """One file with a report of each site, and of the embedded default the one report that stock Dask makes."""
+    with performance_report(str(tmp_path / "two.html")):
+        at_both(client)  # x < y
+    page = (tmp_path / "two.html").read_text()
+    assert page.count("<iframe") == 2 and "at_both(client)" in page
+    with embedded.as_current(), performance_report(str(tmp_path / "one.html")):
+        embedded.submit(operator.neg, 1, pure=False).result()
+    page = (tmp_path / "one.html").read_text()
+    assert "<iframe" not in page and "number of tasks: 1" in page
+
+
+def complain(text: str) -> None:
+    """Log a warning and something less."""
+    logger = logging.getLogger("tests.observing")
+    logger.setLevel(logging.INFO)
+    logger.warning("%s is wrong", text)
+    logger.info("%s is noted", text)
+
+
+def test_forward_logging(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """Log records of tasks reach the client's logger with their worker and site, until they are not wanted any more."""
+    client.forward_logging("tests.observing", level=logging.WARNING)
+    for site in SITES:
+        client.submit(complain, site, site=site, pure=False).result()
+
+    def forwarded() -> list[Any]:
+        return [record for record in caplog.records if record.name == "tests.observing"]
+
+    until(lambda: len(forwarded()) == 2)
+    assert {(record.site, record.getMessage()) for record in forwarded()} == {(s, f"{s} is wrong") for s in SITES}
+    assert sites_of(record.worker for record in forwarded()) == set(SITES)
+    client.unforward_logging("tests.observing")
+    client.submit(complain, "north", site="north", pure=False).result()
+    client.log_event("later", 1)
+    assert len(forwarded()) == 2
