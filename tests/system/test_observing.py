@@ -330,17 +330,21 @@ def test_recreate_error_locally(client: Client) -> None:
         client.recreate_error_locally(x)
 
 
-def test_recreate_what_only_a_site_knows(client: Client) -> None:
+@pytest.mark.parametrize("which", ["client", "embedded"])
+def test_recreate_what_only_a_site_knows(which: str, request: pytest.FixtureRequest) -> None:
     """A task inside a block, whose inputs were never outputs, and whose values the site has released."""
+    client = request.getfixturevalue(which)
     parts = [dask.delayed(operator.add)(n, 1, dask_key_name=f"part-{n}") for n in range(2)]
     bad = dask.delayed(fail_with)(parts[0], dask.delayed(operator.add)(parts[1], 1), dask_key_name="the-bad-one")
     end = dask.delayed(operator.neg)(bad, dask_key_name="the-end")
-    with dask.config.set({"optimization.fuse.active": False}):
-        future = client.compute(end, optimize_graph=False)
-    wait(future)
+    future = client.compute(end, optimize_graph=False)
+    with client.as_current():
+        wait(future)
     assert client.sync(client._get_errored_future, future) == "the-bad-one"
     with pytest.raises(ZeroDivisionError):
         client.recreate_error_locally(future)
+    runspec, inputs = client.sync(client._get_components_from_future, "the-bad-one")
+    assert sorted(inputs.values()) == [1, 3]
     until(lambda: not any("part" in str(key) for keys in client.has_what().values() for key in keys))
 
 
