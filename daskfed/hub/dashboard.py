@@ -57,18 +57,19 @@ td, th { border-bottom: 1px solid #ccc; padding: 0.3em 0.8em; text-align: left }
 
 
 class Dashboard:
-    """Serves the page of a hub; ``sites`` tells of its sites, ``address`` is where the hub listens."""
+    """Serves the page of a hub; ``sites`` tells of its sites, ``address`` is where the hub listens.
+
+    Raises ConfigurationError where the configuration says no address to listen on.
+    """
 
     def __init__(self, sites: Callable[[], Sites], address: Callable[[], str]) -> None:
         self.sites = sites
         self.address = address
         self._server: HTTPServer | None = None
-        self._host = ""
-        self._port = 0
+        self._host, self._port = listen_on(dask.config.get("daskfed.hub.dashboard-address", None))
 
     def start(self) -> None:
         """Listen; where that cannot be, say so in the log and do without."""
-        host, port = listen_on(dask.config.get("daskfed.hub.dashboard-address", None))
         routes: list[Any] = [
             (r"/(?:status)?", _Page, {"dashboard": self}),
             (r"/individual-sites", _Page, {"dashboard": self}),
@@ -76,13 +77,14 @@ class Dashboard:
             (r"/individual-plots.json", _Plots, {"dashboard": self}),
         ]
         try:
-            sockets = bind_sockets(port, host)
+            sockets = bind_sockets(self._port, self._host)
             self._server = HTTPServer(Application(routes), ssl_options=tls())
         except OSError as exc:
-            logger.warning("no page for the hub at %s:%s (daskfed.hub.dashboard-address): %s", host, port, exc)
+            where = f"{self._host}:{self._port}"
+            logger.warning("no page for the hub at %s (daskfed.hub.dashboard-address): %s", where, exc)
             return
         self._server.add_sockets(sockets)
-        self._host, self._port = host, sockets[0].getsockname()[1]
+        self._port = sockets[0].getsockname()[1]
 
     def close(self) -> None:
         """Stop listening."""

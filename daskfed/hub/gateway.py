@@ -54,7 +54,8 @@ class Gateway:
 
     def client_gone(self, client: str) -> None:
         """End what goes on at sites for a client that is gone."""
-        self.hub._ongoing_background_tasks.call_soon(self.observing.client_gone, client)
+        if self.hub.status is Status.running:
+            self.hub._ongoing_background_tasks.call_soon(self.observing.client_gone, client)
 
     # -- what there is -----------------------------------------------------------------------------------------------
 

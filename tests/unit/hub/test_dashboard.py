@@ -9,6 +9,7 @@ import pytest
 
 from daskfed.errors import ConfigurationError
 from daskfed.hub.dashboard import Dashboard, individual_plots, listen_on, page, safe_link
+from daskfed.hub.server import Hub
 
 FACTS = {
     "status": "running", "workers": 2, "threads": 4, "running": 1, "queued": 0, "blocks": 3, "memory_used": 2**20,
@@ -54,8 +55,11 @@ def test_where_it_listens(setting: Any, expected: tuple[str, int]) -> None:
 
 
 def test_a_wrong_address_is_named() -> None:
-    with pytest.raises(ConfigurationError, match="dashboard-address is 'nowhere': give it as host:port"):
-        listen_on("nowhere")
+    with (
+        dask.config.set({"daskfed.hub.dashboard-address": "nowhere"}),
+        pytest.raises(ConfigurationError, match="dashboard-address is 'nowhere': give it as host:port"),
+    ):
+        Hub()
 
 
 def test_a_hub_does_without_where_it_cannot_listen(caplog: pytest.LogCaptureFixture) -> None:
