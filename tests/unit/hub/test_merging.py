@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from daskfed.hub.observing import (
+from daskfed.hub.merging import (
     add_series,
     first_or_last,
     merge_benchmarks,
