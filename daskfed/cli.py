@@ -91,6 +91,8 @@ async def _run_hub(listen: str, state: str | None, policy: str, security: Any, s
 
     server = await Hub(policy=policy_named(policy), security=security, state=state).start_at(listen)
     click.echo(f"daskfed hub at {server.address}")
+    if server.dashboard.link:
+        click.echo(f"its page is {server.dashboard.link}")
     await _until(stop, server.finished())
     await server.close()
 

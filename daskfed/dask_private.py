@@ -17,6 +17,8 @@ __all__ = [  # names that are exported under another name than their own
     "current_annotations",
     "decompress_frames",
     "execute_subgraph",
+    "handle_print",
+    "handle_warn",
     "inproc_manager",
     "pickle_loads",
 ]
@@ -98,11 +100,17 @@ from distributed.protocol.utils import unpack_frames as unpack_frames
 from distributed.publish import PublishExtension as PublishExtension
 from distributed.queues import QueueExtension as QueueExtension
 from distributed.semaphore import SemaphoreExtension as SemaphoreExtension  # also what a Lock is made of
+from distributed.recreate_tasks import ReplayTaskClient as ReplayTaskClient  # runs a task again in the client
 from distributed.shuffle._core import P2PBarrierTask as P2PBarrierTask  # between the transfers and unpacks of a shuffle
+from distributed.utils import format_dashboard_link as format_dashboard_link  # a URL as the configuration wants it
 from distributed.variable import VariableExtension as VariableExtension
 
 # -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
 from distributed.client import _MapExpr as MapExpr  # what Client.map sends
+
+# -- client/observing.py: what Dask's own client does with what tasks print and with their warnings ------------------
+from distributed.client import _handle_print as handle_print
+from distributed.client import _handle_warn as handle_warn
 
 # -- site/session.py: getting values from the workers of a site ------------------------------------------------------
 from distributed.utils_comm import gather_from_workers as gather_from_workers

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "backlog.py", "link.py",
         "hub/arrivals.py", "hub/core.py", "hub/dispatch.py", "hub/estimates.py", "hub/events.py", "hub/inspection.py",
         "hub/ledger.py", "hub/placement.py", "hub/homes.py", "hub/poison.py", "hub/recovery.py", "hub/states.py",
-        "hub/suspicion.py",
+        "hub/suspicion.py", "hub/merging.py",
         "site/budget.py", "site/core.py", "site/events.py", "site/inspection.py", "site/records.py", "site/states.py",
         "client/areas.py", "client/contraction.py", "client/cutting.py", "client/staging.py", "client/packing.py",
     )),

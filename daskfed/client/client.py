@@ -7,6 +7,7 @@ import getpass
 import inspect
 import itertools
 import logging
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.observing import Observing
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
@@ -46,7 +48,7 @@ FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
-class Client(ActingClient):
+class Client(Observing, ActingClient):
     """Connect to a federation of sites and submit computation to it.
 
     Takes what ``distributed.Client`` takes. ``Client()`` starts a hub and one local site in this process, with keywords
@@ -71,6 +73,7 @@ class Client(ActingClient):
         self._set_methods: Any = None
         self._memory = Memory()
         self._epoch = 0  # of the hub
+        self._secret = secrets.token_urlsafe(32)  # shows the hub whose calls come on other connections
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
 
@@ -110,7 +113,7 @@ class Client(ActingClient):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory)
+            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory, self._secret)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
@@ -126,9 +129,10 @@ class Client(ActingClient):
             raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
-        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s()}
+        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
+            self._subscribe_again()
             wanted = wanted_keys(self.futures, self._assemblies)
             self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted))
         self._epoch = fed["epoch"]

@@ -10,16 +10,17 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distributed.comm.core import CommClosedError
+from distributed.protocol.serialize import deserialize
 
 from daskfed.client.submission import Submission
 from daskfed.config import client_memory
 from daskfed.data.spill import Spilled
-from daskfed.messages import COORDINATION, REQUEST, BlockSpec, Key, encode
+from daskfed.messages import COORDINATION, OWNED, REQUEST, SESSION, BlockSpec, Key, encode
 
 NOTICED_S = 2.0  # within which a client notices that its hub is gone, after a call to it has failed
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
@@ -52,6 +53,12 @@ class Memory:
         for spec, payload in zip(submission.blocks, submission.payloads, strict=True):
             self.blocks[spec.id] = Kept(spec)
             self.payloads[spec.id] = payload
+
+    def opened(self) -> Iterator[tuple[BlockSpec, Mapping[Key, Any]]]:
+        """Yield the blocks with their tasks, the newest first."""
+        for name in reversed(list(self.blocks)):
+            payload = self.payloads[name]["expr"]
+            yield self.blocks[name].spec, deserialize(payload.header, payload.frames).__dask_graph__()
 
     def forget(self, block: str) -> None:
         """The hub will never need a block again."""
@@ -112,13 +119,14 @@ class PatientRPC:
 
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
     ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
-    ``memory`` keeps what is scattered.
+    ``memory`` keeps what is scattered. ``secret`` shows whose calls they are.
     """
 
-    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory) -> None:
+    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory, secret: str = "") -> None:
         self._rpc = rpc
         self._status = status
         self._memory = memory
+        self._secret = secret
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._rpc, name)
@@ -128,6 +136,8 @@ class PatientRPC:
         async def call(**kwargs: Any) -> Any:
             if name.startswith(COORDINATION):
                 kwargs[REQUEST] = secrets.token_hex(8)
+            if name in OWNED:
+                kwargs[SESSION] = self._secret
             return await self._patiently(found, kwargs)
 
         return call

@@ -114,13 +114,13 @@ def _transfer_error(reason: str) -> Exception:
     return TransferError(reason)
 
 
-def by_value(function: Any) -> bytes:
-    """Return a function of this module, pickled so that it opens where daskfed is not installed."""
+def by_value(thing: Any) -> bytes:
+    """Return a function, or an instance of a class, pickled so that it opens where daskfed is not installed."""
     import sys
 
-    module = sys.modules[__name__]
+    module = sys.modules[thing.__module__]
     cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps(function))
+        return bytes(cloudpickle.dumps(thing))
     finally:
         cloudpickle.unregister_pickle_by_value(module)

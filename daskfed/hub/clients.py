@@ -40,6 +40,7 @@ class ClientSession:
     def __init__(self, client: str, stream: BatchedSend) -> None:
         self.client = client
         self.owner = DEFAULT_OWNER  # the user whom it acts for
+        self.secret = ""  # by which its calls, which come on other connections, are known to be its own
         self.stream = stream
         self.federated = False  # it is daskfed's client, not a stock one
         self.ended = False  # it said that it ends
@@ -111,6 +112,7 @@ class ClientSessions:
             del self.sessions[session.client]
             self.hub.journal.forget_client(session.client)
             self.hub.coordination.client_gone(session.client)
+            self.hub.gateway.client_gone(session.client)
             self.hub.take(ev.ClientLeft(session.client))
             self.hub.ownerless.take_over(session.client)
 
@@ -164,7 +166,7 @@ class ClientSessions:
 
     # -- told by clients ---------------------------------------------------------------------------------------------
 
-    def hello(self, client: str, protocol: int, owner: str, patience_s: float = inf) -> None:
+    def hello(self, client: str, protocol: int, owner: str, patience_s: float = inf, secret: str = "") -> None:
         """A client says that it is daskfed's own, for which user it acts, and how long its work waits for a site."""
         session = self.sessions[client]
         if protocol != PROTOCOL_VERSION:
@@ -172,6 +174,7 @@ class ClientSessions:
             session.send({"op": "fed-refused", "reason": problem})
             return
         session.federated, session.owner, session.patience_s = True, owner or DEFAULT_OWNER, patience_s
+        session.secret = secret
         self.hub.journal.keep_client(client, session.owner)
         self.hub.take(ev.ClientJoined(client, session.owner))
         session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})

@@ -17,6 +17,8 @@ from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState
 from daskfed.hub.inspection import progress_of
+from daskfed.hub.observing import Observing
+from daskfed.hub.replay import Replay
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class Gateway:
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
+        self.observing = Observing(hub)
+        self.replay = Replay(hub)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
@@ -45,7 +49,14 @@ class Gateway:
             "fed_progress": self.fed_progress,
             "fed_cluster": relays_errors(self.fed_cluster),
             "site-address": self.site_address,
+            **self.observing.handlers(),
+            **self.replay.handlers(),
         }
+
+    def client_gone(self, client: str) -> None:
+        """End what goes on at sites for a client that is gone."""
+        if self.hub.status is Status.running:
+            self.hub._ongoing_background_tasks.call_soon(self.observing.client_gone, client)
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
@@ -57,7 +68,7 @@ class Gateway:
             "type": "Hub",
             "id": self.hub.id,
             "address": self.hub.address,
-            "services": {},
+            "services": self.hub.dashboard.services,
             "started": self.hub.started_at,
             "n_workers": sum(status.workers for status in statuses),
             "total_threads": sum(status.threads for status in statuses),
@@ -67,8 +78,14 @@ class Gateway:
                 "fixed": self.hub.fixed,
                 "sites": sorted(self.hub.core.sites),
                 "epoch": self.hub.core.ledger.epoch,
+                "dashboard": self.dashboard_link(),
             },
         }
+
+    def dashboard_link(self) -> str:
+        """Return the URL of the hub's page; of a hub that has none, of the dashboard of the first site with one."""
+        first = next((port.hello.dashboard for port in self.hub.ports.values() if port.hello.dashboard), "")
+        return self.hub.dashboard.link or first
 
     async def _workers(self) -> dict[str, Any]:
         replies = await self.hub.fanout.ask_all("identity", n_workers=-1)

@@ -30,6 +30,7 @@ from daskfed.hub import events as ev
 from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import attach
 from daskfed.hub.core import HubCore
+from daskfed.hub.dashboard import Dashboard
 from daskfed.hub.fanout import Fanout
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
@@ -65,16 +66,17 @@ class Hub(Hosting, OpaqueServer):
     """A federation's hub, on the current event loop.
 
     ``policy`` chooses sites; ``security`` is a ``distributed.Security`` or None; ``fixed`` declares that no site will
-    join after the first ones; ``state`` is a folder for what must outlive this process. Start it with
-    ``await hub.start_at(address)``, end it with ``await hub.close()``.
+    join after the first ones; ``state`` is a folder for what must outlive this process; ``dashboard`` says whether it
+    has a page of its own. Start it with ``await hub.start_at(address)``, end it with ``await hub.close()``.
     """
 
     default_port = 8700
     default_ip = "127.0.0.1"
 
     def __init__(
-        self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False, state: str | None = None
-    ) -> None:
+        self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False, state: str | None = None,
+        dashboard: bool = True,
+    ) -> None:  # fmt: skip
         self.status: Status
         self.handlers: dict[str, Any]
         self.security = security
@@ -90,6 +92,8 @@ class Hub(Hosting, OpaqueServer):
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
         self.sessions = ClientSessions(self)
         self.gateway = Gateway(self)
+        self.dashboard = Dashboard(self.gateway.sites_info, lambda: self.address)
+        self.has_page = dashboard
         self.fanout = Fanout(self)
         self.plugins = Plugins(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
@@ -127,6 +131,8 @@ class Hub(Hosting, OpaqueServer):
         self._restore()
         listen_args = self.security.get_listen_args("scheduler") if self.security else {}
         await self.listen(self._start_address, **listen_args)
+        if self.has_page:
+            self.dashboard.start()
         await super().start_unsafe()
         self.start_periodic_callbacks()
         return self
@@ -166,6 +172,7 @@ class Hub(Hosting, OpaqueServer):
             await self.finished()
             return
         self.status = Status.closing
+        self.dashboard.close()
         self.coordination.close()
         await self.sessions.close()
         for port in list(self.ports.values()):

@@ -34,6 +34,7 @@ from daskfed.site.clusters import ClusterAdapter, ClusterSpec
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers, forward_to_hub
 from daskfed.site.plugins import SitePlugins
 from daskfed.site.ports import HubPort, RemoteHub
+from daskfed.site.replay import make_again
 from daskfed.site.session import Session
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Agent:
             "cluster": self._cluster,
             "forward_to_hub": self._forward_to_hub,
             "announce_keys": self.announce_keys,
+            "make_again": self._make_again,
             "register_plugin": plugins.register,
             "unregister_plugin": plugins.unregister,
             "agree_on_plugins": plugins.agree,
@@ -257,6 +259,9 @@ class Agent:
             self.session.drain()
             return None
         return await self.cluster.call(method, kwargs)
+
+    async def _make_again(self, keys: Collection[Key]) -> dict[Key, Any]:
+        return await make_again(self.session, list(keys))
 
     async def _ping(self) -> str:
         return "pong"

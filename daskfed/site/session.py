@@ -36,6 +36,7 @@ from daskfed.messages import (
     RunBlock,
     SiteHoldings,
     SiteStatus,
+    agent_client,
 )
 from daskfed.site import events as ev
 from daskfed.site import inspection
@@ -77,7 +78,7 @@ class Session:
         connection_args: Mapping[str, Any] | None = None,
     ) -> None:
         self.incarnation = secrets.token_hex(8)
-        self.client = f"daskfed-agent-{self.incarnation}"
+        self.client = agent_client(self.incarnation)
         self.scheduler_address = scheduler_address
         self.door_address = door_address
         self.door_token = door_token

@@ -20,6 +20,7 @@ from typing import Any
 import dask
 import psutil
 import pytest
+from distributed import get_task_metadata, get_worker, wait, warn
 
 from daskfed import Client, at
 
@@ -104,6 +105,8 @@ def send(client: Client, canary: Canary, way: str) -> None:
         "annotation": lambda: _annotated(client, canary),
         "metadata": lambda: (client.set_metadata("canary", canary), client.get_metadata("canary")),
         "error reply": lambda: _expect_error_reply(client, canary),
+        "replay": lambda: _replayed(client, canary),
+        "looking": lambda: _looked_at(client, canary),
     }
     ways[way]()
 
@@ -139,7 +142,38 @@ def _expect_error_reply(client: Client, canary: Canary) -> None:
     client.submit(repr, client.scatter({"c": canary}, site="south")).result()
 
 
-WAYS = ["submit", "map", "graph", "scatter", "result", "exception", "annotation", "metadata", "error reply"]
+def _replayed(client: Client, canary: Canary) -> None:
+    """The recipe of a task comes to the client, with a canary in it and one as input from elsewhere."""
+
+    def fail(one: Canary, other: Canary) -> None:
+        raise ZeroDivisionError(f"{one.name} and {other.name}")
+
+    future = client.submit(fail, client.scatter(canary, site="north"), canary, site="south")
+    wait(future)
+    with pytest.raises(ZeroDivisionError):
+        client.recreate_error_locally(future)
+
+
+def _looked_at(client: Client, canary: Canary) -> None:
+    """All that shows what tasks did passes the hub: records, states, stories, dumps and reports."""
+    with get_task_metadata() as tasks:
+        future = client.submit(_make, canary.folder, canary.name, site="south")
+        failed = client.submit(_expect_error_at_site, canary, site="north")
+        wait([future, failed])
+    assert set(tasks.state) == {future.key, failed.key}
+    client.get_task_stream(), client.story(future.key, failed.key), client.profile()
+    client.dump_cluster_state(os.path.join(canary.folder, "dump"))
+    assert client.get_events("metadata") == ()
+
+
+def _expect_error_at_site(canary: Canary) -> None:
+    get_worker().log_event("seen", {"name": canary.name})
+    warn(f"a canary {canary.name}", RuntimeWarning)
+    raise CanaryError(canary)
+
+
+WAYS = ["submit", "map", "graph", "scatter", "result", "exception", "annotation", "metadata", "error reply", "replay"]
+WAYS += ["looking"]
 
 
 @pytest.mark.parametrize("way", WAYS)
