@@ -7,6 +7,7 @@ import getpass
 import inspect
 import itertools
 import logging
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -31,7 +32,7 @@ from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wante
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
-from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
+from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
@@ -61,6 +62,7 @@ class Client(distributed.Client):
     _gather_keys: Any
 
     def __init__(self, address: Any = None, **kwargs: Any) -> None:
+        warn_untested()
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
@@ -69,6 +71,7 @@ class Client(distributed.Client):
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
         self._set_methods: Any = None
         self._memory = Memory()
+        self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
@@ -109,7 +112,7 @@ class Client(distributed.Client):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory)
+            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory, self._secret)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
@@ -125,7 +128,7 @@ class Client(distributed.Client):
             raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
-        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s()}
+        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
             wanted = wanted_keys(self.futures, self._assemblies)

@@ -19,7 +19,7 @@ from distributed.comm.core import CommClosedError
 from daskfed.client.submission import Submission
 from daskfed.config import client_memory
 from daskfed.data.spill import Spilled
-from daskfed.messages import COORDINATION, REQUEST, BlockSpec, Key, encode
+from daskfed.messages import COORDINATION, REQUEST, SESSION, BlockSpec, Key, encode
 
 NOTICED_S = 2.0  # within which a client notices that its hub is gone, after a call to it has failed
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
@@ -112,11 +112,12 @@ class PatientRPC:
 
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
     ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
-    ``memory`` keeps what is scattered.
+    ``memory`` keeps what is scattered. ``secret`` goes with each call, and says whose it is.
     """
 
-    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory) -> None:
+    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory, secret: str = "") -> None:
         self._rpc = rpc
+        self._secret = {SESSION: secret} if secret else {}
         self._status = status
         self._memory = memory
 
@@ -134,6 +135,7 @@ class PatientRPC:
 
     async def _patiently(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         first_failed: float | None = None
+        kwargs = {**kwargs, **self._secret}
         for pause in pauses():
             try:
                 return await call(**kwargs)

@@ -171,8 +171,7 @@ class Gateway:
 
     async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, list[str]]:
         """Return key -> workers that hold it."""
-        known = self.hub.core.ledger.keys
-        asked = list(known) if keys is None else list(keys)
+        asked = self.hub.owners.readable() if keys is None else list(keys)
         found: dict[Key, list[str]] = {key: [] for key in asked}
         for site, reply in (await self._ask_all("who_has", keys=asked)).items():
             for key, workers in reply.items():
@@ -183,15 +182,16 @@ class Gateway:
         """Return worker -> keys that it holds."""
         replies = await self._ask_all("has_what")
         found = ((site, worker, keys) for site, reply in replies.items() for worker, keys in reply.items())
-        return {self._shown(site, worker): list(keys) for site, worker, keys in found}
+        readable = self.hub.owners.readable_only
+        return {self._shown(site, worker): readable(keys) for site, worker, keys in found}
 
     async def nbytes(self, keys: Collection[Key] | None = None, summary: bool = True) -> dict[Any, int]:
         """Return key -> bytes; or with ``summary`` key prefix -> bytes."""
         known = self.hub.core.ledger.keys
-        states = known.values() if keys is None else [known[key] for key in keys if key in known]
+        asked = self.hub.owners.readable() if keys is None else list(keys)
         if not summary:
-            return {state.key: state.nbytes for state in states}
-        replies = await self._ask_all("nbytes", keys=list(keys) if keys is not None else None, summary=True)
+            return {key: known[key].nbytes for key in asked if key in known}
+        replies = await self._ask_all("nbytes", keys=asked, summary=True)
         totals: dict[Any, int] = defaultdict(int)
         for reply in replies.values():
             for prefix, nbytes in reply.items():

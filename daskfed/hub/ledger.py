@@ -228,6 +228,7 @@ class Ledger:
     def _make_producer(self, block: BlockState, state: KeyState) -> None:
         """Of the blocks that can make a key, the first that arrived is its producer: so no circle ever closes."""
         state.producer = block.spec.id
+        state.owner = block.spec.owner  # others may have expected it
         block.live += 1
         block.pending += state.phase is KeyPhase.PENDING
 

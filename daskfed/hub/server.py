@@ -33,6 +33,7 @@ from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.journal import Journal
 from daskfed.hub.ownerless import Ownerless
+from daskfed.hub.owners import Owners
 from daskfed.hub.placement import Policy
 from daskfed.hub.ports import RemoteSite, SitePort
 from daskfed.hub.states import KeyPhase
@@ -85,6 +86,7 @@ class Hub(Hosting, OpaqueServer):
         self.stores = Stores(self.payloads)
         self.ports: dict[str, SitePort] = {}
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
+        self.owners = Owners(self)
         self.sessions = ClientSessions(self)
         self.gateway = Gateway(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
@@ -96,6 +98,7 @@ class Hub(Hosting, OpaqueServer):
         self.stream_handlers.update(self.sessions.stream_handlers())
         self.coordination = attach(self, self.journal, self.recovered)
         self.ownerless = Ownerless(self)
+        self.owners.guard(self.handlers)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
 
     def _own_handlers(self) -> dict[str, Any]:
@@ -129,6 +132,7 @@ class Hub(Hosting, OpaqueServer):
         """Take up what an earlier hub journalled, before anybody is served."""
         self.coordination.restore()
         self.ownerless.restore()
+        self.sessions.restore()
         if not self.core.recovery.settled:
             self._ongoing_background_tasks.call_soon(self._forget_absent_sites)
             self.loop.call_later(client_grace_s(), self._forget_absent_clients)
@@ -146,8 +150,7 @@ class Hub(Hosting, OpaqueServer):
 
     def _forget_absent_clients(self) -> None:
         for client in self.journal.awaited().clients.keys() - self.sessions.sessions.keys():
-            self.journal.forget_client(client)
-            self.coordination.client_gone(client)
+            self.sessions.forget(client)
 
     async def terminate(self) -> None:
         """End the hub at a client's request, after the reply was written."""
@@ -355,6 +358,7 @@ class Hub(Hosting, OpaqueServer):
     async def announce_keys(self, site: str, keys: Collection[tuple[Key, int]], token: str) -> None:
         """A site holds keys that its tasks made; they are kept until the op that follows has been done."""
         self._check_token(token)
+        self.take(ev.ClientJoined(_announcer(site), self.owners.at(site)))
         self.take(ev.KeysScattered(_announcer(site), site, tuple((key, nbytes) for key, nbytes in keys)))
 
     async def bring_keys(self, site: str, keys: Collection[Key], token: str) -> None:
@@ -371,7 +375,7 @@ class Hub(Hosting, OpaqueServer):
         """Do what a task at a site asked of its scheduler, once per ``request``; PermissionError for a stranger."""
         self._check_token(token)
         try:
-            return await self.coordination.serve_site(site, hub_op, dict(kwargs), request)
+            return await self.coordination.serve_site(site, hub_op, self.owners.of_task(site, hub_op, kwargs), request)
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
 
