@@ -47,6 +47,7 @@ class ClientSession:
         self.secret = ""  # shows whose its calls are, and that it comes back; stock clients have none
         self.stream = stream
         self.federated = False  # it is daskfed's client, not a stock one
+        self.borrowed: dict[Key, None] = {}  # keys that it wants though it did not submit what makes them
         self.ended = False  # it said that it ends
         self.patience_s = inf  # how long its work waits for a site where there is none that may run it
 
@@ -104,6 +105,7 @@ class ClientSessions:
             self._ended(session)
             with suppress(OSError, asyncio.TimeoutError):
                 await stream.close(timeout=1)
+            comm.abort()  # else it would be served as a caller's
         return Status.dont_reply
 
     def _ended(self, session: ClientSession) -> None:
@@ -303,7 +305,7 @@ class ClientSessions:
             client=client,
             owner=session.owner,
             kind=BlockKind.WHOLE,
-            inputs=(),
+            inputs=self._borrowed(session, home, keys),
             outputs=tuple(keys),
             ntasks=max(1, len(keys)),
             prefixes=(),
@@ -315,6 +317,27 @@ class ClientSessions:
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
 
+    def home_of_stock(self, client: str) -> list[str]:
+        """Return the home site of a stock client, whose data is to be where its graphs run; nothing for other ones."""
+        session = self.sessions.get(client)
+        home = self.hub.core.homes.home_of(client) if session is not None and not session.federated else None
+        return [home] if home is not None else []
+
+    def _borrowed(self, session: ClientSession, home: str | None, outputs: Collection[Key]) -> tuple[Key, ...]:
+        """Return what a whole graph may need of elsewhere: keys that its client got from others, not made at its home.
+
+        Only the client knows what is in its graph, so all of them come along.
+        """
+        ledger = self.hub.core.ledger
+        states = (ledger.keys.get(key) for key in session.borrowed if key not in outputs)
+        made = ((state, ledger.blocks.get(state.producer or "")) for state in states if state is not None)
+        at_home = (BlockKind.WHOLE, (home,))
+        return tuple(
+            state.key
+            for state, block in made
+            if block is None or (block.spec.kind, block.spec.constraint.sites) != at_home
+        )
+
     def no_copies(self, client: str, keys: Collection[Key]) -> None:
         """A client was asked for copies that it does not have."""
         self.hub.take(ev.CopiesGone(client, tuple(keys)))
@@ -324,10 +347,13 @@ class ClientSessions:
         if client == FIRE_AND_FORGET:
             self.hub.coordination.hold(keys, client)
             return
+        self.sessions[client].borrowed |= dict.fromkeys(keys)
         self.hub.take(ev.KeysDesired(client, tuple(keys)))
 
     def release(self, client: str, keys: Collection[Key]) -> None:
         """A client no longer wants keys."""
+        for key in keys:
+            self.sessions[client].borrowed.pop(key, None)
         self.hub.take(ev.KeysReleased(client, tuple(keys)))
 
     def cancel(

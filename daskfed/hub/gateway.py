@@ -247,7 +247,8 @@ class Gateway:
         """
         deadline = time.monotonic() + (timeout or 0)
         while True:
-            site = await self._scatter_site(selectors_of(workers), deadline)
+            where = selectors_of(workers) or self.hub.sessions.home_of_stock(client)
+            site = await self._scatter_site(where, deadline)
             with suppress(OSError):  # it is gone: the next one takes the data
                 reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=broadcast)
                 break

@@ -245,5 +245,3 @@ def _claims(placed: Iterable[Key], blocks: Iterable[HeldBlock]) -> dict[Key, tup
 def is_promise(state: KeyState) -> bool:
     """Whether a key is expected though no block makes it."""
     return state.phase is KeyPhase.PENDING and state.producer is None
-
-
