@@ -38,7 +38,9 @@ def main() -> int:
         for client in clients.values():
             client.wait_for_workers(2, timeout=60)
         held = [hold(client) for client in clients.values()]
-        wait_for(lambda: all(len(client.who_has()) >= KEYS for client in clients.values()), f"{len(held)} x {KEYS} keys")
+        wait_for(
+            lambda: all(len(client.who_has()) >= KEYS for client in clients.values()), f"{len(held)} x {KEYS} keys"
+        )
         return not all([compare(name, lookup, clients) for name, lookup in LOOKUPS.items()])
 
 

@@ -147,9 +147,9 @@ class Owners:
     # -- keys --------------------------------------------------------------------------------------------------------
 
     def foreign(self, keys: Iterable[Key], owner: str) -> list[Key]:
-        """Return those of ``keys`` that exist, or are being made, and are another's."""
+        """Return those of ``keys`` that exist, or are being made, and are another's; TypeError for what is no key."""
         known = self.hub.core.ledger.keys
-        states = (known.get(key) for key in keys)
+        states = (known.get(key) for key in keys if is_key(key))
         return [s.key for s in states if s is not None and s.owner not in (owner, "") and not is_promise(s)]
 
     def check(self, keys: Iterable[Key], owner: str) -> None:
@@ -202,6 +202,13 @@ class Owners:
         elif isinstance(name, tuple) and len(name) == 2 and str(name[0]).endswith(MARK):
             whose, plain = name[0].removesuffix(MARK), name[1]
         return plain if whose == owner else None
+
+
+def is_key(key: Any) -> bool:
+    """Whether something that came over the wire is a key, as Dask means it; raises TypeError where it is none."""
+    if isinstance(key, str | bytes | int | float) or (isinstance(key, tuple) and all(map(is_key, key))):
+        return True
+    raise TypeError(f"a {type(key).__name__} cannot be a key: use a string, a number, bytes, or a tuple of such")
 
 
 def proof_of(secret: str) -> str:
