@@ -24,6 +24,7 @@ import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -207,6 +208,8 @@ class Owners:
 def is_key(key: Any) -> bool:
     """Whether something that came over the wire is a key, as Dask means it; raises TypeError where it is none."""
     if isinstance(key, str | bytes | int | float) or (isinstance(key, tuple) and all(map(is_key, key))):
+        return True
+    if isinstance(key, Real):  # numpy's, within one process
         return True
     raise TypeError(f"a {type(key).__name__} cannot be a key: use a string, a number, bytes, or a tuple of such")
 
