@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from daskfed.config import DEFAULT_CLUSTER, SiteOptions, calm, check_listen, parse_labels, site_options
-from daskfed.ending import end_tasks
 from daskfed.dask_private import warn_untested
+from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
 
 CONNECT_TIMEOUT_S = 10.0
