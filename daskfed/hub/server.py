@@ -318,7 +318,7 @@ class Hub(Hosting, OpaqueServer):
                     self.stores.keep_error([key], payload[key])
         elif isinstance(message, KeysMade) and payload:
             types = payload.get("types") or {}
-            self.stores.types.update({key: kind for key, kind in types.items() if key in known})
+            self.stores.keep_types({known[key].key: kind for key, kind in types.items() if key in known})
         before = self.core.sites[site].status if site in self.core.sites else None
         self.take(ev.FromSite(site, message))
         if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
