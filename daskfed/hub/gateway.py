@@ -15,8 +15,10 @@ from distributed.core import Status, error_message
 from daskfed.comm.opaque import relays_errors
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
+from daskfed.hub import lookups
 from daskfed.hub.dispatch import SiteState, matches
 from daskfed.hub.inspection import progress_of
+from daskfed.hub.lookups import Roster
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Gateway:
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
+        self.roster = Roster(self)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
@@ -59,7 +62,7 @@ class Gateway:
 
     async def identity(self, n_workers: int = -1) -> dict[str, Any]:
         """Return what a scheduler's ``identity`` returns, for all sites together."""
-        workers = await self._workers() if n_workers else {}
+        workers = await self.roster.workers() if n_workers else {}
         statuses = [site.status for site in self.hub.core.sites.values() if site.status is not None]
         return {
             "type": "Hub",
@@ -78,27 +81,26 @@ class Gateway:
             },
         }
 
-    async def _workers(self) -> dict[str, Any]:
-        replies = await self._ask_all("identity", n_workers=-1)
-        return {
-            self._shown(site, address): {**info, "site": site}
-            for site, reply in replies.items()
-            for address, info in reply["workers"].items()
-        }
-
-    def _shown(self, site: str, worker: str) -> str:
+    def shown(self, site: str, worker: str) -> str:
         """Return a worker's address as clients see it: plain where there is and will be one site, as in stock Dask."""
         return worker if self.hub.fixed and len(self.hub.ports) == 1 else address_at(site, worker)
 
-    async def _ask_all(self, op: str, **kwargs: Any) -> dict[str, Any]:
+    async def ask_all(self, op: str, **kwargs: Any) -> dict[str, Any]:
         """Call an op of every site's scheduler; a site that is gone meanwhile is left out."""
-        ports = dict(self.hub.ports)
-        calls = [port.call("scheduler_rpc", scheduler_op=op, kwargs=kwargs) for port in ports.values()]
+        return await self._ask(op, dict.fromkeys(self.hub.ports, kwargs))
+
+    async def ask_each(self, op: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Call an op of some sites' schedulers, each with its own value of one argument."""
+        return await self._ask(op, {site: {name: value} for site, value in values.items()})
+
+    async def _ask(self, op: str, kwargs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        asked = {site: self.hub.ports[site] for site in kwargs if site in self.hub.ports}
+        calls = [port.call("scheduler_rpc", scheduler_op=op, kwargs=kwargs[site]) for site, port in asked.items()]
         replies = await asyncio.gather(*calls, return_exceptions=True)
         for reply in replies:
             if isinstance(reply, BaseException) and not isinstance(reply, OSError):
                 raise reply
-        return {name: reply for name, reply in zip(ports, replies, strict=True) if not isinstance(reply, BaseException)}
+        return {name: reply for name, reply in zip(asked, replies, strict=True) if not isinstance(reply, BaseException)}
 
     def sites_info(self) -> dict[str, dict[str, Any]]:
         """Return name -> what ``client.sites()`` shows."""
@@ -148,8 +150,8 @@ class Gateway:
 
     async def worker_logs(self, n: int | None = None, workers: Any = None, nanny: bool = False) -> dict[str, Any]:
         """Return the logs of all workers."""
-        replies = await self._ask_all("worker_logs", n=n, nanny=nanny)
-        return {self._shown(site, worker): log for site, reply in replies.items() for worker, log in reply.items()}
+        replies = await self.ask_all("worker_logs", n=n, nanny=nanny)
+        return {self.shown(site, worker): log for site, reply in replies.items() for worker, log in reply.items()}
 
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""
@@ -165,25 +167,17 @@ class Gateway:
 
     async def ncores(self, workers: Any = None) -> dict[str, int]:
         """Return worker -> threads."""
-        return {address: info["nthreads"] for address, info in (await self._workers()).items()}
+        return {address: info["nthreads"] for address, info in (await self.roster.workers()).items()}
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
     async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, list[str]]:
         """Return key -> workers that hold it."""
-        asked = self.hub.owners.readable() if keys is None else list(keys)
-        found: dict[Key, list[str]] = {key: [] for key in asked}
-        for site, reply in (await self._ask_all("who_has", keys=asked)).items():
-            for key, workers in reply.items():
-                found[key].extend(self._shown(site, worker) for worker in workers)
-        return found
+        return await lookups.who_has(self, keys)
 
     async def has_what(self, workers: Any = None) -> dict[str, list[Key]]:
         """Return worker -> keys that it holds."""
-        replies = await self._ask_all("has_what")
-        found = ((site, worker, keys) for site, reply in replies.items() for worker, keys in reply.items())
-        readable = self.hub.owners.readable_only
-        return {self._shown(site, worker): readable(keys) for site, worker, keys in found}
+        return await lookups.has_what(self)
 
     async def nbytes(self, keys: Collection[Key] | None = None, summary: bool = True) -> dict[Any, int]:
         """Return key -> bytes; or with ``summary`` key prefix -> bytes."""
@@ -191,7 +185,7 @@ class Gateway:
         asked = self.hub.owners.readable() if keys is None else list(keys)
         if not summary:
             return {key: known[key].nbytes for key in asked if key in known}
-        replies = await self._ask_all("nbytes", keys=asked, summary=True)
+        replies = await self.ask_all("nbytes", keys=asked, summary=True)
         totals: dict[Any, int] = defaultdict(int)
         for reply in replies.values():
             for prefix, nbytes in reply.items():

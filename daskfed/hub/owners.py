@@ -163,10 +163,10 @@ class Owners:
         owner = self._present()
         return [key for key, state in self.hub.core.ledger.keys.items() if state.owner in (owner, "")]
 
-    def readable_only(self, keys: Collection[Key]) -> list[Key]:
-        """Return those of ``keys`` that are not another's than the present caller's."""
-        theirs = set(self.foreign(keys, self._present()))
-        return [key for key in keys if key not in theirs] if theirs else list(keys)
+    def hidden(self) -> set[Key]:
+        """Return the keys that are another's than the present caller's."""
+        owner = self._present()
+        return {key for key, state in self.hub.core.ledger.keys.items() if state.owner not in (owner, "")}
 
     def _present(self) -> str:
         caller = current.get()

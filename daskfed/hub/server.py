@@ -331,6 +331,7 @@ class Hub(Hosting, OpaqueServer):
 
     def sites_changed(self) -> None:
         """Tell daskfed's clients what sites there are, and whoever watches workers."""
+        self.gateway.roster.forget()
         self.sessions.announce_sites()
         for comm in list(self.watchers):
             self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
