@@ -105,7 +105,7 @@ async def has_what(gateway: Gateway) -> dict[str, list[Key]]:
     replies = await gateway.ask_all("has_what")
     theirs = gateway.hub.owners.hidden()
     return {
-        gateway.shown(site, worker): [key for key in keys if key not in theirs] if theirs else list(keys)
+        gateway.shown(site, worker): [key for key in keys if key not in theirs] if theirs else keys
         for site, reply in replies.items()
         for worker, keys in reply.items()
     }

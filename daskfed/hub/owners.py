@@ -68,6 +68,8 @@ class Owners:
         self.mine = own_user()
         self._users: WeakKeyDictionary[Comm, str] = WeakKeyDictionary()
         self._at: dict[str, str] = {}  # site -> whose blocks it had last
+        left = {str(entry["spec"]["owner"]) for _, entry in hub.journal.things("block")}
+        self.seen = left.union(hub.journal.awaited().clients.values())  # owners whose keys there may be
 
     # -- who it is ---------------------------------------------------------------------------------------------------
 
@@ -75,12 +77,15 @@ class Owners:
         """Return the user at the other end of a connection."""
         if comm not in self._users:
             self._users[comm] = user_at(comm)
+            self.seen.add(self._users[comm])
         return self._users[comm]
 
     def accepted(self, user: str, claimed: str) -> str:
         """Return for whom ``user``, who says that it is for ``claimed``, acts."""
         named = "".join(letter for letter in claimed if letter.isprintable()).removeprefix(FOREIGN)
-        return named if named and (user in (self.mine, "root") or user.startswith(FOREIGN)) else user
+        owner = named if named and (user in (self.mine, "root") or user.startswith(FOREIGN)) else user
+        self.seen.add(owner)
+        return owner
 
     async def caller(self, comm: Comm, secret: str | None, client: str | None) -> Caller:
         """Return for whom a call speaks; raises PermissionError where it names a client that is not its own."""
@@ -166,6 +171,8 @@ class Owners:
     def hidden(self) -> set[Key]:
         """Return the keys that are another's than the present caller's."""
         owner = self._present()
+        if self.seen <= {owner}:  # as mostly: nobody else was ever here
+            return set()
         return {key for key, state in self.hub.core.ledger.keys.items() if state.owner not in (owner, "")}
 
     def _present(self) -> str:
