@@ -129,13 +129,14 @@ class PatientRPC:
         async def call(**kwargs: Any) -> Any:
             if name.startswith(COORDINATION):
                 kwargs[REQUEST] = secrets.token_hex(8)
+            if name != "identity":  # which is asked before it is known that a hub answers
+                kwargs |= self._secret
             return await self._patiently(found, kwargs)
 
         return call
 
     async def _patiently(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
         first_failed: float | None = None
-        kwargs = {**kwargs, **self._secret}
         for pause in pauses():
             try:
                 return await call(**kwargs)
@@ -157,7 +158,7 @@ class PatientRPC:
         added = [key for key in data if key not in self._memory.keys]
         self._memory.keep_data(data)
         try:
-            request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}
+            request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas, **self._secret}
             return await self._patiently(self._rpc.scatter, request)
         except BaseException:
             self._memory.drop_data(added)
@@ -165,7 +166,7 @@ class PatientRPC:
 
     async def bring(self, copies: Mapping[Key, Any], client: str, timeout_s: float) -> None:
         """Put copies of data at a site, since the one that had it is gone."""
-        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True}
+        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True, **self._secret}
         await self._patiently(self._rpc.scatter, request)
 
     async def close_rpc(self) -> None:

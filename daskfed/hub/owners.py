@@ -41,7 +41,6 @@ MARK = "\x1f"  # between an owner and a name of theirs; no owner's name has it
 SHARED = (*COORDINATION, "variable-", "queue-")  # ops on what is shared by name begin so
 METADATA = ("get_metadata", "set_metadata")
 RESERVED = ("variable-", "queue-", "published-", "announced-", "fire-and-forget")  # they hold keys and are no clients
-BEFORE_HELLO = ("identity",)  # calls that a client makes before the hub knows it
 SITES = ("register-site", "park-channel", "relay-fetch", "forward", "announce-keys", "bring-keys", "site-address")
 UNCHECKED = frozenset((*SITES, "register-client"))
 HELLO_S = 2.0  # how long a call waits for the hello of its client, which comes on another connection
@@ -130,8 +129,7 @@ class Owners:
         with_comm = next(iter(parameters), None) == "comm"
 
         async def serve(comm: Comm, **kwargs: Any) -> Any:
-            secret = kwargs.pop(SESSION, None)
-            caller = await self.caller(comm, None if op in BEFORE_HELLO else secret, kwargs.get("client"))
+            caller = await self.caller(comm, kwargs.pop(SESSION, None), kwargs.get("client"))
             current.set(caller)
             if names_client and caller.client is not None:
                 kwargs["client"] = caller.client
