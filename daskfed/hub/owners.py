@@ -95,9 +95,9 @@ class Owners:
             await asyncio.sleep(POLL_S)
         user = self.user(comm)
         named = self.hub.sessions.sessions.get(client or "")
-        if named is not None and (named.secret or named.owner != user):
+        if client is not None and (named is None or named.secret or named.owner != user):
             raise PermissionError(f"this connection does not speak for client {client!r}")
-        return Caller(user, named.client if named is not None else None)
+        return Caller(user, client)
 
     def _session_of(self, secret: str) -> Any:
         sessions = self.hub.sessions.sessions.values()

@@ -106,7 +106,8 @@ def test_a_call_that_names_anothers_key_is_refused(address: str, alice: Client, 
         if op == "queue_put":
             await raw.rpc.queue_create(name="mine", client=raw.id, maxsize=0)
         with pytest.raises(PermissionError, match="the-secret.*another user"):
-            await getattr(raw.rpc, op)(**READING[op])
+            who = {"client": raw.id} if "client" in READING[op] else {}
+            await getattr(raw.rpc, op)(**READING[op] | who)
 
     hostile(address, attack)
     still_there(alice, secret)
@@ -184,8 +185,9 @@ def test_a_call_does_not_speak_for_another_client(address: str, alice: Client, s
     async def attack(raw: Raw) -> None:
         with pytest.raises(PermissionError, match="does not speak for client"):
             await raw.rpc.scatter(data={"theirs": 1}, workers=[], client=alice.id)
-        with pytest.raises(PermissionError, match="does not speak for client"):
-            await raw.rpc.variable_get(name="x", client=alice.id, timeout=1)
+        for client in (alice.id, "variable-x", "announced-north", "nobody"):
+            with pytest.raises(PermissionError, match="does not speak for client"):
+                await raw.rpc.variable_get(name="x", client=client, timeout=1)
 
     hostile(address, attack)
 
