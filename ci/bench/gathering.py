@@ -12,7 +12,7 @@ from _common import hub_and_sites, median, stock_cluster, timed, verdict
 import daskfed
 
 REPEATS = 5
-SMALL = 10_000
+SMALL = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
 CHUNKS, CHUNK_BYTES = 20, 50_000_000
 OPTIONS = {"n_workers": 2, "memory_limit": "4GiB"}
 
@@ -36,7 +36,7 @@ def made(client: Any, futures: list[Any]) -> list[Any]:
     return list(futures)
 
 
-CASES = {"10,000 small results": small, "1 GB": large}
+CASES = {f"{SMALL} small results": small, "1 GB": large}
 
 
 def main() -> int:
