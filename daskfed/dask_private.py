@@ -6,6 +6,11 @@ Nothing else in daskfed imports a name that Dask does not document.
 # ruff: noqa: I001  (grouped by what needs them)
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
 __all__ = [  # names that are exported under another name than their own
     "AnnotationsTombstone",
     "ExprSequence",
@@ -21,6 +26,8 @@ __all__ = [  # names that are exported under another name than their own
     "handle_warn",
     "inproc_manager",
     "pickle_loads",
+    "untested",
+    "warn_untested",
 ]
 
 # -- comm/opaque.py: reading messages without opening what users put into them ---------------------------------------
@@ -114,3 +121,26 @@ from distributed.client import _handle_warn as handle_warn
 
 # -- site/session.py: getting values from the workers of a site ------------------------------------------------------
 from distributed.utils_comm import gather_from_workers as gather_from_workers
+
+
+TESTED = ("2026.7.0", "2026.7.1", "2026.8.0")
+"""The releases of dask and distributed that the tests pass with: the newest and the two before it."""
+
+
+def untested(installed: Mapping[str, str], tested: Sequence[str] = TESTED) -> str | None:
+    """Return what to say where ``installed``, package -> version, is not among ``tested``; None where all is well."""
+    others = [f"{package} {found}" for package, found in installed.items() if found not in tested]
+    if not others:
+        return None
+    newest = "dask=={0} distributed=={0}".format(tested[-1])
+    return (
+        f"daskfed was not tested with {' and '.join(others)}, only with {', '.join(tested)}; it relies on names that "
+        f"Dask may change in any release: if something fails, try pip install {newest}"
+    )
+
+
+@functools.cache
+def warn_untested(tested: Sequence[str] = TESTED) -> None:
+    """Warn, once in a process, where another dask or distributed is installed than the tests pass with."""
+    if problem := untested({package: version(package) for package in ("dask", "distributed")}, tested):
+        warnings.warn(problem, stacklevel=3)

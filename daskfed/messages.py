@@ -20,11 +20,8 @@ COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "p
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
 """The name under which an op of coordination carries an id, so that it is done once though it is asked again."""
-
 SESSION = "fed_session"
 """The name under which a call of daskfed's client carries the secret that it told the hub in its hello."""
-OWNED = ("log_event", "events")
-"""Calls whose answer depends on the owner of the client that makes them: they carry it."""
 
 Key: TypeAlias = str | bytes | int | float | tuple[Any, ...]
 """What Dask calls a key: the name of one result."""

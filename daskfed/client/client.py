@@ -34,7 +34,7 @@ from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wante
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
-from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
+from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
@@ -64,6 +64,7 @@ class Client(Observing, ActingClient):
     _gather_keys: Any
 
     def __init__(self, address: Any = None, **kwargs: Any) -> None:
+        warn_untested()
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
@@ -72,8 +73,8 @@ class Client(Observing, ActingClient):
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
         self._set_methods: Any = None
         self._memory = Memory()
+        self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
-        self._secret = secrets.token_urlsafe(32)  # shows the hub whose calls come on other connections
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
 

@@ -20,7 +20,7 @@ from distributed.protocol.serialize import deserialize
 from daskfed.client.submission import Submission
 from daskfed.config import client_memory
 from daskfed.data.spill import Spilled
-from daskfed.messages import COORDINATION, OWNED, REQUEST, SESSION, BlockSpec, Key, encode
+from daskfed.messages import COORDINATION, REQUEST, SESSION, BlockSpec, Key, encode
 
 NOTICED_S = 2.0  # within which a client notices that its hub is gone, after a call to it has failed
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
@@ -119,14 +119,14 @@ class PatientRPC:
 
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
     ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
-    ``memory`` keeps what is scattered. ``secret`` shows whose calls they are.
+    ``memory`` keeps what is scattered. ``secret`` goes with each call, and says whose it is.
     """
 
     def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory, secret: str = "") -> None:
         self._rpc = rpc
+        self._secret = {SESSION: secret} if secret else {}
         self._status = status
         self._memory = memory
-        self._secret = secret
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._rpc, name)
@@ -136,8 +136,8 @@ class PatientRPC:
         async def call(**kwargs: Any) -> Any:
             if name.startswith(COORDINATION):
                 kwargs[REQUEST] = secrets.token_hex(8)
-            if name in OWNED:
-                kwargs[SESSION] = self._secret
+            if name != "identity":  # which is asked before it is known that a hub answers
+                kwargs |= self._secret
             return await self._patiently(found, kwargs)
 
         return call
@@ -165,7 +165,7 @@ class PatientRPC:
         added = [key for key in data if key not in self._memory.keys]
         self._memory.keep_data(data)
         try:
-            request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}
+            request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas, **self._secret}
             return await self._patiently(self._rpc.scatter, request)
         except BaseException:
             self._memory.drop_data(added)
@@ -173,7 +173,7 @@ class PatientRPC:
 
     async def bring(self, copies: Mapping[Key, Any], client: str, timeout_s: float) -> None:
         """Put copies of data at a site, since the one that had it is gone."""
-        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True}
+        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True, **self._secret}
         await self._patiently(self._rpc.scatter, request)
 
     async def close_rpc(self) -> None:

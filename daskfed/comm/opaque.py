@@ -45,9 +45,9 @@ from distributed.comm.core import CommClosedError
 from distributed.core import ConnectionPool, Server, Status
 from tornado.iostream import IOStream, StreamClosedError
 
+from daskfed.config import largest_message
 from daskfed.dask_private import (
     INPROC_EOF,
-    MAX_BUFFER_SIZE,
     TCP,
     TLS,
     Comm,
@@ -84,8 +84,6 @@ Frame: TypeAlias = bytes | bytearray | memoryview
 P = ParamSpec("P")
 Handler: TypeAlias = Callable[[Comm], Awaitable[None]]
 
-MAX_MESSAGE_BYTES = int(MAX_BUFFER_SIZE)
-"""Largest message that is read: as much as a stream may buffer, which is half of the memory limit."""
 MAX_FRAMES = 2**20
 """Most frames in one message; a payload takes two or more."""
 MAX_DEPTH = 256
@@ -252,7 +250,7 @@ _DEPTH_TO_SPARE = b"\x91" * (bisect.bisect_left(range(4096), True, key=_is_too_d
 class _OpaqueStream(TCP):
     """Reads with :func:`loads_opaque` whatever the peer sends."""
 
-    max_message_bytes = MAX_MESSAGE_BYTES
+    max_message_bytes = HANDSHAKE_BYTES  # until the handshake
     stream: Any
     _closed: bool
 
@@ -444,7 +442,7 @@ async def _guarded_handshake(comm: Any) -> AsyncIterator[None]:
     except Exception as exc:  # whatever was wrong with what the peer said
         comm.abort()
         raise CommClosedError(f"no handshake with {comm.peer_address}: {type(exc).__name__}: {exc}") from exc
-    comm.max_message_bytes = MAX_MESSAGE_BYTES
+    comm.max_message_bytes = largest_message()
 
 
 class OpaqueTCPListener(_GuardedListener, TCPListener):

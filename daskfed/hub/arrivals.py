@@ -39,9 +39,7 @@ class Arrivals:
         self._let_pass((key for spec in specs for key in spec.outputs), first)
         return self._added(client, ordered, range(first, first + len(specs)), wait)
 
-    def brought_back(
-        self, client: str, blocks: Sequence[tuple[BlockSpec, int]]
-    ) -> tuple[list[BlockState], list[Key]]:
+    def brought_back(self, client: str, blocks: Sequence[tuple[BlockSpec, int]]) -> tuple[list[BlockState], list[Key]]:
         """Register blocks that a client had submitted before, inputs first, with their numbers; 0: they had none.
 
         Return those that are new here, and keys that are known again. A client may have missed that some of its blocks
@@ -73,9 +71,7 @@ class Arrivals:
         self.ledger.command(BlocksArrived(client, block, self._last))
         return self._last
 
-    def _added(
-        self, client: str, specs: Iterable[BlockSpec], arrivals: Iterable[int], wait: bool
-    ) -> list[BlockState]:
+    def _added(self, client: str, specs: Iterable[BlockSpec], arrivals: Iterable[int], wait: bool) -> list[BlockState]:
         added = []
         for spec, arrival in zip(specs, arrivals, strict=True):
             if spec.id in self.ledger.blocks:

@@ -383,7 +383,7 @@ class HubCore:
                 if state is None or site.name not in state.importing:  # else the site forgets the failure by itself
                     self.ledger.release_at(site.name, key)
             else:
-                state.failed_at[site.name] = None
+                state.add("failed_at", site.name)
                 self.ledger.key_failed(state)
         self.ledger.finish_if_done(block)
 

@@ -94,7 +94,7 @@ class Fanout:
             "ncores": self._by_worker("ncores"),
             "ncores_running": self._by_worker("ncores_running"),
             "processing": self._by_worker("processing"),
-            "has_what": self._by_worker("has_what"),
+            "has_what": self.has_what,
             "worker_logs": self._by_worker("worker_logs"),
             "restart": self.restart,
             "restart_workers": self.restart_workers,
@@ -339,27 +339,47 @@ class Fanout:
     # -- keys --------------------------------------------------------------------------------------------------------
 
     async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, list[str]]:
-        """Return key -> workers that hold it."""
-        if self._single:
+        """Return key -> workers that hold it; of all keys of the caller, where none are named."""
+        if self._sees_all(keys):
             return dict(*(await self.ask_all("who_has", keys=keys)).values())
-        known = self.hub.core.ledger.keys
-        found: dict[Key, list[str]] = {key: [] for key in (known if keys is None else keys)}
+        asked = self.hub.owners.readable() if keys is None else list(keys)
+        found: dict[Key, list[str]] = {key: [] for key in asked}
+        if keys is None and len(asked) == len(self.hub.core.ledger.keys):
+            replies = await self.ask_all("who_has", keys=None)
+        else:
+            replies = await self.ask("who_has", {site: {"keys": there} for site, there in self._at(asked).items()})
+        for site, reply in replies.items():
+            shown = {worker: self.shown(site, worker) for workers in reply.values() for worker in workers}
+            for key, workers in reply.items():
+                if key in found:
+                    found[key] += [shown[worker] for worker in workers]
+        return found
+
+    async def has_what(self, workers: Any = None) -> dict[str, list[Key]]:
+        """Return worker -> keys that it holds and that the caller may see."""
+        held: dict[str, list[Key]] = await self._by_worker("has_what")(workers)
+        if theirs := self.hub.owners.hidden():
+            return {worker: [key for key in keys if key not in theirs] for worker, keys in held.items()}
+        return held
+
+    def _sees_all(self, keys: Collection[Key] | None) -> bool:
+        """Whether the one site's own answer is the hub's: it may also know keys that the hub does not."""
+        return self._single and (keys is not None or not self.hub.owners.hidden())
+
+    def _at(self, keys: Iterable[Key]) -> dict[str, list[Key]]:
+        """Return site -> which of ``keys`` it holds."""
         by_site: dict[str, list[Key]] = defaultdict(list)
-        for key, sites in self._holders(found).items():
+        for key, sites in self._holders(keys).items():
             for site in sites:
                 by_site[site].append(key)
-        replies = await self.ask("who_has", {site: {"keys": there} for site, there in by_site.items()})
-        for site, reply in replies.items():
-            for key, workers in reply.items():
-                found[key].extend(self.shown(site, worker) for worker in workers)
-        return found
+        return by_site
 
     async def nbytes(self, keys: Collection[Key] | None = None, summary: bool = True) -> dict[Any, int]:
         """Return key -> bytes of what is in memory; or with ``summary`` key prefix -> bytes."""
-        if self._single:
+        if self._sees_all(keys):
             return dict(*(await self.ask_all("nbytes", keys=keys, summary=summary)).values())
         known = self.hub.core.ledger.keys
-        states = known.values() if keys is None else [known[key] for key in keys if key in known]
+        states = [known[key] for key in (self.hub.owners.readable() if keys is None else keys) if key in known]
         totals: dict[Any, int] = defaultdict(int)
         for state in states:
             if state.phase is KeyPhase.HELD:

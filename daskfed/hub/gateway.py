@@ -17,6 +17,7 @@ from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState
 from daskfed.hub.inspection import progress_of
+from daskfed.hub.lookups import Roster
 from daskfed.hub.observing import Observing
 from daskfed.hub.replay import Replay
 from daskfed.messages import Key
@@ -35,6 +36,7 @@ class Gateway:
         self.hub = hub
         self.observing = Observing(hub)
         self.replay = Replay(hub)
+        self.roster = Roster(hub.fanout)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
@@ -62,7 +64,7 @@ class Gateway:
 
     async def identity(self, n_workers: int = -1) -> dict[str, Any]:
         """Return what a scheduler's ``identity`` returns, for all sites together."""
-        workers = await self._workers() if n_workers else {}
+        workers = await self.roster.workers() if n_workers else {}
         statuses = [site.status for site in self.hub.core.sites.values() if site.status is not None]
         return {
             "type": "Hub",
@@ -86,14 +88,6 @@ class Gateway:
         """Return the URL of the hub's page; of a hub that has none, of the dashboard of the first site with one."""
         first = next((port.hello.dashboard for port in self.hub.ports.values() if port.hello.dashboard), "")
         return self.hub.dashboard.link or first
-
-    async def _workers(self) -> dict[str, Any]:
-        replies = await self.hub.fanout.ask_all("identity", n_workers=-1)
-        return {
-            self.hub.fanout.shown(site, address): {**info, "site": site}
-            for site, reply in replies.items()
-            for address, info in reply["workers"].items()
-        }
 
     def sites_info(self) -> dict[str, dict[str, Any]]:
         """Return name -> what ``client.sites()`` shows."""
@@ -204,8 +198,9 @@ class Gateway:
         for :class:`~daskfed.hub.events.KeysScattered`.
         """
         deadline = time.monotonic() + (timeout or 0)
+        home = self.hub.sessions.home_of_stock(client)
         while True:
-            site, there = await self._scatter_site(workers or None, deadline)
+            site, there = await self._scatter_site(workers or home or None, deadline)
             with suppress(OSError):  # it is gone: the next one takes the data
                 how = {"broadcast": broadcast, "workers": there}
                 reply = await self.hub.ports[site.name].call("scatter_keys", data=dict(data), **how)

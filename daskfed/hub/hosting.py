@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
-from daskfed.hub.clients import DEFAULT_OWNER
 from daskfed.hub.ledger import KeyState
+from daskfed.hub.owners import current
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
-HELLO_S = 5.0  # how long a call waits for the hello of its client
-POLL_S = 0.005
 DASK_STATES = {
     KeyPhase.PENDING: "waiting",
     KeyPhase.HELD: "memory",
@@ -98,23 +94,14 @@ class Hosting:
                     session.send(message)
 
     def owner_of(self: Any, client: str) -> str:
-        """Return the owner for whom a connected client acts; of any other name, the default one."""
+        """Return the owner for whom a connected client acts; of any other name, the hub's own user."""
         session = self.sessions.sessions.get(client)
-        return DEFAULT_OWNER if session is None else str(session.owner)
+        return str(self.owners.mine if session is None else session.owner)
 
-    async def owner_calling(self: Any, secret: str | None) -> str:
-        """Return for whom a call is that shows ``secret``: the default owner where it shows none, as stock clients do.
-
-        Waits for the hello of its client, which comes another way; raises PermissionError where none comes.
-        """
-        if secret is None:
-            return DEFAULT_OWNER
-        for _ in range(int(HELLO_S / POLL_S)):
-            for session in self.sessions.sessions.values():
-                if session.secret and hmac.compare_digest(session.secret, str(secret)):
-                    return str(session.owner)
-            await asyncio.sleep(POLL_S)
-        raise PermissionError("no client that this hub knows has made this call: connect it anew")
+    def owner_calling(self: Any) -> str:
+        """Return for whom the call is that is being served; what the hub itself asks is for its own user."""
+        caller = current.get()
+        return str(self.owners.mine if caller is None else caller.owner)
 
     def owner_at(self: Any, site: str, key: Key | None) -> str | None:
         """Return the owner of a key; without one that is known, the owner of all clients, where they have but one."""

@@ -201,7 +201,7 @@ class Recovery:
         if state.phase is KeyPhase.HELD:
             self.ledger.release_at(site.name, state.key)
         else:
-            state.failed_at[site.name] = None
+            state.add("failed_at", site.name)
             self.ledger.key_failed(state)
 
     def _take_coming(self, site: SiteState, key: Key, number: int) -> None:
@@ -213,7 +213,7 @@ class Recovery:
             if state is not None:
                 state.importing.pop(site.name, None)
         elif site.name not in state.holders:
-            state.importing[site.name] = number
+            state.add("importing", site.name, number)
 
     def _adopt(self, site: SiteState, held: HeldBlock) -> None:
         block = self.ledger.blocks.get(held.block)
@@ -247,5 +247,3 @@ def _claims(placed: Iterable[Key], blocks: Iterable[HeldBlock]) -> dict[Key, tup
 def is_promise(state: KeyState) -> bool:
     """Whether a key is expected though no block makes it."""
     return state.phase is KeyPhase.PENDING and state.producer is None
-
-

@@ -36,6 +36,7 @@ from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.journal import Journal
 from daskfed.hub.ownerless import Ownerless
+from daskfed.hub.owners import Owners
 from daskfed.hub.placement import Policy
 from daskfed.hub.plugins import Plugins
 from daskfed.hub.ports import RemoteSite, SitePort
@@ -90,11 +91,12 @@ class Hub(Hosting, OpaqueServer):
         self.stores = Stores(self.payloads)
         self.ports: dict[str, SitePort] = {}
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
+        self.owners = Owners(self)
         self.sessions = ClientSessions(self)
+        self.fanout = Fanout(self)
         self.gateway = Gateway(self)
         self.dashboard = Dashboard(self.gateway.sites_info, lambda: self.address)
         self.has_page = dashboard
-        self.fanout = Fanout(self)
         self.plugins = Plugins(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
         self._telling = asyncio.Lock()
@@ -106,6 +108,7 @@ class Hub(Hosting, OpaqueServer):
         self.stream_handlers.update(self.sessions.stream_handlers())
         self.coordination = attach(self, self.journal, self.recovered)
         self.ownerless = Ownerless(self)
+        self.owners.guard(self.handlers)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
 
     def _own_handlers(self) -> dict[str, Any]:
@@ -142,6 +145,7 @@ class Hub(Hosting, OpaqueServer):
         self.coordination.restore()
         self.ownerless.restore()
         self.plugins.restore()
+        self.sessions.restore()
         if not self.core.recovery.settled:
             self._ongoing_background_tasks.call_soon(self._forget_absent_sites)
             self.loop.call_later(client_grace_s(), self._forget_absent_clients)
@@ -159,8 +163,7 @@ class Hub(Hosting, OpaqueServer):
 
     def _forget_absent_clients(self) -> None:
         for client in self.journal.awaited().clients.keys() - self.sessions.sessions.keys():
-            self.journal.forget_client(client)
-            self.coordination.client_gone(client)
+            self.sessions.forget(client)
 
     async def terminate(self) -> None:
         """End the hub at a client's request, after the reply was written."""
@@ -333,7 +336,7 @@ class Hub(Hosting, OpaqueServer):
                     self.stores.keep_error([key], payload[key])
         elif isinstance(message, KeysMade) and payload:
             types = payload.get("types") or {}
-            self.stores.types.update({key: kind for key, kind in types.items() if key in known})
+            self.stores.keep_types({known[key].key: kind for key, kind in types.items() if key in known})
         before = self.core.sites[site].status if site in self.core.sites else None
         self.take(ev.FromSite(site, message))
         if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
@@ -346,6 +349,7 @@ class Hub(Hosting, OpaqueServer):
 
     def sites_changed(self) -> None:
         """Tell daskfed's clients what sites there are, and whoever watches workers."""
+        self.gateway.roster.forget()
         self.sessions.announce_sites()
         for comm in list(self.watchers):
             self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
@@ -373,6 +377,7 @@ class Hub(Hosting, OpaqueServer):
     async def announce_keys(self, site: str, keys: Collection[tuple[Key, int]], token: str) -> None:
         """A site holds keys that its tasks made; they are kept until the op that follows has been done."""
         self._check_token(token)
+        self.take(ev.ClientJoined(_announcer(site), self.owners.at(site)))
         self.take(ev.KeysScattered(_announcer(site), site, tuple((key, nbytes) for key, nbytes in keys)))
 
     async def bring_keys(self, site: str, keys: Collection[Key], token: str) -> None:
@@ -389,7 +394,7 @@ class Hub(Hosting, OpaqueServer):
         """Do what a task at a site asked of its scheduler, once per ``request``; PermissionError for a stranger."""
         self._check_token(token)
         try:
-            return await self.coordination.serve_site(site, hub_op, dict(kwargs), request)
+            return await self.coordination.serve_site(site, hub_op, self.owners.of_task(site, hub_op, kwargs), request)
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
 

@@ -32,8 +32,8 @@ class TopicsHost(Protocol):
         """Return the owner for whom a connected client acts."""
         ...
 
-    async def owner_calling(self, secret: str | None) -> str:
-        """Return for whom a call is that shows ``secret``; raises PermissionError where no client has told it."""
+    def owner_calling(self) -> str:
+        """Return for whom the call is that is being served."""
         ...
 
     def owner_at(self, site: str, key: Key | None) -> str | None:
@@ -58,13 +58,13 @@ class Topics:
         view.handlers.update({"log_event": self.log_event, "events": self.get_events})
         view.stream_handlers.update({"subscribe-topic": self.subscribe, "unsubscribe-topic": self.unsubscribe})
 
-    async def log_event(self, topic: str | Collection[str], msg: Any, fed_session: str | None = None) -> None:
-        """Publish a client's ``msg`` under one topic or several; raises PermissionError for a stranger."""
-        self.brokers[await self.host.owner_calling(fed_session)].publish(topic, msg)
+    def log_event(self, topic: str | Collection[str], msg: Any) -> None:
+        """Publish a client's ``msg`` under one topic or several."""
+        self.brokers[self.host.owner_calling()].publish(topic, msg)
 
-    async def get_events(self, topic: str | None = None, fed_session: str | None = None) -> Any:
-        """Return the owner's latest events of ``topic``, or of all, as (time, message); PermissionError as above."""
-        return self.brokers[await self.host.owner_calling(fed_session)].get_events(topic)
+    def get_events(self, topic: str | None = None) -> Any:
+        """Return the owner's latest events of ``topic``, or of all, as (time, message)."""
+        return self.brokers[self.host.owner_calling()].get_events(topic)
 
     def subscribe(self, topic: str, client: str) -> None:
         """Send ``client`` each event of its owner's ``topic`` from now on."""

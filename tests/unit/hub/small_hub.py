@@ -102,7 +102,7 @@ class SmallHub(OpaqueServer):
         """Return whom a client acts for: there is one user."""
         return OWNER
 
-    async def owner_calling(self, secret: str | None) -> str:
+    def owner_calling(self) -> str:
         """Return for whom a call is."""
         return OWNER
 

@@ -276,12 +276,12 @@ class TestWishes:
         assert stage(ev.ClientLeft("c")) == []
         assert stage.core.clients == {}
 
-    def test_keys_belong_to_the_user_of_the_client_that_named_them_first(self, stage: Stage) -> None:
+    def test_keys_belong_to_the_user_whose_block_or_data_they_are_whoever_named_them_before(self, stage: Stage) -> None:
         stage(ev.ClientJoined("d", "ben"))
         stage.desire("x", client="d")
         stage.scatter("north", "y", client="d")
         stage.submit(block("b", "x z"), wanted="z")
-        assert [stage.key(name).owner for name in "xyz"] == ["ben", "ben", "ann"]
+        assert [stage.key(name).owner for name in "xyz"] == ["ann", "ben", "ann"]
 
 
 class TestFuturesOfTasks:

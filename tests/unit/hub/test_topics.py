@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,13 @@ class Host:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
+        self.caller = "nobody"
 
     def owner_of(self, client: str) -> str:
         return OWNERS[client]
 
-    async def owner_calling(self, secret: str | None) -> str:
-        return secret or "nobody"
+    def owner_calling(self) -> str:
+        return self.caller
 
     def owner_at(self, site: str, key: Any) -> str | None:
         return {"task-of-a": "a", "task-of-b": "b"}.get(key)
@@ -46,11 +46,14 @@ def topics() -> tuple[Topics, Host]:
 
 def test_a_clients_event_is_its_owners() -> None:
     made, host = topics()
-    asyncio.run(made.log_event("t", 1, fed_session="a"))
+    host.caller = "a"
+    made.log_event("t", 1)
     assert host.told == [("client-of-a", 1)]
-    assert [msg for _, msg in asyncio.run(made.get_events("t", fed_session="a"))] == [1]
-    assert asyncio.run(made.get_events("t", fed_session="b")) == ()
-    assert asyncio.run(made.get_events()) == {}
+    assert [msg for _, msg in made.get_events("t")] == [1]
+    host.caller = "b"
+    assert made.get_events("t") == ()
+    host.caller = "nobody"
+    assert made.get_events() == {}
 
 
 def test_a_tasks_event_is_its_owners_and_says_where_it_was() -> None:
