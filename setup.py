@@ -37,6 +37,7 @@ EXTRAS = {
     ],
     "test": [
         *COLLECTIONS,
+        "bokeh>=3.1",  # task streams and profiles as plots, performance reports
         "hypothesis>=6.100",
         "mypy>=1.13",
         "networkx>=3.2",  # max-flow: the lower bound of what a placement must move

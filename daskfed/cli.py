@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from daskfed.config import DEFAULT_CLUSTER, SiteOptions, calm, check_listen, parse_labels, site_options
+from daskfed.dask_private import warn_untested
 from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
 
@@ -37,6 +38,7 @@ def cli(verbose: bool) -> None:
 @click.option("--tls-key", type=click.Path(exists=True), help="key of this hub")
 def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
     """Run a hub until Ctrl-C."""
+    warn_untested()
     security = _security(tls)
     _checked_usage(lambda: check_listen(listen, security))
     _run(lambda stop: _run_hub(listen, state, policy, security, stop))
@@ -60,6 +62,7 @@ def site(spec: str | None, **given: Any) -> None:
     if spec == "-":
         _run(lambda stop: _run_child_site(json.loads(sys.stdin.readline()), stop))
         return
+    warn_untested()
     name, address, options = _site_arguments(**given)
     _run(lambda stop: _run_site(name, address, options, security, stop))
 
@@ -91,6 +94,8 @@ async def _run_hub(listen: str, state: str | None, policy: str, security: Any, s
 
     server = await Hub(policy=policy_named(policy), security=security, state=state).start_at(listen)
     click.echo(f"daskfed hub at {server.address}")
+    if server.dashboard.link:
+        click.echo(f"its page is {server.dashboard.link}")
     await _until(stop, server.finished())
     await server.close()
 

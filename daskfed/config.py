@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 import dask
-from dask.utils import parse_timedelta
+from dask.utils import parse_bytes, parse_timedelta
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from daskfed.dask_private import MAX_BUFFER_SIZE
 from daskfed.errors import ConfigurationError
 
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
@@ -120,6 +121,16 @@ def client_memory() -> str:
     ``daskfed.client.memory`` in Dask's configuration, by default "1 GiB" for each of both.
     """
     return str(dask.config.get("daskfed.client.memory", DEFAULT_CLIENT_MEMORY))
+
+
+def largest_message() -> int:
+    """Return the most bytes that one message to a hub or an agent may have; its sender is cut off beyond.
+
+    ``daskfed.comm.largest-message`` in Dask's configuration, by default half of the memory of the machine, which is
+    what Dask's own streams take. A result that is gathered through the hub is one message.
+    """
+    given = dask.config.get("daskfed.comm.largest-message", None)
+    return int(MAX_BUFFER_SIZE) if given is None else int(parse_bytes(given))
 
 
 def site_timeout_s() -> float:

@@ -6,6 +6,11 @@ Nothing else in daskfed imports a name that Dask does not document.
 # ruff: noqa: I001  (grouped by what needs them)
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
 __all__ = [  # names that are exported under another name than their own
     "AnnotationsTombstone",
     "ExprSequence",
@@ -17,8 +22,12 @@ __all__ = [  # names that are exported under another name than their own
     "current_annotations",
     "decompress_frames",
     "execute_subgraph",
+    "handle_print",
+    "handle_warn",
     "inproc_manager",
     "pickle_loads",
+    "untested",
+    "warn_untested",
 ]
 
 # -- comm/opaque.py: reading messages without opening what users put into them ---------------------------------------
@@ -98,11 +107,40 @@ from distributed.protocol.utils import unpack_frames as unpack_frames
 from distributed.publish import PublishExtension as PublishExtension
 from distributed.queues import QueueExtension as QueueExtension
 from distributed.semaphore import SemaphoreExtension as SemaphoreExtension  # also what a Lock is made of
+from distributed.recreate_tasks import ReplayTaskClient as ReplayTaskClient  # runs a task again in the client
 from distributed.shuffle._core import P2PBarrierTask as P2PBarrierTask  # between the transfers and unpacks of a shuffle
+from distributed.utils import format_dashboard_link as format_dashboard_link  # a URL as the configuration wants it
 from distributed.variable import VariableExtension as VariableExtension
 
 # -- client/client.py: what reaches the place where stock sends a graph ----------------------------------------------
 from distributed.client import _MapExpr as MapExpr  # what Client.map sends
 
+# -- client/observing.py: what Dask's own client does with what tasks print and with their warnings ------------------
+from distributed.client import _handle_print as handle_print
+from distributed.client import _handle_warn as handle_warn
+
 # -- site/session.py: getting values from the workers of a site ------------------------------------------------------
 from distributed.utils_comm import gather_from_workers as gather_from_workers
+
+
+TESTED = ("2026.7.0", "2026.7.1", "2026.8.0")
+"""The releases of dask and distributed that the tests pass with: the newest and the two before it."""
+
+
+def untested(installed: Mapping[str, str], tested: Sequence[str] = TESTED) -> str | None:
+    """Return what to say where ``installed``, package -> version, is not among ``tested``; None where all is well."""
+    others = [f"{package} {found}" for package, found in installed.items() if found not in tested]
+    if not others:
+        return None
+    newest = "dask=={0} distributed=={0}".format(tested[-1])
+    return (
+        f"daskfed was not tested with {' and '.join(others)}, only with {', '.join(tested)}; it relies on names that "
+        f"Dask may change in any release: if something fails, try pip install {newest}"
+    )
+
+
+@functools.cache
+def warn_untested(tested: Sequence[str] = TESTED) -> None:
+    """Warn, once in a process, where another dask or distributed is installed than the tests pass with."""
+    if problem := untested({package: version(package) for package in ("dask", "distributed")}, tested):
+        warnings.warn(problem, stacklevel=3)

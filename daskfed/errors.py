@@ -17,6 +17,10 @@ class UnknownSiteError(ConfigurationError):
     """A constraint names a site, a label or an environment that no site of the federation has."""
 
 
+class UnknownWorkerError(ConfigurationError):
+    """``workers=`` names a worker that no site has, or one that several sites have."""
+
+
 class ConnectionRefused(DaskfedError, ConnectionError):
     """The hub refused a client or a site: wrong version, a name in use, no credentials."""
 

@@ -20,9 +20,16 @@ COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "p
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
 """The name under which an op of coordination carries an id, so that it is done once though it is asked again."""
+SESSION = "fed_session"
+"""The name under which a call of daskfed's client carries the secret that it told the hub in its hello."""
 
 Key: TypeAlias = str | bytes | int | float | tuple[Any, ...]
 """What Dask calls a key: the name of one result."""
+
+
+def agent_client(incarnation: str) -> str:
+    """Return the id under which the agent of a site is a client of its scheduler."""
+    return f"daskfed-agent-{incarnation}"
 
 
 class Attempt(NamedTuple):

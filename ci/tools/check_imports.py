@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "hub/arrivals.py", "hub/cancelling.py", "hub/core.py", "hub/dispatch.py", "hub/estimates.py",
         "hub/events.py", "hub/inspection.py",
         "hub/ledger.py", "hub/placement.py", "hub/homes.py", "hub/poison.py", "hub/recovery.py", "hub/states.py",
-        "hub/retrying.py", "hub/suspicion.py",
+         "hub/merging.py", "hub/retrying.py", "hub/suspicion.py",
         "site/budget.py", "site/core.py", "site/events.py", "site/inspection.py", "site/records.py", "site/states.py",
         "client/areas.py", "client/contraction.py", "client/cutting.py", "client/staging.py", "client/packing.py",
     )),

@@ -7,6 +7,7 @@ import getpass
 import inspect
 import itertools
 import logging
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,17 +23,19 @@ from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
 from daskfed.client import hooks, opening, progress
+from daskfed.client.acting import ActingClient
 from daskfed.client.assembly import Assembly, split_final
 from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.observing import Observing
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
-from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key
+from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
@@ -47,7 +50,7 @@ FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
-class Client(Retrying):
+class Client(Retrying, Observing, ActingClient):
     """Connect to a federation of sites and submit computation to it.
 
     Takes what ``distributed.Client`` takes. ``Client()`` starts a hub and one local site in this process, with keywords
@@ -63,6 +66,7 @@ class Client(Retrying):
     _gather_keys: Any
 
     def __init__(self, address: Any = None, **kwargs: Any) -> None:
+        warn_untested()
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
@@ -73,6 +77,7 @@ class Client(Retrying):
         self._marks = 0  # set on the stream
         self._set_methods: Any = None
         self._memory = Memory()
+        self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
         set_sites_lookup(_sites_of_current_client)
         super().__init__(address, **kwargs)
@@ -113,7 +118,7 @@ class Client(Retrying):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory, self._mark)
+            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory, self._mark, self._secret)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
@@ -137,9 +142,10 @@ class Client(Retrying):
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
         if not self._fixed_single:
             self.direct_to_workers = False  # sites cannot be dialled
-        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s()}
+        me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
+            self._subscribe_again()
             wanted = wanted_keys(self.futures, self._assemblies)
             self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted))
         self._epoch = fed["epoch"]
@@ -281,6 +287,9 @@ class Client(Retrying):
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
         self._check_sites(annotations)
+        self._check_workers(annotations)
+        if self._fixed_single:
+            workers = self._workers_here(workers)
         if self._fixed_single or (any_actors(actors) and not one_by_one(expr)):
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
@@ -305,7 +314,7 @@ class Client(Retrying):
     def _submit_calls(
         self, calls: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
     ) -> dict[Key, Future]:
-        constraint = constraint_of(annotations)
+        constraint = self._bound(constraint_of(annotations))
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
         submission = plan_calls(calls, constraint, other, self._block_ids(), actors)
         held = self._hold(key for block in submission.blocks for key in block.inputs)
@@ -317,6 +326,7 @@ class Client(Retrying):
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
         graph = self._without_known(graph)
+        graph = self._bound_graph(graph)
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
@@ -362,15 +372,18 @@ class Client(Retrying):
     def _assemble_later(self, assembly: Assembly, future: Future, inputs: dict[Key, Future]) -> None:
         parts = [inputs[key] if key in inputs else Future(key, self) for key in assembly.inputs]
         self._assemblies[assembly.key] = (assembly, parts)
-        self.loop.add_callback(self._watch_assembly, assembly.key, parts)
+        self._watch(assembly.key, future._state, parts)
 
-    async def _watch_assembly(self, key: Key, parts: list[Future]) -> None:
-        state = self.futures.get(key)
-        if state is None:
+    def _watch(self, key: Key, state: Any, parts: list[Future]) -> None:
+        self.loop.add_callback(self._watch_assembly, key, state, [part._state for part in parts])
+
+    async def _watch_assembly(self, key: Key, state: Any, parts: list[Any]) -> None:
+        """Let an assembly be done when its parts are; it holds none of them, so that they can be released meanwhile."""
+        if self.futures.get(key) is not state:
             return
         self._watches[key] = asyncio.current_task()  # type: ignore[assignment]
-        await asyncio.gather(*(part._state.wait() for part in parts))
-        bad = next((part._state for part in parts if part.status != "finished"), None)
+        await asyncio.gather(*(part.wait() for part in parts))
+        bad = next((part for part in parts if part.status != "finished"), None)
         if bad is None:
             state.finish()
         elif bad.status == "error":
@@ -398,18 +411,28 @@ class Client(Retrying):
         return response
 
     def _release_key(self, key: Key) -> None:
-        self._disassemble(key)
+        parts = self._disassemble(key)
         super()._release_key(key)
+        for part in parts:
+            self._release_at_once(part)
 
-    def _disassemble(self, key: Key) -> None:
-        """Want the parts of a result no more that was to be assembled here."""
-        self._assemblies.pop(key, None)
+    def _release_at_once(self, future: Future) -> None:
+        """Release a future in this turn of the loop: who computes the same again finds nothing of the former time."""
+        if not future._cleared and future._generation == self.generation:
+            future._cleared = True
+            self._dec_ref(future.key)
+
+    def _disassemble(self, key: Key) -> list[Future]:
+        """Assemble a result here no more that was to be; return its parts, which are to be released."""
         if (watch := self._watches.pop(key, None)) is not None:
             watch.cancel()
+        _, parts = self._assemblies.pop(key, (None, []))
+        return parts
 
     async def _cancel(self, futures: Any, **how: Any) -> None:
         for future in futures_of(futures):
-            self._disassemble(future.key)
+            for part in self._disassemble(future.key):
+                self._release_at_once(part)
         await super()._cancel(futures, **how)
 
     async def _retry(self, futures: Any) -> None:
@@ -419,7 +442,7 @@ class Client(Retrying):
         for key, parts in here.items():
             if self.futures[key].status == "error":
                 self.futures[key].retry()
-                self.loop.add_callback(self._watch_assembly, key, parts)
+                self._watch(key, self.futures[key], parts)
 
     # -- checking ----------------------------------------------------------------------------------------------------
 
@@ -436,12 +459,6 @@ class Client(Retrying):
             problem = _unmet(constraint, self.sites())
         if problem and self._sites:
             raise UnknownSiteError(problem)
-
-    def _in_loop(self) -> bool:
-        try:
-            return asyncio.get_running_loop() is self.loop.asyncio_loop
-        except RuntimeError:
-            return False
 
     # -- data --------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from daskfed.messages import Constraint
 
 EMPTY = Constraint()
 WORKER_SCHEME = "fed://"  # of a worker's address across sites: fed://site/host:port
+SCHEMES = ("tcp", "tls", "inproc")  # that a worker may be reached by at its site
 
 SiteChoice: TypeAlias = Callable[[Mapping[str, Any]], Iterable[str] | str]
 Sites: TypeAlias = str | Iterable[str] | SiteChoice | None
@@ -197,7 +198,7 @@ def _names_at_site(worker: str) -> list[Any]:
     """Return what the scheduler of its site may know a worker as; names that no worker has do no harm there."""
     if worker.startswith(WORKER_SCHEME):
         address = worker.removeprefix(WORKER_SCHEME).partition("/")[2]
-        return [f"tcp://{address}", f"tls://{address}"]
+        return [f"{scheme}://{address}" for scheme in SCHEMES]
     return [int(worker), worker] if worker.isdecimal() else [worker]
 
 

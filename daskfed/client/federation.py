@@ -62,6 +62,7 @@ class Federation(Cluster):
         self.site_options = {site: site_options(site, given) for site, given in (sites or {}).items()}
         self.security = Security.temporary() if security is True else security or None
         self._hub_options: dict[str, Any] = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
+        self._hub_options["dashboard"] = not (fixed and in_process and len(self.site_options) == 1)
         self._listen = listen or ("tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0")
         check_listen(self._listen, self.security)
         self._in_process = in_process
@@ -151,9 +152,8 @@ class Federation(Cluster):
 
     @property
     def dashboard_link(self) -> str:
-        """URL of the dashboard of the first site that has one."""
-        sites = self.hub.core.sites.values() if self.hub is not None else ()
-        return next((site.hello.dashboard for site in sites if site.hello.dashboard), "")
+        """URL of the hub's page, which links the sites' dashboards; of the embedded default, its site's dashboard."""
+        return self.hub.gateway.dashboard_link() if self.hub is not None else ""
 
     def scale(self, n: int | Mapping[str, int], site: str | None = None) -> Any:
         """Scale to ``n`` workers: at one site, or in all, spread evenly; or to a number per site, given as a dict."""

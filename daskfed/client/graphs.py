@@ -18,6 +18,7 @@ from dask.utils import ensure_dict
 from daskfed.client import fusion
 from daskfed.client.constraints import CONSTRAINING, EMPTY, annotations_of, constraint_of
 from daskfed.client.notes import Note, Tasks, evaluated, flat_keys, noted_tasks, without_futures
+from daskfed.client.plain_keys import with_plain_keys
 from daskfed.client.stock import imported, without_annotations
 from daskfed.dask_private import (
     Alias,
@@ -125,7 +126,7 @@ class BlockExpr(LLGExpr):
 def _materialise(expr: Any, wanted: set[Key], given: Note) -> MaterialisedGraph:
     expr = _with_own_optimisers(expr)
     graph = convert_legacy_graph(ensure_dict(expr.__dask_graph__()))
-    tasks, notes = noted_tasks(cull(graph, wanted))
+    tasks, notes = noted_tasks(with_plain_keys(cull(graph, wanted)))
     notes = _with_layer_notes(notes, expr.__dask_annotations__(), tasks)
     tasks, notes = _without_aliases(tasks, notes, wanted)
     tasks = {key: _plain(node, tasks) for key, node in tasks.items()}

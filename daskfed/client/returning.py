@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from distributed.comm.core import CommClosedError
+from distributed.protocol.serialize import deserialize
 
 from daskfed.client.submission import Submission
 from daskfed.config import client_memory
 from daskfed.data.spill import Spilled
-from daskfed.messages import COORDINATION, REQUEST, BlockSpec, Key, encode
+from daskfed.messages import COORDINATION, REQUEST, SESSION, BlockSpec, Key, encode
 
 NOTICED_S = 2.0  # within which a client notices that its hub is gone, after a call to it has failed
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
@@ -55,6 +56,12 @@ class Memory:
         for spec, payload in zip(submission.blocks, submission.payloads, strict=True):
             self.blocks[spec.id] = Kept(spec)
             self.payloads[spec.id] = payload
+
+    def opened(self) -> Iterator[tuple[BlockSpec, Mapping[Key, Any]]]:
+        """Yield the blocks with their tasks, the newest first."""
+        for name in reversed(list(self.blocks)):
+            payload = self.payloads[name]["expr"]
+            yield self.blocks[name].spec, deserialize(payload.header, payload.frames).__dask_graph__()
 
     def forget(self, block: str) -> None:
         """The hub will never need a block again."""
@@ -126,12 +133,16 @@ class PatientRPC:
 
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
     ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
-    ``memory`` keeps what is scattered; ``mark`` sets a mark on the client's stream and returns its number.
+    ``memory`` keeps what is scattered; ``mark`` sets a mark on the client's stream and returns its number. ``secret``
+    goes with each call, and says whose it is.
     """
 
-    def __init__(self, rpc: Any, status: Callable[[], str], memory: Memory, mark: Callable[[], int]) -> None:
+    def __init__(
+        self, rpc: Any, status: Callable[[], str], memory: Memory, mark: Callable[[], int], secret: str = ""
+    ) -> None:
         self._rpc = rpc
         self._mark = mark
+        self._secret = {SESSION: secret} if secret else {}
         self._status = status
         self._memory = memory
 
@@ -143,6 +154,8 @@ class PatientRPC:
         async def call(**kwargs: Any) -> Any:
             if name.startswith(COORDINATION):
                 kwargs[REQUEST] = secrets.token_hex(8)
+            if name != "identity":  # which is asked before it is known that a hub answers
+                kwargs |= self._secret
             return await self._patiently(found, kwargs)
 
         return call
@@ -172,7 +185,7 @@ class PatientRPC:
             how["mark"] = self._mark()
         try:
             with self._memory.scattering(data):
-                request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas}
+                request = {**how, "data": data, "workers": places, "kept": True, "replicas": replicas, **self._secret}
                 return await self._patiently(self._rpc.scatter, request)
         except BaseException:
             self._memory.drop_data(added)
@@ -180,7 +193,7 @@ class PatientRPC:
 
     async def bring(self, copies: Mapping[Key, Any], client: str, timeout_s: float) -> None:
         """Put copies of data at a site, since the one that had it is gone."""
-        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True}
+        request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True, **self._secret}
         await self._patiently(self._rpc.scatter, request)
 
     async def close_rpc(self) -> None:

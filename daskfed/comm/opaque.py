@@ -45,9 +45,9 @@ from distributed.comm.core import CommClosedError
 from distributed.core import ConnectionPool, Server, Status
 from tornado.iostream import IOStream, StreamClosedError
 
+from daskfed.config import largest_message
 from daskfed.dask_private import (
     INPROC_EOF,
-    MAX_BUFFER_SIZE,
     TCP,
     TLS,
     Comm,
@@ -84,8 +84,6 @@ Frame: TypeAlias = bytes | bytearray | memoryview
 P = ParamSpec("P")
 Handler: TypeAlias = Callable[[Comm], Awaitable[None]]
 
-MAX_MESSAGE_BYTES = int(MAX_BUFFER_SIZE)
-"""Largest message that is read: as much as a stream may buffer, which is half of the memory limit."""
 MAX_FRAMES = 2**20
 """Most frames in one message; a payload takes two or more."""
 MAX_DEPTH = 256
@@ -94,6 +92,9 @@ HANDSHAKE_BYTES = 2**16
 """Largest message that is read before the peer has said who it is."""
 HANDSHAKE_TIMEOUT_S = 60.0
 """How long a peer that has connected may take to say who it is."""
+MOST_CALLS = 2**16
+"""Most calls that a pool for whatever tasks ask lets wait at once: a task that waits for a Lock holds one connection,
+and must not keep the one that would release it from being heard."""
 COPY_BYTES = 2**16
 """Frames up to this size are copied out of the buffer that they came in, so that a kept one does not hold it all."""
 
@@ -249,7 +250,7 @@ _DEPTH_TO_SPARE = b"\x91" * (bisect.bisect_left(range(4096), True, key=_is_too_d
 class _OpaqueStream(TCP):
     """Reads with :func:`loads_opaque` whatever the peer sends."""
 
-    max_message_bytes = MAX_MESSAGE_BYTES
+    max_message_bytes = HANDSHAKE_BYTES  # until the handshake
     stream: Any
     _closed: bool
 
@@ -441,7 +442,7 @@ async def _guarded_handshake(comm: Any) -> AsyncIterator[None]:
     except Exception as exc:  # whatever was wrong with what the peer said
         comm.abort()
         raise CommClosedError(f"no handshake with {comm.peer_address}: {type(exc).__name__}: {exc}") from exc
-    comm.max_message_bytes = MAX_MESSAGE_BYTES
+    comm.max_message_bytes = largest_message()
 
 
 class OpaqueTCPListener(_GuardedListener, TCPListener):

@@ -39,9 +39,7 @@ class Arrivals:
         self._let_pass((key for spec in specs for key in spec.outputs), first)
         return self._added(client, ordered, range(first, first + len(specs)), wait)
 
-    def brought_back(
-        self, client: str, blocks: Sequence[tuple[BlockSpec, int]]
-    ) -> tuple[list[BlockState], list[Key]]:
+    def brought_back(self, client: str, blocks: Sequence[tuple[BlockSpec, int]]) -> tuple[list[BlockState], list[Key]]:
         """Register blocks that a client had submitted before, inputs first, with their numbers; 0: they had none.
 
         Return those that are new here, and keys that are known again. A client may have missed that some of its blocks
@@ -54,6 +52,8 @@ class Arrivals:
             arrival = arrivals[spec.id]
             if (known := self.ledger.blocks.get(spec.id)) is not None:
                 revived += self.ledger.revive_outputs(known)
+                if known.order[-1] != arrival:  # it was asleep when it was told, and brings the number to the next hub
+                    self.ledger.command(BlocksArrived(client, spec.id, known.order[-1]))
                 continue
             if not arrival or self._needs_later(spec, arrival):
                 arrival = self._next(client, spec.id)
@@ -71,14 +71,12 @@ class Arrivals:
         self.ledger.command(BlocksArrived(client, block, self._last))
         return self._last
 
-    def _added(
-        self, client: str, specs: Iterable[BlockSpec], arrivals: Iterable[int], wait: bool
-    ) -> list[BlockState]:
+    def _added(self, client: str, specs: Iterable[BlockSpec], arrivals: Iterable[int], wait: bool) -> list[BlockState]:
         added = []
         for spec, arrival in zip(specs, arrivals, strict=True):
             if spec.id in self.ledger.blocks:
                 continue
-            if all(self._is_made(key, arrival) for key in spec.outputs):
+            if not self.ledger.patient and all(self._is_made(key, arrival) for key in spec.outputs):
                 self.ledger.command(ForgetBlock(spec.id, client))
                 continue
             order = (spec.kind is not BlockKind.WHOLE, -spec.constraint.priority, arrival)
@@ -116,23 +114,47 @@ class Arrivals:
     def straighten(self, blocks: Iterable[BlockState]) -> list[KeyState]:
         """Where one of ``blocks`` needs a later one, number all anew; return keys that nobody is to make any more.
 
-        There are such keys where a client holds a future of what was made from a lost key, and makes the lost key from
-        that: the circle is cut, at a key that exists if there is one.
+        A circle is opened at a key that a block outside can make as well: two clients may have cut the same graph
+        differently. Where there is none, since a client holds a future of what was made from a lost key, and makes the
+        lost key from that, the circle is cut, at a key that exists if there is one.
         """
         if self.ledger.patient:
             return []
         if not any(self._maker_after(key, block.order[-1]) for block in blocks for key in block.spec.inputs):
             return []
         cut = []
+        others = _Others(self.ledger)
         ordered, circle = _walk(self.ledger)
         while circle:
-            state = next((state for state in circle if state.phase is KeyPhase.HELD), circle[0])
-            self.ledger.orphan(state)
-            cut.append(state)
+            if not others.take_over(circle):
+                state = next((state for state in circle if state.phase is KeyPhase.HELD), circle[0])
+                self.ledger.orphan(state)
+                cut.append(state)
             ordered, circle = _walk(self.ledger)
         for block in ordered:
             self._renumber(block)
         return cut
+
+
+class _Others:
+    """Blocks that can make keys which another block makes; each is tried once."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._makers: dict[Key, dict[str, BlockState]] = {}
+        for name, block in ledger.blocks.items():
+            for key in block.spec.outputs:
+                self._makers.setdefault(key, {})[name] = block
+
+    def take_over(self, states: Iterable[KeyState]) -> bool:
+        """Have another block make one of these keys; returns False where there is none that was not tried."""
+        for state in states:
+            makers = self._makers[state.key]
+            makers.pop(str(state.producer), None)
+            if makers:
+                self.ledger.hand_over(state, next(iter(makers.values())))
+                return True
+        return False
 
 
 def _maker(ledger: Ledger, key: Key) -> BlockState | None:

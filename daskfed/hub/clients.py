@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import inspect
 import itertools
 import logging
@@ -18,6 +19,7 @@ from distributed.core import Status
 
 from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
+from daskfed.hub.owners import named_keys, not_yours, proof_of, reserved
 from daskfed.messages import PROTOCOL_VERSION, BlockKind, BlockSpec, Constraint, Key, decode_block
 
 if TYPE_CHECKING:
@@ -25,24 +27,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_OWNER = "local"
 FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client waits for it
 GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
 LAST_WORDS_S = 1.0  # for telling clients that the federation ends
 FLUSH_S = 0.002  # what is sent to a client within this time travels together
 HEARD_WITHIN_S = 2.0  # a client's stream that is further behind is not waited for
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
+ASKING = ("client-desires-keys", "report-key", "update-graph")  # with another's key: answered, and not done
+CHANGING = ("cancel-keys",)  # with another's key: an error
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
 
 
 class ClientSession:
     """One connected client."""
 
-    def __init__(self, client: str, stream: BatchedSend) -> None:
+    def __init__(self, client: str, stream: BatchedSend, user: str) -> None:
         self.client = client
-        self.owner = DEFAULT_OWNER  # the user whom it acts for
+        self.user = user  # at the other end of its stream
+        self.owner = user  # the user whom it acts for
+        self.secret = ""  # shows whose its calls are, and that it comes back; stock clients have none
         self.stream = stream
         self.federated = False  # it is daskfed's client, not a stock one
+        self.borrowed: dict[Key, None] = {}  # keys that it wants though it did not submit what makes them
         self.ended = False  # it said that it ends
         self.mark = 0  # the last that it set on its stream
         self.patience_s = inf  # how long its work waits for a site where there is none that may run it
@@ -59,6 +65,7 @@ class ClientSessions:
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self.sessions: dict[str, ClientSession] = {}
+        self.proofs: dict[str, str] = {}  # client that may come back -> digest of its secret
         self._graphs = itertools.count()
 
     def stream_handlers(self) -> dict[str, Callable[..., Any]]:
@@ -83,18 +90,25 @@ class ClientSessions:
     async def register(self, comm: Comm, client: str, versions: Any = None) -> Status:
         """Serve a client's stream until it ends."""
         comm.name = "Hub->Client"
+        if problem := self._refusal(client):
+            await comm.write([{"op": "stream-start", "error": problem}])
+            return Status.dont_reply
         stream = BatchedSend(interval=f"{FLUSH_S * 1000:g}ms", loop=self.hub.loop)
         stream.start(comm)
-        session = ClientSession(client, stream)
-        self.sessions[client] = session
-        self.hub.take(ev.ClientJoined(client, session.owner))
+        session = ClientSession(client, stream, self.hub.owners.user(comm))
         stream.send({"op": "stream-start"})
         try:
-            await self._serve(comm, session)
+            first = await self._first_words(comm, client) if client in self.proofs else ()
+            self.sessions[client] = session
+            self.hub.take(ev.ClientJoined(client, session.owner))
+            await self._serve(comm, session, first)
+        except (CommClosedError, PermissionError) as exc:
+            session.send({"op": "fed-refused", "reason": str(exc)})
         finally:
             self._ended(session)
             with suppress(OSError, asyncio.TimeoutError):
                 await stream.close(timeout=1)
+            comm.abort()  # else it would be served as a caller's
         return Status.dont_reply
 
     def _ended(self, session: ClientSession) -> None:
@@ -112,23 +126,50 @@ class ClientSessions:
     def _gone(self, session: ClientSession) -> None:
         if self.sessions.get(session.client) is session:
             del self.sessions[session.client]
-            self.hub.journal.forget_client(session.client)
-            self.hub.coordination.client_gone(session.client)
+            self.forget(session.client)
+            self.hub.gateway.client_gone(session.client)
             self.hub.take(ev.ClientLeft(session.client))
             self.hub.ownerless.take_over(session.client)
 
-    async def _serve(self, comm: Comm, session: ClientSession) -> None:
+    def forget(self, client: str) -> None:
+        """A client is gone for good: it is not waited for."""
+        self.proofs.pop(client, None)
+        self.hub.journal.forget("client-proof", client)
+        self.hub.journal.forget_client(client)
+        self.hub.coordination.client_gone(client)
+
+    def restore(self) -> None:
+        """Know again by what the clients that were there can show who they are."""
+        self.proofs.update(self.hub.journal.things("client-proof"))
+
+    def _refusal(self, client: str) -> str | None:
+        if client in self.sessions and client not in self.proofs:
+            return f"a client {client!r} is connected already"
+        return reserved(client)
+
+    async def _first_words(self, comm: Comm, client: str) -> Any:
+        """Return what a client says first that was here before; PermissionError where it does not show that it was."""
+        messages = await comm.read()
+        if not isinstance(messages, list | tuple):
+            messages = (messages,)
+        messages = sorted(messages, key=lambda message: message.get("op") != "fed-hello")
+        said = messages[0].get("secret") if messages and messages[0]["op"] == "fed-hello" else None
+        if not isinstance(said, str) or not hmac.compare_digest(proof_of(said), self.proofs.get(client, "")):
+            raise PermissionError(f"a client {client!r} was here before, and this is another one")
+        return messages
+
+    async def _serve(self, comm: Comm, session: ClientSession, messages: Any) -> None:
         while True:
-            try:
-                messages = await comm.read()
-            except CommClosedError:
-                return
             for message in messages if isinstance(messages, (list, tuple)) else (messages,):
                 if message.get("op") in ("close-stream", "close-client"):
                     session.ended = True
                     return
                 await self._dispatch(session, dict(message))
             await asyncio.sleep(0)
+            try:
+                messages = await comm.read()
+            except CommClosedError:
+                return
 
     async def _dispatch(self, session: ClientSession, message: dict[str, Any]) -> None:
         op = message.pop("op")
@@ -139,12 +180,35 @@ class ClientSessions:
         if op != "client-desires-keys" or message.get("client") != FIRE_AND_FORGET:
             message["client"] = session.client  # a client speaks for itself only
         try:
-            result = handler(**message)
+            if not self._may(session, op, message):
+                return
+            result = handler(**self.hub.owners.under_owner(op, session.owner, message))
             if inspect.isawaitable(result):
                 await result
         except Exception as exc:
             logger.exception("client %s sent a %r that failed", session.client, op)
             session.send({"op": "error", "exception": f"{type(exc).__name__}: {exc}"})
+
+    def _may(self, session: ClientSession, op: str, message: dict[str, Any]) -> bool:
+        """Say whether a client may do what it says, and take out of ``message`` the keys that it may not ask for.
+
+        Raises PermissionError where it would do something to another's keys.
+        """
+        if op not in ASKING and op not in CHANGING:
+            return True
+        keys = named_keys(op, message)
+        theirs = self.hub.owners.foreign(keys, session.owner)
+        if theirs and op in CHANGING:
+            raise PermissionError(not_yours(theirs))
+        if theirs:
+            self._refuse(session, keys if op == "update-graph" else theirs, theirs)
+            message["keys"] = [key for key in keys if key not in theirs]
+        return not theirs or op == "client-desires-keys"
+
+    def _refuse(self, session: ClientSession, keys: Collection[Key], theirs: Collection[Key]) -> None:
+        """Tell a client that it does not get ``keys``, since ``theirs`` are another's."""
+        logger.warning("client %s named keys of another owner, first %r", session.client, next(iter(theirs)))
+        session.send({"op": "cancelled-keys", "keys": list(keys), "reason": not_yours(theirs), "msg": None})
 
     async def close(self) -> None:
         """End every client's stream; tell them that the federation ends, unless the hub may be started again."""
@@ -167,14 +231,18 @@ class ClientSessions:
 
     # -- told by clients ---------------------------------------------------------------------------------------------
 
-    def hello(self, client: str, protocol: int, owner: str, patience_s: float = inf) -> None:
+    def hello(self, client: str, protocol: int, owner: str, patience_s: float = inf, secret: str = "") -> None:
         """A client says that it is daskfed's own, for which user it acts, and how long its work waits for a site."""
         session = self.sessions[client]
         if protocol != PROTOCOL_VERSION:
             problem = f"the hub speaks protocol {PROTOCOL_VERSION}, this client {protocol}: install the same daskfed"
             session.send({"op": "fed-refused", "reason": problem})
             return
-        session.federated, session.owner, session.patience_s = True, owner or DEFAULT_OWNER, patience_s
+        session.federated, session.secret, session.patience_s = True, secret, patience_s
+        session.owner = self.hub.owners.accepted(session.user, owner)
+        if secret:
+            self.proofs[client] = proof_of(secret)
+            self.hub.journal.keep("client-proof", client, self.proofs[client])
         self.hub.journal.keep_client(client, session.owner)
         self.hub.take(ev.ClientJoined(client, session.owner))
         session.send({"op": "fed-sites", "sites": self.hub.gateway.sites_info()})
@@ -188,12 +256,17 @@ class ClientSessions:
         wait: bool = False,
     ) -> None:
         """A client submits blocks that it cut."""
-        specs = self._specs(client, blocks)
-        self.hub.stores.keep_payloads(specs, payloads)
+        specs, refused = await self.hub.fanout.bound(self._specs(client, blocks))
         made = {key for spec in specs for key in spec.outputs}
         inputs = (key for spec in specs for key in spec.inputs if key not in made)
         async with self.hub.nested.known(inputs, self.sessions[client].owner):
-            self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait))
+            if theirs := self._foreign(client, specs, wanted):
+                self._refuse(self.sessions[client], wanted, theirs)
+                for spec in specs:
+                    self.tell_own(client, {"op": "fed-forget", "block": spec.id})
+                return
+            self.hub.stores.keep_payloads(specs, payloads)
+            self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait, refused))
 
     def back(
         self,
@@ -206,8 +279,12 @@ class ClientSessions:
     ) -> None:
         """A client whose connection broke, or whose hub started anew, tells what it wants and how it is made."""
         specs = self._specs(client, blocks)
-        self.hub.stores.keep_payloads(specs, payloads)
         known = tuple(zip(specs, arrivals, strict=True))
+        if theirs := set(self._foreign(client, specs, wanted, kept)):
+            self._refuse(self.sessions[client], theirs, theirs)
+            known = tuple(each for each in known if theirs.isdisjoint((*each[0].inputs, *each[0].outputs)))
+            wanted, kept = ([key for key in keys if key not in theirs] for keys in (wanted, kept))
+        self.hub.stores.keep_payloads(specs, payloads)
         self.hub.take(ev.ClientBack(client, self.sessions[client].owner, known, tuple(wanted), tuple(kept)))
         self.hub.coordination.client_back(client)
         logger.info("client %s is back with %d blocks", client, len(specs))
@@ -216,7 +293,15 @@ class ClientSessions:
         """Return the blocks of a client, which speaks for itself only."""
         session = self.sessions[client]
         own = {"client": client, "owner": session.owner, "patience_s": session.patience_s}
-        return tuple(decode_block({**block, **own}) for block in blocks)
+        specs = tuple(decode_block({**block, **own}) for block in blocks)
+        if strange := [spec.id for spec in specs if not spec.id.startswith(f"{client}/")]:
+            raise ValueError(f"block {strange[0]!r} is not named after its client {client!r}")
+        return specs
+
+    def _foreign(self, client: str, specs: Collection[BlockSpec], *keys: Collection[Key]) -> list[Key]:
+        """Return which of ``keys``, and of those that blocks need and make, are another owner's than the client's."""
+        named = itertools.chain(*keys, *((*spec.inputs, *spec.outputs) for spec in specs))
+        return self.hub.owners.foreign(named, self.sessions[client].owner)
 
     def update_graph(self, client: str, keys: Collection[Key], **fields: Any) -> None:
         """A client submits a whole graph, unopened: it runs at the client's home site."""
@@ -227,7 +312,7 @@ class ClientSessions:
             client=client,
             owner=session.owner,
             kind=BlockKind.WHOLE,
-            inputs=(),
+            inputs=self._borrowed(session, home, keys),
             outputs=tuple(keys),
             ntasks=max(1, len(keys)),
             prefixes=(),
@@ -251,6 +336,27 @@ class ClientSessions:
                 return
             await asyncio.sleep(FLUSH_S)
 
+    def home_of_stock(self, client: str) -> list[str]:
+        """Return the home site of a stock client, whose data is to be where its graphs run; nothing for other ones."""
+        session = self.sessions.get(client)
+        home = self.hub.core.homes.home_of(client) if session is not None and not session.federated else None
+        return [home] if home is not None else []
+
+    def _borrowed(self, session: ClientSession, home: str | None, outputs: Collection[Key]) -> tuple[Key, ...]:
+        """Return what a whole graph may need of elsewhere: keys that its client got from others, not made at its home.
+
+        Only the client knows what is in its graph, so all of them come along.
+        """
+        ledger = self.hub.core.ledger
+        states = (ledger.keys.get(key) for key in session.borrowed if key not in outputs)
+        made = ((state, ledger.blocks.get(state.producer or "")) for state in states if state is not None)
+        at_home = (BlockKind.WHOLE, (home,))
+        return tuple(
+            state.key
+            for state, block in made
+            if block is None or (block.spec.kind, block.spec.constraint.sites) != at_home
+        )
+
     def no_copies(self, client: str, keys: Collection[Key]) -> None:
         """A client was asked for copies that it does not have."""
         self.hub.take(ev.CopiesGone(client, tuple(keys)))
@@ -260,11 +366,14 @@ class ClientSessions:
         if client == FIRE_AND_FORGET:
             self.hub.coordination.hold(keys, client)
             return
+        self.sessions[client].borrowed |= dict.fromkeys(keys)
         async with self.hub.nested.known(keys, self.sessions[client].owner):
             self.hub.take(ev.KeysDesired(client, tuple(keys)))
 
     def release(self, client: str, keys: Collection[Key]) -> None:
         """A client no longer wants keys."""
+        for key in keys:
+            self.sessions[client].borrowed.pop(key, None)
         self.hub.take(ev.KeysReleased(client, tuple(keys)))
 
     def cancel(
@@ -294,8 +403,11 @@ class ClientSessions:
             why = {"reason": command.reason or unsaid, "msg": command.msg}
             session.send({"op": "cancelled-keys", "keys": list(command.keys), **why})
             return
+        if theirs := self.hub.owners.foreign(command.keys, session.owner):
+            self._refuse(session, theirs, theirs)
         for key in command.keys:
-            session.send(self._status(key, command.outcome))
+            if key not in theirs:
+                session.send(self._status(key, command.outcome))
 
     def tell_own(self, client: str, message: dict[str, Any]) -> None:
         """Send a message that only daskfed's own clients understand."""

@@ -35,17 +35,19 @@ from daskfed.hub.extensions import (
     Replies,
     SchedulerView,
     Semaphores,
-    Topics,
     Variables,
     request_id,
 )
 from daskfed.hub.journal import Journal
+from daskfed.hub.topics import Topics, TopicsHost
 from daskfed.messages import REQUEST, Key
 
 RELEASE = "client-releases-keys"
 """What a site sends when its tasks no longer want keys that they got here."""
 DESIRE = "client-desires-keys"
 """What a site sends when its tasks want keys by name; the reply says which of them the federation knows."""
+LOG_EVENT = "log_event"
+"""What a site sends for each event that its tasks log."""
 TAKING = ("semaphore_acquire", "multi_lock_acquire", "queue_get", "variable_get", "publish_get")
 """Ops that wait, after a restart, until those who were there are back."""
 
@@ -68,7 +70,7 @@ class TaskView(Protocol):
     """A :class:`TaskBlame` where the state is ``erred``."""
 
 
-class CoordinationHost(Protocol):
+class CoordinationHost(TopicsHost, Protocol):
     """What coordination needs of the hub, a ``distributed.core.Server`` whose comms open nothing."""
 
     handlers: dict[str, Callable[..., Any]]
@@ -184,8 +186,8 @@ class Coordination:
         self._view.client_releases_keys(keys, holder)
 
     def log_event(self, topic: str | Collection[str], msg: Any) -> None:
-        """Tell the subscribers of ``topic`` (or of several) about ``msg``, which msgpack must be able to write."""
-        self.topics.broker.publish(topic, msg)
+        """Tell every owner's subscribers of ``topic`` (or of several) about ``msg``, which msgpack can write."""
+        self.topics.publish_to_all(topic, msg)
 
     def client_back(self, client: str) -> None:
         """``client`` has a new stream: what it sent on the one before may be lost."""
@@ -218,6 +220,8 @@ class Coordination:
             known = [key for key in kwargs["keys"] if key in self._view.tasks]
             self._view.client_desires_keys(known, kwargs["client"])
             return known
+        if op == LOG_EVENT:
+            return self.topics.from_site(site, **kwargs)
         if (handler := self._handlers.get(op)) is not None:
             return await handler(**kwargs, **{REQUEST: request})
         if (handler := self._view.stream_handlers.get(op)) is None:

@@ -159,6 +159,9 @@ class HubCore:
         added = self.arrivals.submitted(event.client, event.blocks, event.wait)
         self._want(event.client, event.wanted)
         self._link(added)
+        for name, why in event.refused:
+            if (block := self.ledger.blocks.get(name)) is not None:
+                self.ledger.fail_block(block, "UnknownWorkerError", f"{block.spec.label or name}: {why}")
         self.ledger.settle([key for block in added for key in block.spec.outputs])
 
     def _want(self, client: str, keys: Iterable[Key]) -> None:
@@ -381,7 +384,7 @@ class HubCore:
                 if state is None or site.name not in state.importing:  # else the site forgets the failure by itself
                     self.ledger.release_at(site.name, key)
             else:
-                state.failed_at[site.name] = None
+                state.add("failed_at", site.name)
                 self.ledger.key_failed(state)
         self.ledger.finish_if_done(block)
 
@@ -453,7 +456,9 @@ class HubCore:
     def _keys_lost(self, site: SiteState, message: KeysLost) -> None:
         for key in message.keys:
             if (state := self.ledger.keys.get(key)) is not None:
-                if site.name in state.failed_at:  # it may have been told of the failure anew meanwhile
+                told_anew = site.name in state.failed_at  # of the failure
+                put_anew = DATA in state.holders.get(site.name, ()) and site.name not in state.importing
+                if told_anew or put_anew:  # it may have been, while this was on its way
                     self.ledger.release_at(site.name, key)
                 self.ledger.lose_key_at(state, site.name)
 

@@ -308,10 +308,10 @@ class Dispatcher:
     def _import(self, key: Key, target: str) -> Import:
         state = self.ledger.keys[key]
         if state.phase is KeyPhase.FAILED:
-            state.failed_at[target] = None
+            state.add("failed_at", target)
             return Import(key, "", 0, failed=True)
         self.imports += 1
-        state.importing[target] = self.imports
+        state.add("importing", target, self.imports)
         return Import(key, self.source_of(key, target), state.nbytes, number=self.imports)
 
     # -- recalling ---------------------------------------------------------------------------------------------------

@@ -30,13 +30,15 @@ class ClientLeft:
 class BlocksSubmitted:
     """A client submits the blocks of a graph and wants ``wanted`` of their outputs.
 
-    ``wait`` asks to wait where no site meets a constraint; else the outputs fail at once.
+    ``wait`` asks to wait where no site meets a constraint; else the outputs fail at once. ``refused`` are blocks that
+    cannot run, and why: they name workers that do not exist, or that several sites have.
     """
 
     client: str
     blocks: tuple[BlockSpec, ...]
     wanted: tuple[Key, ...]
     wait: bool = False
+    refused: tuple[tuple[str, str], ...] = ()  # (block, why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,10 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-import dask
 from dask.typing import no_default
 
 from daskfed.comm.opaque import UnopenedEnum
 from daskfed.dask_private import (
-    Broker,
     EventExtension,
     MultiLockExtension,
     PublishExtension,
@@ -443,36 +441,6 @@ class Datasets(PublishExtension):
     async def _sync_batched_send(self, client: str, uid: bytes) -> None:
         if client not in self.returned:
             await super()._sync_batched_send(client, uid)
-
-
-class Topics:
-    """Events by topic: distributed's broker, and the ops by which clients reach it. They are not journalled."""
-
-    def __init__(self, view: SchedulerView) -> None:
-        self.broker = Broker(dask.config.get("distributed.admin.low-level-log-length"), view)
-        view.handlers.update({"log_event": self.log_event, "events": self.get_events})
-        view.stream_handlers.update({"subscribe-topic": self.subscribe, "unsubscribe-topic": self.unsubscribe})
-
-    def log_event(self, topic: str | Collection[str], msg: Any) -> None:
-        """Publish ``msg`` under one topic or several."""
-        self.broker.publish(topic, msg)
-
-    def get_events(self, topic: str | None = None) -> Any:
-        """Return the latest events of ``topic``, or of all, each as (time, message)."""
-        return self.broker.get_events(topic)
-
-    def subscribe(self, topic: str, client: str) -> None:
-        """Send ``client`` each event of ``topic`` from now on."""
-        self.broker.subscribe(topic, client)
-
-    def unsubscribe(self, topic: str, client: str) -> None:
-        """Send ``client`` no more events of ``topic``."""
-        self.broker.unsubscribe(topic, client)
-
-    def unsubscribe_all(self, client: str) -> None:
-        """Send ``client`` no more events."""
-        for topic in self.broker._topics.values():
-            topic.unsubscribe(client)
 
 
 class Metadata:

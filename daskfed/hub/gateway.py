@@ -1,4 +1,4 @@
-"""RPCs of clients that need the sites: gather, scatter, identity, who_has and their like. Results pass unopened."""
+"""RPCs of clients that need the sites: gather, scatter, identity and their like. Results pass unopened."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState
 from daskfed.hub.inspection import progress_of
+from daskfed.hub.lookups import Roster
+from daskfed.hub.observing import Observing
+from daskfed.hub.replay import Replay
 from daskfed.hub.scattering import scatter
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
@@ -22,7 +25,7 @@ from daskfed.messages import Key
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
-SCHEME = "fed://"
+EXPLAIN_S = 5.0  # for a site to say what it knows of a key
 
 
 class Gateway:
@@ -30,6 +33,9 @@ class Gateway:
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
+        self.observing = Observing(hub)
+        self.replay = Replay(hub)
+        self.roster = Roster(hub.fanout)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
@@ -38,14 +44,6 @@ class Gateway:
             "gather": relays_errors(self.gather),
             "scatter": relays_errors(self.scatter),
             "retry": self.retry,
-            "who_has": self.who_has,
-            "has_what": self.has_what,
-            "ncores": self.ncores,
-            "ncores_running": self.ncores,
-            "nbytes": self.nbytes,
-            "logs": self.no_logs,
-            "get_logs": self.no_logs,
-            "worker_logs": self.worker_logs,
             "subscribe_worker_status": self.subscribe_worker_status,
             "fed_sites": self.fed_sites,
             "fed_transfers": self.fed_transfers,
@@ -53,19 +51,26 @@ class Gateway:
             "fed_progress": self.fed_progress,
             "fed_cluster": relays_errors(self.fed_cluster),
             "site-address": self.site_address,
+            **self.observing.handlers(),
+            **self.replay.handlers(),
         }
+
+    def client_gone(self, client: str) -> None:
+        """End what goes on at sites for a client that is gone."""
+        if self.hub.status is Status.running:
+            self.hub._ongoing_background_tasks.call_soon(self.observing.client_gone, client)
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
     async def identity(self, n_workers: int = -1) -> dict[str, Any]:
         """Return what a scheduler's ``identity`` returns, for all sites together."""
-        workers = await self._workers() if n_workers else {}
+        workers = await self.roster.workers() if n_workers else {}
         statuses = [site.status for site in self.hub.core.sites.values() if site.status is not None]
         return {
             "type": "Hub",
             "id": self.hub.id,
             "address": self.hub.address,
-            "services": {},
+            "services": self.hub.dashboard.services,
             "started": self.hub.started_at,
             "n_workers": sum(status.workers for status in statuses),
             "total_threads": sum(status.threads for status in statuses),
@@ -75,30 +80,14 @@ class Gateway:
                 "fixed": self.hub.fixed,
                 "sites": sorted(self.hub.core.sites),
                 "epoch": self.hub.core.ledger.epoch,
+                "dashboard": self.dashboard_link(),
             },
         }
 
-    async def _workers(self) -> dict[str, Any]:
-        replies = await self._ask_all("identity", n_workers=-1)
-        return {
-            self._shown(site, address): {**info, "site": site}
-            for site, reply in replies.items()
-            for address, info in reply["workers"].items()
-        }
-
-    def _shown(self, site: str, worker: str) -> str:
-        """Return a worker's address as clients see it: plain where there is and will be one site, as in stock Dask."""
-        return worker if self.hub.fixed and len(self.hub.ports) == 1 else address_at(site, worker)
-
-    async def _ask_all(self, op: str, **kwargs: Any) -> dict[str, Any]:
-        """Call an op of every site's scheduler; a site that is gone meanwhile is left out."""
-        ports = dict(self.hub.ports)
-        calls = [port.call("scheduler_rpc", scheduler_op=op, kwargs=kwargs) for port in ports.values()]
-        replies = await asyncio.gather(*calls, return_exceptions=True)
-        for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, OSError):
-                raise reply
-        return {name: reply for name, reply in zip(ports, replies, strict=True) if not isinstance(reply, BaseException)}
+    def dashboard_link(self) -> str:
+        """Return the URL of the hub's page; of a hub that has none, of the dashboard of the first site with one."""
+        first = next((port.hello.dashboard for port in self.hub.ports.values() if port.hello.dashboard), "")
+        return self.hub.dashboard.link or first
 
     def sites_info(self) -> dict[str, dict[str, Any]]:
         """Return name -> what ``client.sites()`` shows."""
@@ -122,8 +111,12 @@ class Gateway:
         return [(*pair, t.count, t.nbytes, t.seconds, t.relayed) for pair, t in totals.items()]
 
     async def fed_explain(self, key: Key) -> dict[str, Any]:
-        """Return why a key waits, or where and why it ran."""
-        return self.hub.core.explain(key)
+        """Return why a key waits, or where and why it ran; under ``seen_at`` what each site knows of it."""
+        ports = {name: port for name, port in self.hub.ports.items() if port.connected}
+        asked = [asyncio.wait_for(port.call("explain", key=key), EXPLAIN_S) for port in ports.values()]
+        told = zip(ports, await asyncio.gather(*asked, return_exceptions=True), strict=True)
+        seen = {name: known for name, known in told if not isinstance(known, BaseException) and is_known(known)}
+        return {**self.hub.core.explain(key), "seen_at": seen}
 
     async def fed_progress(self, keys: Collection[Key]) -> dict[str, dict[str, int]]:
         """Return how many tasks the graph behind ``keys`` has, and how many remain, per key prefix."""
@@ -142,15 +135,6 @@ class Gateway:
             return {"status": "error", "reason": f"no site {site!r} is connected, or the caller is no site of the hub"}
         return {"status": "OK", "address": port.hello.data_address, "federation": self.hub.secret}
 
-    async def no_logs(self, n: int | None = None) -> list[Any]:
-        """The hub keeps no log of its own for clients."""
-        return []
-
-    async def worker_logs(self, n: int | None = None, workers: Any = None, nanny: bool = False) -> dict[str, Any]:
-        """Return the logs of all workers."""
-        replies = await self._ask_all("worker_logs", n=n, nanny=nanny)
-        return {self._shown(site, worker): log for site, reply in replies.items() for worker, log in reply.items()}
-
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""
         identity = await self.identity(n_workers=-1)
@@ -163,40 +147,7 @@ class Gateway:
             del self.hub.watchers[comm]
         return Status.dont_reply
 
-    async def ncores(self, workers: Any = None) -> dict[str, int]:
-        """Return worker -> threads."""
-        return {address: info["nthreads"] for address, info in (await self._workers()).items()}
-
     # -- keys --------------------------------------------------------------------------------------------------------
-
-    async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, list[str]]:
-        """Return key -> workers that hold it."""
-        known = self.hub.core.ledger.keys
-        asked = list(known) if keys is None else list(keys)
-        found: dict[Key, list[str]] = {key: [] for key in asked}
-        for site, reply in (await self._ask_all("who_has", keys=asked)).items():
-            for key, workers in reply.items():
-                found[key].extend(self._shown(site, worker) for worker in workers)
-        return found
-
-    async def has_what(self, workers: Any = None) -> dict[str, list[Key]]:
-        """Return worker -> keys that it holds."""
-        replies = await self._ask_all("has_what")
-        found = ((site, worker, keys) for site, reply in replies.items() for worker, keys in reply.items())
-        return {self._shown(site, worker): list(keys) for site, worker, keys in found}
-
-    async def nbytes(self, keys: Collection[Key] | None = None, summary: bool = True) -> dict[Any, int]:
-        """Return key -> bytes; or with ``summary`` key prefix -> bytes."""
-        known = self.hub.core.ledger.keys
-        states = known.values() if keys is None else [known[key] for key in keys if key in known]
-        if not summary:
-            return {state.key: state.nbytes for state in states}
-        replies = await self._ask_all("nbytes", keys=list(keys) if keys is not None else None, summary=True)
-        totals: dict[Any, int] = defaultdict(int)
-        for reply in replies.values():
-            for prefix, nbytes in reply.items():
-                totals[prefix] += nbytes
-        return dict(totals)
 
     async def gather(self, keys: Collection[Key], serializers: Any = None) -> dict[str, Any]:
         """Return ``{"status": "OK", "data": {key: value}}``, values unopened, or which keys could not be had."""
@@ -232,7 +183,8 @@ class Gateway:
     async def scatter(self, data: Mapping[Key, Any], workers: Any, client: str, **how: Any) -> list[Key]:
         """Put a client's data at sites; ``how`` as for :func:`daskfed.hub.scattering.scatter`, ``mark`` beside it."""
         await self.hub.sessions.caught_up(client, how.pop("mark", 0))
-        return await scatter(self.hub, data, selectors_of(workers), client, **how)
+        there = workers or self.hub.sessions.home_of_stock(client) or None
+        return await scatter(self.hub, data, there, client, **how)
 
     async def retry(self, keys: Collection[Key], client: str) -> list[Key]:
         """Have failed keys made again, with what they failed from and what failed from them; return those of them."""
@@ -265,15 +217,9 @@ class Handlers(dict[str, Callable[..., Any]]):
         return refuse
 
 
-def address_at(site: str, address: str) -> str:
-    """Return a worker's address as it is shown across sites: ``fed://site/host:port``."""
-    return f"{SCHEME}{site}/{address.split('://', 1)[-1]}"
-
-
-def selectors_of(workers: Any) -> list[str]:
-    """Return the sites or labels that ``fed://`` addresses name."""
-    given = [workers] if isinstance(workers, str) else list(workers or ())
-    return [name.removeprefix(SCHEME).split("/")[0] for name in given if str(name).startswith(SCHEME)]
+def is_known(told: Mapping[str, Any]) -> bool:
+    """Say whether a site that was asked about a key has something to tell of it."""
+    return bool(told["story"] or told["task"])
 
 
 def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.ledger import KeyState
+from daskfed.hub.owners import current
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 
@@ -91,3 +92,25 @@ class Hosting:
             if (session := self.sessions.sessions.get(client)) is not None:
                 for message in messages:
                     session.send(message)
+
+    def owner_of(self: Any, client: str) -> str:
+        """Return the owner for whom a connected client acts; of any other name, the hub's own user."""
+        session = self.sessions.sessions.get(client)
+        return str(self.owners.mine if session is None else session.owner)
+
+    def owner_calling(self: Any) -> str:
+        """Return for whom the call is that is being served; what the hub itself asks is for its own user."""
+        caller = current.get()
+        return str(self.owners.mine if caller is None else caller.owner)
+
+    def owner_at(self: Any, site: str, key: Key | None) -> str | None:
+        """Return the owner of a key; without one that is known, the owner of all clients, where they have but one."""
+        if (state := self.core.ledger.keys.get(key)) is not None:
+            return str(state.owner)
+        owners = {session.owner for session in self.sessions.sessions.values()}
+        return owners.pop() if len(owners) == 1 else None
+
+    def origin(self: Any, site: str, worker: str) -> Mapping[str, str]:
+        """Return the address under which clients know a worker, and its site, where there may be several."""
+        shown = self.fanout.shown(site, worker)
+        return {"worker": worker} if shown == worker else {"worker": shown, "site": site}

@@ -24,7 +24,8 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
             live[state.producer] += 1
             pending[state.producer] += state.phase is KeyPhase.PENDING
     for name, block in ledger.blocks.items():
-        assert block.live == live[name] > 0, f"block {name} counts {block.live} live outputs of {live[name]}"
+        assert block.live == live[name], f"block {name} counts {block.live} live outputs of {live[name]}"
+        assert block.live or ledger.patient, f"block {name} is kept though nothing of it lives"
         assert block.pending == pending[name], f"block {name} counts {block.pending} pending outputs of {pending[name]}"
         if block.phase is BlockPhase.DONE:
             _check_recipe(ledger, block)
@@ -166,3 +167,21 @@ def _behind(ledger: Ledger, keys: Iterable[Key]) -> Iterable[BlockState]:
             seen[block.spec.id] = block
             stack.extend(block.spec.inputs)
     return seen.values()
+
+
+def running_at(ledger: Ledger, keys: Iterable[Key]) -> dict[str, list[Key]]:
+    """Return site -> those of ``keys``, and of what they wait for, that blocks at that site are to make."""
+    found: dict[str, list[Key]] = {}
+    stack, seen = list(keys), set()
+    while stack:
+        key = stack.pop()
+        state = ledger.keys.get(key)
+        block = ledger.blocks.get(state.producer or "") if state is not None else None
+        if block is None or key in seen or block.phase not in UNFINISHED:
+            continue
+        seen.add(key)
+        if block.phase in PLACED and block.site:
+            found.setdefault(block.site, []).append(key)
+        else:
+            stack.extend(block.spec.inputs)
+    return found

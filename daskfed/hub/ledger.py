@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 from daskfed.errors import IllegalTransition
 from daskfed.hub.events import (
@@ -41,6 +42,21 @@ Order: TypeAlias = tuple[bool, int, int]
 """Blocks are placed in this order: (no whole graph, -priority, arrival); arrivals grow, also with the hub's epoch."""
 
 
+class _Nothing(dict[str, Any]):
+    """An empty dict that stays empty."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("this dict is shared: use KeyState.add")
+
+
+NOTHING = _Nothing()
+"""What most keys have in most of their dicts: shared, since there may be millions of keys."""
+
+
+def _nothing() -> dict[str, Any]:
+    return NOTHING
+
+
 @dataclass(slots=True)
 class KeyState:
     """One key. Dicts to None are sets that keep their order, so that the same events always give the same commands."""
@@ -52,15 +68,23 @@ class KeyState:
     phase: KeyPhase = KeyPhase.PENDING
     nbytes: int = 0
     holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # site that holds it, first maker first -> why
-    importing: dict[str, int] = field(default_factory=dict)  # site that is to bring it in -> number of that import
-    failed_at: dict[str, None] = field(default_factory=dict)  # sites that were told of its failure
+    importing: dict[str, int] = field(default_factory=_nothing)  # site that is to bring it in -> number of that import
+    failed_at: dict[str, None] = field(default_factory=_nothing)  # sites that were told of its failure
     wanted_by: dict[str, None] = field(default_factory=dict)  # clients
-    consumers: dict[str, None] = field(default_factory=dict)  # unfinished blocks that need it
+    consumers: dict[str, None] = field(default_factory=_nothing)  # unfinished blocks that need it
     shielded: bool = False  # a client that is not back yet may want it
     replicas: int = 1  # how many sites are to hold it
     lost_at: str = ""  # the site that held it last
     cancelled: bool = False  # it counts as failed since it was cancelled: who asks for it has it made
-    heirs: dict[str, None] = field(default_factory=dict)  # finished blocks that took it and may have to run again
+    heirs: dict[str, None] = field(default_factory=_nothing)  # finished blocks that took it and may have to run again
+
+    def add(self, name: str, member: str, value: int | None = None) -> None:
+        """Add to ``importing``, ``failed_at``, ``consumers`` or ``heirs``, which are shared while they are empty."""
+        own = getattr(self, name)
+        if own is NOTHING:
+            own = {}
+            setattr(self, name, own)
+        own[member] = value
 
     @property
     def needed(self) -> bool:
@@ -91,6 +115,12 @@ class BlockState:
     started: bool = False  # its tasks are with the site's scheduler
     wait: bool = False  # wait where no site meets its constraint
     suspects: dict[Key, Suspicion] = field(default_factory=dict)  # outputs that may have killed workers or sites
+
+
+@lru_cache(maxsize=1024)
+def _alone(claim: str) -> tuple[str, ...]:
+    """Return a tuple that all keys of one block share."""
+    return (claim,)
 
 
 @dataclass(slots=True)
@@ -248,6 +278,7 @@ class Ledger:
     def _make_producer(self, block: BlockState, state: KeyState) -> None:
         """Of the blocks that can make a key, the first that arrived is its producer: so no circle ever closes."""
         state.producer = block.spec.id
+        state.owner = block.spec.owner  # others may have expected it
         block.live += 1
         block.pending += state.phase is KeyPhase.PENDING
 
@@ -257,6 +288,13 @@ class Ledger:
             self._give_up(block, state)
             state.producer = None
 
+    def hand_over(self, state: KeyState, maker: BlockState) -> None:
+        """Have another block make a key from now on; :meth:`rest_idle` sees to the one that did."""
+        self.orphan(state)
+        self._make_producer(maker, state)
+        if state.phase is KeyPhase.PENDING:
+            self.demand(state)
+
     def _give_up(self, block: BlockState, state: KeyState) -> None:
         block.live -= 1
         block.pending -= state.phase is KeyPhase.PENDING
@@ -264,10 +302,20 @@ class Ledger:
 
     def rest_idle(self, added: Iterable[BlockState]) -> None:
         """Once new blocks are linked: end those, new or demoted, that have nothing to make, or let them rest."""
-        demoted, self._demoted = self._demoted, []
-        for block in (*demoted, *added):
-            if block.spec.id in self.blocks:
+        blocks, self._demoted = [*self._demoted, *added], []
+        for block in blocks:
+            if block.spec.id not in self.blocks:
+                continue
+            if self.patient and not block.live and block.phase not in (BlockPhase.PLACED, BlockPhase.RECALLING):
+                self._spare(block)
+            else:
                 self.settle(self._end_if_idle(block))
+
+    def _spare(self, block: BlockState) -> None:
+        """Keep a block of which others make everything: it may have to take over, once all are back."""
+        self._demoted.append(block)
+        if block.phase is not BlockPhase.DONE:
+            self.settle(self._stand_down(block))
 
     def link_inputs(self, block: BlockState) -> None:
         """Count the block as a consumer of its inputs, have those made again that are gone, and see if it is ready."""
@@ -281,7 +329,7 @@ class Ledger:
         for key in block.spec.inputs:
             state = self.keys[key]
             state.heirs.pop(block.spec.id, None)
-            state.consumers[block.spec.id] = None
+            state.add("consumers", block.spec.id)
             if state.phase is KeyPhase.RETIRED:
                 self.move_key(state, "needed again")
                 revived.append(state)
@@ -356,7 +404,7 @@ class Ledger:
             self.tell(state.wanted_by, Outcome.IN_MEMORY, state.key)
             self._drop_failures(state, site)
             self._rest_producer(state)
-        state.holders[site] = (*state.holders.get(site, ()), claim)
+        state.holders[site] = (*held, claim) if (held := state.holders.get(site)) else _alone(claim)
         state.nbytes = nbytes
         if was_pending:
             self._input_exists(state)
@@ -393,6 +441,7 @@ class Ledger:
         if block.open_outputs:
             return
         self.move_block(block, "finished")
+        block.open_outputs = set()  # the room of the former one
         self._leave_site(block)
         if block.pending:
             self.move_block(block, "needed again")
@@ -405,7 +454,7 @@ class Ledger:
         for key in block.spec.inputs:
             state = self.keys[key]
             state.consumers.pop(block.spec.id, None)
-            state.heirs[block.spec.id] = None
+            state.add("heirs", block.spec.id)
         return list(block.spec.inputs)
 
     def fail_block(self, block: BlockState, kind: str, reason: str) -> None:
@@ -516,7 +565,7 @@ class Ledger:
         """Count a client as wanting a key and tell it how the key stands, if that is known already."""
         state = self.keys[key]
         state.wanted_by[client] = None
-        self.wants[client][key] = None
+        self.wants[client][state.key] = None  # and not ``key``: one copy of the name is enough
         if state.phase is KeyPhase.HELD:
             self.tell((client,), Outcome.IN_MEMORY, key)
         elif state.phase is KeyPhase.FAILED:

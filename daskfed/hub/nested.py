@@ -44,7 +44,7 @@ class Nested:
             yield
             return
         holder = f"finder-{next(self._numbers)}"
-        found = await self._find(unknown)
+        found = await self._find(unknown, owner)
         for site, there in found.items():
             self.claim(site, there, holder, owner)
         try:
@@ -52,9 +52,13 @@ class Nested:
         finally:
             self.hub.take(ev.KeysReleased(holder, tuple(key for there in found.values() for key in there)))
 
-    async def _find(self, keys: Collection[Key]) -> dict[str, list[Key]]:
-        """Return site -> those of ``keys`` that its scheduler knows, each at one site; its agent holds them now."""
-        ports = {name: port for name, port in self.hub.ports.items() if port.connected}
+    async def _find(self, keys: Collection[Key], owner: str) -> dict[str, list[Key]]:
+        """Return site -> those of ``keys`` that its scheduler knows, each at one site; its agent holds them now.
+
+        Sites whose tasks are another owner's, or of several, are not asked: what is found there might be another's.
+        """
+        owners = self.hub.owners
+        ports = {name: p for name, p in self.hub.ports.items() if p.connected and owners.alone_at(name, owner)}
         calls = [asyncio.wait_for(port.call("find_keys", keys=list(keys)), ANSWER_S) for port in ports.values()]
         replies = await asyncio.gather(*calls, return_exceptions=True)
         homes: dict[Key, str] = {}

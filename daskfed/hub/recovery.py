@@ -190,7 +190,9 @@ class Recovery:
             self.ledger.release_at(site.name, key)
         elif nbytes is None:
             self._take_failure(site, state)
-        elif site.name not in state.holders:
+        elif site.name in state.holders:
+            state.holders[site.name] = tuple(dict.fromkeys((*state.holders[site.name], *claims)))
+        else:
             state.importing.pop(site.name, None)
             for claim in claims:
                 self.ledger.key_made(state, site.name, nbytes, claim)
@@ -200,7 +202,7 @@ class Recovery:
         if state.phase is KeyPhase.HELD:
             self.ledger.release_at(site.name, state.key)
         else:
-            state.failed_at[site.name] = None
+            state.add("failed_at", site.name)
             self.ledger.key_failed(state)
 
     def _take_coming(self, site: SiteState, key: Key, number: int) -> None:
@@ -212,7 +214,7 @@ class Recovery:
             if state is not None:
                 state.importing.pop(site.name, None)
         elif site.name not in state.holders:
-            state.importing[site.name] = number
+            state.add("importing", site.name, number)
 
     def _adopt(self, site: SiteState, held: HeldBlock) -> None:
         block = self.ledger.blocks.get(held.block)
@@ -246,5 +248,3 @@ def _claims(placed: Iterable[Key], blocks: Iterable[HeldBlock]) -> dict[Key, tup
 def is_promise(state: KeyState) -> bool:
     """Whether a key is expected though no block makes it."""
     return state.phase is KeyPhase.PENDING and state.producer is None
-
-

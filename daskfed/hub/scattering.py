@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
-from daskfed.hub.dispatch import SiteState, matches
+from daskfed.hub.dispatch import SiteState
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 SCATTER_POLL_S = 0.05
 _numbers = itertools.count()
 
-Share: TypeAlias = tuple[SiteState, bool | int]
-"""A site, and on how many of its workers the data is to be: False for one of them, True for all."""
+Share: TypeAlias = tuple[SiteState, list[str] | None, bool | int]
+"""A site, which of its workers may hold data (None: any), and how many are to: False for one of them, True for all."""
 
 
 async def scatter(
     hub: Hub,
     data: Mapping[Key, Any],
-    selectors: Collection[str],
+    workers: Any,
     client: str,
     broadcast: bool | int = False,
     timeout: float = 30,
@@ -35,16 +34,17 @@ async def scatter(
     again: bool = False,
     replicas: int = 1,
 ) -> list[Key]:
-    """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError for a wrong name.
+    """Put a client's data at a site; raises TimeoutError if none can take it, UnknownSiteError or UnknownWorkerError
+    for a wrong name.
 
-    ``selectors`` are sites or labels. ``broadcast`` puts it on all workers of all sites that they allow, or on that
-    many workers. ``kept``, ``again`` and ``replicas`` as for :class:`~daskfed.hub.events.KeysScattered`.
+    ``workers`` are named as in :mod:`daskfed.hub.addresses`, None for all. ``broadcast`` puts it on all of these, or on
+    that many of them. ``kept``, ``again`` and ``replicas`` as for :class:`~daskfed.hub.events.KeysScattered`.
     """
     deadline = time.monotonic() + (timeout or 0)
     sent: dict[str, Any] = {}
     with _held(hub, data):
         while not sent:  # sites may be gone: then others take the data
-            sent = await _send(hub, data, shares(await _takers(hub, selectors, deadline), broadcast))
+            sent = await _send(hub, data, shares(await _takers(hub, workers, deadline), broadcast))
         for site, reply in sent.items():
             sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
             hub.take(ev.KeysScattered(client, site, sizes, kept, again, max(replicas, len(sent))))
@@ -65,38 +65,43 @@ def _held(hub: Hub, keys: Iterable[Key]) -> Iterator[None]:
 
 async def _send(hub: Hub, data: Mapping[Key, Any], to: Collection[Share]) -> dict[str, Any]:
     """Send data to sites and return the replies of those that took it; raises what one that is there raised."""
-    calls = [hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=copies) for site, copies in to]
+    calls = [
+        hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=copies, workers=there)
+        for site, there, copies in to
+    ]
     replies = await asyncio.gather(*calls, return_exceptions=True)
     for reply in replies:
         if isinstance(reply, BaseException) and not isinstance(reply, OSError):
             raise reply
     took = zip(to, replies, strict=True)
-    return {site.name: reply for (site, _), reply in took if not isinstance(reply, BaseException)}
+    return {site.name: reply for (site, *_), reply in took if not isinstance(reply, BaseException)}
 
 
-def shares(sites: Collection[SiteState], broadcast: bool | int) -> list[Share]:
-    """Return which sites are to hold data, best first, and on how many workers each."""
-    ordered = sorted(sites, key=lambda site: (site.backlog_s / site.threads, site.name))
+def shares(takers: Collection[tuple[SiteState, list[str] | None]], broadcast: bool | int) -> list[Share]:
+    """Return which sites, and which of their workers, are to hold data, best first, and on how many of these each."""
+    ordered = sorted(takers, key=lambda taker: (taker[0].backlog_s / taker[0].threads, taker[0].name))
     if broadcast is True:
-        return [(site, True) for site in ordered]
+        return [(*taker, True) for taker in ordered]
     left, found = int(broadcast), list[Share]()
-    for site in ordered:
-        copies = min(left, site.status.workers if site.status else 0)
+    for site, there in ordered:
+        copies = min(left, _workers(site) if there is None else len(there))
         if copies > 0:
-            found.append((site, copies if copies > 1 else False))
+            found.append((site, there, copies if copies > 1 else False))
             left -= copies
-    return found or [(ordered[0], False)]
+    return found or [(*ordered[0], False)]
 
 
-async def _takers(hub: Hub, selectors: Collection[str], deadline: float) -> list[SiteState]:
-    """Return the sites that may take data, waiting until there is one."""
+def _workers(site: SiteState) -> int:
+    return site.status.workers if site.status else 0
+
+
+async def _takers(hub: Hub, workers: Any, deadline: float) -> list[tuple[SiteState, list[str] | None]]:
+    """Return the sites that may take data, each with which of its workers (None: any), waiting until there is one."""
     while True:
         sites = [site for site in hub.core.sites.values() if _can_take(hub, site)]
-        fitting = [s for s in sites if not selectors or any(matches(s.hello, x) for x in selectors)]
-        if fitting:
-            return fitting
-        if sites and selectors:
-            raise UnknownSiteError(f"no site matches {list(selectors)}; sites are {sorted(hub.core.sites)}")
+        targets = await hub.fanout.targets(workers) if sites else {}
+        if takers := [(site, targets[site.name]) for site in sites if site.name in targets]:
+            return takers
         if time.monotonic() > deadline:
             raise TimeoutError("no site has a worker that could take the data")
         await asyncio.sleep(SCATTER_POLL_S)

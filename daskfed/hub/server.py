@@ -2,7 +2,8 @@
 
 Clients speak the Dask client protocol (a stream and RPCs); sites dial a control stream and park channels. Everything a
 user pickled passes through unopened. The parts: :mod:`.clients` serves clients' streams, :mod:`.gateway` answers what
-needs the sites (gather, scatter, who_has ...), :mod:`.stores` keeps payloads, :mod:`.ports` reaches sites.
+needs the sites (gather, scatter ...), :mod:`.fanout` what needs their schedulers and workers, :mod:`.plugins` keeps the
+plugins that all sites have, :mod:`.stores` payloads, :mod:`.ports` reaches sites.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from daskfed.config import client_grace_s, hub_memory
 from daskfed.data.spill import Spilled
 from daskfed.hub import events as ev
 from daskfed.hub.actors import Actors
-from daskfed.hub.clients import DEFAULT_OWNER, ClientSessions
+from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import DESIRE, attach
 from daskfed.hub.core import HubCore
+from daskfed.hub.dashboard import Dashboard
+from daskfed.hub.fanout import Fanout
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
 from daskfed.hub.journal import Journal
 from daskfed.hub.nested import Nested
 from daskfed.hub.ownerless import Ownerless
+from daskfed.hub.owners import Owners
 from daskfed.hub.placement import Policy
+from daskfed.hub.plugins import Plugins
 from daskfed.hub.ports import RemoteSite, SitePort
 from daskfed.hub.states import KeyPhase
 from daskfed.hub.stores import Stores
@@ -45,6 +50,7 @@ from daskfed.messages import (
     KeysFailed,
     KeysMade,
     Message,
+    RunBlock,
     SiteEnds,
     SiteHello,
     SiteHoldings,
@@ -64,16 +70,17 @@ class Hub(Hosting, OpaqueServer):
     """A federation's hub, on the current event loop.
 
     ``policy`` chooses sites; ``security`` is a ``distributed.Security`` or None; ``fixed`` declares that no site will
-    join after the first ones; ``state`` is a folder for what must outlive this process. Start it with
-    ``await hub.start_at(address)``, end it with ``await hub.close()``.
+    join after the first ones; ``state`` is a folder for what must outlive this process; ``dashboard`` says whether it
+    has a page of its own. Start it with ``await hub.start_at(address)``, end it with ``await hub.close()``.
     """
 
     default_port = 8700
     default_ip = "127.0.0.1"
 
     def __init__(
-        self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False, state: str | None = None
-    ) -> None:
+        self, *, policy: Policy | None = None, security: Any = None, fixed: bool = False, state: str | None = None,
+        dashboard: bool = True,
+    ) -> None:  # fmt: skip
         self.status: Status
         self.handlers: dict[str, Any]
         self.security = security
@@ -87,19 +94,26 @@ class Hub(Hosting, OpaqueServer):
         self.stores = Stores(self.payloads)
         self.ports: dict[str, SitePort] = {}
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
+        self.owners = Owners(self)
         self.sessions = ClientSessions(self)
+        self.fanout = Fanout(self)
         self.gateway = Gateway(self)
         self.actors = Actors(self)
         self.nested = Nested(self)
+        self.dashboard = Dashboard(self.gateway.sites_info, lambda: self.address)
+        self.has_page = dashboard
+        self.plugins = Plugins(self)
         self.watchers: dict[Comm, set[str]] = {}  # told about workers that come and go -> those they know
         self._telling = asyncio.Lock()
         self._sessions = itertools.count()  # of sites, and of futures that tasks take
         connection_args = security.get_connection_args("scheduler") if security else {}
         super().__init__(handlers={}, stream_handlers={}, connection_args=connection_args)
-        self.handlers = Handlers(self.handlers | self._own_handlers() | self.gateway.handlers())
+        served = self._own_handlers() | self.gateway.handlers() | self.fanout.handlers() | self.plugins.handlers()
+        self.handlers = Handlers(self.handlers | served)
         self.stream_handlers.update(self.sessions.stream_handlers())
         self.coordination = attach(self, self.journal, self.recovered)
         self.ownerless = Ownerless(self)
+        self.owners.guard(self.handlers)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
 
     def _own_handlers(self) -> dict[str, Any]:
@@ -127,6 +141,8 @@ class Hub(Hosting, OpaqueServer):
         self._restore()
         listen_args = self.security.get_listen_args("scheduler") if self.security else {}
         await self.listen(self._start_address, **listen_args)
+        if self.has_page:
+            self.dashboard.start()
         await super().start_unsafe()
         self.start_periodic_callbacks()
         return self
@@ -135,6 +151,8 @@ class Hub(Hosting, OpaqueServer):
         """Take up what an earlier hub journalled, before anybody is served."""
         self.coordination.restore()
         self.ownerless.restore()
+        self.plugins.restore()
+        self.sessions.restore()
         if not self.core.recovery.settled:
             self._ongoing_background_tasks.call_soon(self._forget_absent_sites)
             self.loop.call_later(client_grace_s(), self._forget_absent_clients)
@@ -152,8 +170,7 @@ class Hub(Hosting, OpaqueServer):
 
     def _forget_absent_clients(self) -> None:
         for client in self.journal.awaited().clients.keys() - self.sessions.sessions.keys():
-            self.journal.forget_client(client)
-            self.coordination.client_gone(client)
+            self.sessions.forget(client)
 
     async def terminate(self) -> None:
         """End the hub at a client's request, after the reply was written."""
@@ -165,6 +182,7 @@ class Hub(Hosting, OpaqueServer):
             await self.finished()
             return
         self.status = Status.closing
+        self.dashboard.close()
         self.coordination.close()
         await self.sessions.close()
         for port in list(self.ports.values()):
@@ -211,6 +229,8 @@ class Hub(Hosting, OpaqueServer):
         port = self.ports.get(site)
         if port is None:
             return
+        if isinstance(message, RunBlock):
+            self.owners.placed(site, message.block.owner)
         port.send(message, self.stores.beside(message))
 
     # -- sites -------------------------------------------------------------------------------------------------------
@@ -291,6 +311,7 @@ class Hub(Hosting, OpaqueServer):
         self.journal.keep_site(port.hello.site)
         logger.info("site %s joined", port.hello.site)
         self.take(ev.SiteJoined(port.hello))
+        self.plugins.site_joined(port.hello)
 
     def remove_site(self, hello: SiteHello, port: SitePort | None = None) -> None:
         """A site is gone; where ``port`` is given, only if it is the one that the site is reached through."""
@@ -305,6 +326,7 @@ class Hub(Hosting, OpaqueServer):
         logger.info("site %s left", hello.site)
         self.coordination.site_gone(hello.site)
         self.actors.site_gone(hello.site)
+        self.plugins.site_left(hello.site)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
         self.sites_changed()
 
@@ -314,6 +336,8 @@ class Hub(Hosting, OpaqueServer):
         if isinstance(message, SiteEnds):
             self._site_ends(site)
             return
+        if isinstance(message, SiteStatus) and self.plugins.holds_back(site, message):
+            return
         if isinstance(message, KeysFailed):
             self.stores.keep_error([key for key in message.keys if key in known], payload)
         elif isinstance(message, SiteHoldings):
@@ -322,7 +346,7 @@ class Hub(Hosting, OpaqueServer):
                     self.stores.keep_error([key], payload[key])
         elif isinstance(message, KeysMade) and payload:
             types = payload.get("types") or {}
-            self.stores.types.update({key: kind for key, kind in types.items() if key in known})
+            self.stores.keep_types({known[key].key: kind for key, kind in types.items() if key in known})
         before = self.core.sites[site].status if site in self.core.sites else None
         self.take(ev.FromSite(site, message))
         if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
@@ -335,6 +359,7 @@ class Hub(Hosting, OpaqueServer):
 
     def sites_changed(self) -> None:
         """Tell daskfed's clients what sites there are, and whoever watches workers."""
+        self.gateway.roster.forget()
         self.sessions.announce_sites()
         for comm in list(self.watchers):
             self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
@@ -362,7 +387,9 @@ class Hub(Hosting, OpaqueServer):
     async def announce_keys(self, site: str, keys: Collection[Key], token: str) -> None:
         """Tasks made keys at a site; they are kept until the op that follows has been done."""
         self._check_token(token)
-        self.nested.claim(site, keys, _announcer(site), DEFAULT_OWNER)
+        owner = self.owners.at(site)
+        self.owners.check(keys, owner)
+        self.nested.claim(site, keys, _announcer(site), owner)
 
     async def bring_keys(self, site: str, keys: Collection[Key], token: str) -> None:
         """Have a site copy keys whose futures its tasks took; waits for those that are still being made."""
@@ -390,12 +417,13 @@ class Hub(Hosting, OpaqueServer):
     ) -> Any:
         """Do what a task at a site asked of its scheduler, once per ``request``; PermissionError for a stranger."""
         self._check_token(token)
-        if hub_op == "proxy":
-            return await self.actors.proxy(**kwargs)
-        wanted = kwargs["keys"] if hub_op == DESIRE else ()
         try:
-            async with self.nested.known(wanted, DEFAULT_OWNER):
-                return await self.coordination.serve_site(site, hub_op, dict(kwargs), request)
+            owned = self.owners.of_task(site, hub_op, kwargs)
+            if hub_op == "proxy":
+                return await self.actors.proxy(**owned)
+            wanted = owned["keys"] if hub_op == DESIRE else ()
+            async with self.nested.known(wanted, self.owners.at(site) if wanted else self.owners.mine):
+                return await self.coordination.serve_site(site, hub_op, owned, request)
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
 

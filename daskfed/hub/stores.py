@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from distributed.core import error_message
 
 from daskfed import errors
 from daskfed.messages import BlockSpec, CopyKeys, Import, Key, Message, RunBlock
+
+MOST_TYPES = 1000  # that are kept once for all keys that have them
 
 
 class Stores:
@@ -21,6 +23,7 @@ class Stores:
         self.payloads: MutableMapping[str, Any] = {} if payloads is None else payloads
         self.errors: dict[Key, dict[str, Any]] = {}
         self.types: dict[Key, Any] = {}
+        self._same: dict[Any, Any] = {}  # type -> itself
 
     def keep_payloads(self, blocks: Iterable[BlockSpec], payloads: Iterable[Any]) -> None:
         """Keep the payload of each block."""
@@ -33,6 +36,12 @@ class Stores:
         kept = {"exception": error.get("exception"), "traceback": error.get("traceback")}
         for key in keys:
             self.errors[key] = kept
+
+    def keep_types(self, types: Mapping[Key, Any]) -> None:
+        """Keep the types of results; most are the same few."""
+        if len(self._same) > MOST_TYPES:
+            self._same.clear()
+        self.types.update({key: self._same.setdefault(kind, kind) for key, kind in types.items()})
 
     def make_error(self, keys: Iterable[Key], kind: str, reason: str) -> None:
         """Keep an error of the hub's own; ``kind`` names a class of :mod:`daskfed.errors`."""

@@ -33,7 +33,9 @@ from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
 from daskfed.site.actors import ActorCalls
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers, forward_to_hub
+from daskfed.site.plugins import SitePlugins
 from daskfed.site.ports import HubPort, RemoteHub
+from daskfed.site.replay import make_again
 from daskfed.site.session import Session
 
 logger = logging.getLogger(__name__)
@@ -81,13 +83,19 @@ class Agent:
         self.reason = ""  # why the site ended by itself
         self.failed = False  # it ended though nobody asked for it
         self._actor_calls = ActorCalls(self._ask_scheduler, self._ask_hub)
+        plugins = SitePlugins(lambda op, **kwargs: self.session.ask_scheduler(op, **kwargs))
         self._handlers: dict[str, Callable[..., Any]] = {
             "gather": self._gather,
             "scatter_keys": self._scatter_keys,
             "scheduler_rpc": self._scheduler_rpc,
+            "explain": self._explain,
             "cluster": self._cluster,
             "forward_to_hub": self._forward_to_hub,
             "announce_keys": self.announce_keys,
+            "make_again": self._make_again,
+            "register_plugin": plugins.register,
+            "unregister_plugin": plugins.unregister,
+            "agree_on_plugins": plugins.agree,
             "ping": self._ping,
             "find_keys": self._find_keys,
             "call_actor": self._actor_calls.start,
@@ -240,8 +248,10 @@ class Agent:
         missing = [key for key in keys if key not in values]
         return {"status": "error", "keys": missing} if missing else {"status": "OK", "data": values}
 
-    async def _scatter_keys(self, data: dict[Key, Any], broadcast: bool | int = False) -> dict[str, Any]:
-        return {"status": "OK", "nbytes": await self.session.scatter(dict(data), broadcast)}
+    async def _scatter_keys(
+        self, data: dict[Key, Any], broadcast: bool | int = False, workers: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        return {"status": "OK", "nbytes": await self.session.scatter(dict(data), broadcast, workers)}
 
     async def _scheduler_rpc(self, scheduler_op: str, kwargs: Mapping[str, Any]) -> Any:
         return await self.session.ask_scheduler(scheduler_op, **kwargs)
@@ -253,11 +263,17 @@ class Agent:
         """Return those of ``keys`` that the scheduler knows, since tasks made them; they are held from now on."""
         return list(await self.session.ask_scheduler("fed-find", keys=list(keys), client=self.session.client))
 
+    async def _explain(self, key: Key) -> dict[str, Any]:
+        return await self.session.explain(key)
+
     async def _cluster(self, method: str, kwargs: Mapping[str, Any]) -> Any:
         if method == "drain":
             self.session.drain()
             return None
         return await self.cluster.call(method, kwargs)
+
+    async def _make_again(self, keys: Collection[Key]) -> dict[Key, Any]:
+        return await make_again(self.session, list(keys))
 
     async def _ping(self) -> str:
         return "pong"

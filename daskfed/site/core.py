@@ -202,6 +202,7 @@ class SiteCore:
                 if state.phase in COMING:
                     block.missing.add(key)
         if absent:
+            self._tell(KeysLost(tuple(absent)))
             self._lose_block(block, f"its input {absent[0]!r} is not here")
         else:
             self._queue_if_complete(block)
@@ -540,10 +541,15 @@ class SiteCore:
                 self._lose_key(state, "lost", "the site's scheduler has lost it")
 
     def _keys_missing(self, event: ev.KeysMissing) -> None:
-        """Give up keys that a worker took along and that do not come again; the hub has them made anew."""
+        """Give up keys that a worker took along and that do not come again; the hub has them made anew.
+
+        Of others it is told once more: who asks for a key that is not here was sent by a hub which thinks it is.
+        """
         for key in event.keys:
             if self.holds(key):
                 self._lose_key(self.keys[key], "lost", "its worker is lost, and no other has it")
+            elif key not in self.keys or self.keys[key].phase is not KeyPhase.FAILED:
+                self._tell(KeysLost((key,)))
 
     def _keys_scattered(self, event: ev.KeysScattered) -> None:
         for made in event.keys:

@@ -16,6 +16,8 @@ Requests and replies stay unopened all the way. Futures need more than passing o
   before the task hears of it. The hub holds it for the task until the task's client lets go of it.
 
 Events that tasks log (``print``, ``warn`` and the user's own topics) go to the hub too, and stay at the site as well.
+Workers say which task logged an event (:mod:`daskfed.site.naming`); the hub is told the nearest key above that task
+that it knows, and so whose the event is.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from typing import Any, Protocol
 
 from distributed import SchedulerPlugin
 
-from daskfed.comm.opaque import OpaqueError, OpaquePool, relays_errors, settle
+from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, relays_errors, settle
+from daskfed.data.fetch import by_value
 from daskfed.messages import COORDINATION, Key
+from daskfed.site.naming import NameTasks, opened
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +46,6 @@ ACTOR_OPS = ("actor_execute", "actor_attribute")
 """What a scheduler is asked to pass on to the worker of an actor."""
 LOCAL_TOPICS = ("worker-", "invalid-worker-")
 """Topics that begin so are a worker's own; so are those named after an address."""
-MOST_CALLS = 2**16
-"""Most calls that wait for the agent at once: a task that waits for a Lock or an Event holds one connection."""
 POLL_S = 0.01
 KNOWN_WITHIN_S = 5.0
 """How long a key may take to reach the scheduler after the request that names it, which goes another way."""
@@ -155,6 +157,7 @@ class ForwardCoordination(SchedulerPlugin):
         self._replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._replace(scheduler.handlers, self._rpc_handlers(scheduler.handlers))
         self._replace(scheduler.stream_handlers, self._stream_handlers(scheduler.stream_handlers))
+        await scheduler.register_worker_plugin(None, by_value(NameTasks()), NameTasks.name, idempotent=False)
 
     async def close(self) -> None:
         """Give the scheduler its own handlers back and let go of the agent; called by the scheduler when it ends."""
@@ -262,12 +265,27 @@ class ForwardCoordination(SchedulerPlugin):
 
     def _logger(self, own: Callable[..., Any]) -> Callable[..., Any]:
         def log(topic: str | Collection[str], msg: Any, **worker: Any) -> None:
+            key, msg = opened(msg) if worker else (None, msg)  # a client's message is the client's
             own(topic=topic, msg=msg, **worker)
             topics = [topic] if isinstance(topic, str) else topic
             if shared := [each for each in topics if "://" not in each and not each.startswith(LOCAL_TOPICS)]:
-                self._queue.put_nowait(("log_event", {"topic": shared, "msg": msg}))
+                self._queue.put_nowait(("log_event", {"topic": shared, "msg": msg, "task": self._asked_for(key)}))
 
         return log
+
+    def _asked_for(self, key: Key | None) -> Key | None:
+        """Return the nearest key above a task, or its own, that the agent asked for: the hub knows that one."""
+        stack = [] if key is None else [self.scheduler.tasks.get(key)]
+        seen = set(stack)
+        while stack:
+            if (task := stack.pop()) is None:
+                continue
+            if any(client.client_key == self.agent_client for client in task.who_wants or ()):
+                return task.key  # type: ignore[no-any-return]
+            new = task.dependents - seen
+            seen |= new
+            stack.extend(new)
+        return None
 
     # -- to the agent ------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""The invariants of a site's core, verified after each event in tests. Pure."""
+"""The invariants of a site's core, verified after each event in tests, and what it says of a key. Pure."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from daskfed.messages import Key
 from daskfed.site.records import BlockState, KeyState
@@ -35,6 +35,21 @@ def check(core: SiteCore) -> None:
         _check_block(core, block)
     if not core.closed:
         _check_books(core)
+
+
+def explain(core: SiteCore, key: Key) -> dict[str, Any]:
+    """Return what the site knows of a key: its ``phase``, what happened to it, and the blocks that make or use it."""
+    state = core.keys.get(key)
+    if state is None:
+        return {"phase": KeyPhase.ABSENT.value, "story": core.story(key), "blocks": {}}
+    names = sorted({*state.makers, *state.made_by, *state.users} & core.blocks.keys())
+    blocks = {name: _of_block(core.blocks[name]) for name in names}
+    return {"phase": state.phase.value, "story": core.story(key), "blocks": blocks}
+
+
+def _of_block(block: BlockState) -> dict[str, Any]:
+    facts = {"missing": list(block.missing), "open": list(block.open), "kept": list(block.kept)}
+    return {"phase": block.phase.value, "attempt": block.attempt.n, **facts}
 
 
 def _check_books(core: SiteCore) -> None:

@@ -22,7 +22,7 @@ from distributed.comm.core import Comm, CommClosedError
 from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
-from daskfed.comm.opaque import OpaqueError, OpaquePool, connect_opaque
+from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, connect_opaque
 from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused, DaskfedError
 from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
@@ -76,7 +76,7 @@ class RemoteHub:
         self.epoch = 0
         self.federation = ""
         self._round_trips: deque[float] = deque(maxlen=5)  # seconds
-        self._pool = OpaquePool(limit=64, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
+        self._pool = OpaquePool(limit=MOST_CALLS, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
         self._tasks: set[asyncio.Task[None]] = set()
         self._stream: ControlStream | None = None
         self._channels: Channels | None = None

@@ -152,7 +152,8 @@ class SiteReporter(SchedulerPlugin):
             if task is not None and task.state == "memory":
                 self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
         self._sweep(tasks, keys)
-        if blamed := [key for key in tasks if scheduler.tasks[key].exception_blame is not None]:
+        left = [task for key in tasks if (task := scheduler.tasks.get(key)) is not None]
+        if blamed := [task.key for task in left if task.exception_blame is not None]:
             scheduler.loop.add_callback(self._fail_stuck, blamed)
 
     def _see_to_failed_inputs(self, key: Key) -> None:

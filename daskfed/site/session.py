@@ -38,8 +38,10 @@ from daskfed.messages import (
     RunBlock,
     SiteHoldings,
     SiteStatus,
+    agent_client,
 )
 from daskfed.site import events as ev
+from daskfed.site import inspection
 from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
 from daskfed.site.reporting import SiteReporter
@@ -79,7 +81,7 @@ class Session:
         connection_args: Mapping[str, Any] | None = None,
     ) -> None:
         self.incarnation = secrets.token_hex(8)
-        self.client = f"daskfed-agent-{self.incarnation}"
+        self.client = agent_client(self.incarnation)
         self.scheduler_address = scheduler_address
         self.door_address = door_address
         self.door_token = door_token
@@ -303,6 +305,12 @@ class Session:
 
     # -- data --------------------------------------------------------------------------------------------------------
 
+    async def explain(self, key: Key) -> dict[str, Any]:
+        """Return what this site knows of a key, and how its task stands with the scheduler."""
+        tasks = await self.ask_scheduler("get_task_status", keys=[key])
+        who_has = await self.ask_scheduler("who_has", keys=[key])
+        return {**inspection.explain(self.core, key), "task": tasks.get(key), "workers": list(who_has.get(key, ()))}
+
     def import_for_worker(self, key: Key) -> dict[str, Any]:
         """Return a key's bytes to the worker that runs its fetch task."""
         parcel = self.parcels.get(key)
@@ -346,14 +354,19 @@ class Session:
         """Yield the messages of a stream with ``keys``; see :mod:`daskfed.data.parcels`."""
         return self.source.stream(keys)
 
-    async def scatter(self, data: dict[Key, Any], broadcast: bool | int = False) -> dict[Key, int]:
-        """Put data on workers, hold it, and return its sizes; raises TransferError where a key is being made here."""
+    async def scatter(
+        self, data: dict[Key, Any], broadcast: bool | int = False, workers: Collection[str] | None = None
+    ) -> dict[Key, int]:
+        """Put data on workers (None: any), hold it, and return its sizes.
+
+        Raises TransferError where a key is being made here.
+        """
         busy = [key for key in data if key in self.core.keys and not self.core.holds(key)]
         if busy:
             raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
         await self.wire.quiet(data)
         await self._workers_released(data)
-        how = {"workers": None, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}
+        how = {"workers": workers, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}
         await self.ask_scheduler("scatter", data=data, client=self.client, **how)
         self._scattered.update(data)
         return await self.hold(data)

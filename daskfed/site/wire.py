@@ -68,6 +68,7 @@ class SchedulerWire:
         self._stream = BatchedSend(interval=SEND_INTERVAL)
         self._reader: asyncio.Task[None] | None = None
         self._reading = Reading(client)
+        self._borrower = f"{client}-borrows"  # a client of the scheduler without a stream
 
     async def connect(self) -> None:
         """Register at the scheduler; raises OSError where it cannot be reached, SiteStartError where it refuses."""
@@ -143,6 +144,19 @@ class SchedulerWire:
         release = {"op": "client-releases-keys", "keys": list(keys), "client": self.client}
         ended = {"op": "fed-released", "keys": list(keys)}
         self._send(release, ended, self._reading.mark(silent=keys))
+
+    def borrow(self, keys: Collection[Key], empty: Any) -> None:
+        """Have the scheduler keep keys that it knows, made again if need be, and say nothing of it to the agent.
+
+        ``empty`` is a pickled expression without tasks: Dask makes a key again only for who submits a graph.
+        """
+        known = {"op": "client-desires-keys", "keys": [], "client": self._borrower}  # else its releases were an error
+        fields = {"expr_ser": empty, "keys": set(keys), "client": self._borrower}
+        self._send(known, {**_plain_fields(), **fields, "op": "update-graph"})
+
+    def give_back(self, keys: Collection[Key]) -> None:
+        """End :meth:`borrow`."""
+        self._send({"op": "client-releases-keys", "keys": list(keys), "client": self._borrower})
 
     async def quiet(self, keys: Collection[Key]) -> None:
         """Wait until the scheduler has seen the release of each of these keys that was released."""

@@ -226,8 +226,8 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
     pending = [future for future in futures if not future.done()]
     lines = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(futures)}"]
     lines += [f"sites: {_asked(client._fetch_sites, client)}"]
-    keys = [key for future in pending[:8] for key in _parts(client, future.key)]
-    lines += [f"{key!r} {_state(client, key)}: {_asked(client._explain, client, key)}" for key in keys]
+    keys = [key for future in pending[:8] or futures for key in _parts(client, future.key)]
+    lines += [f"{key!r} {_state(client, key)}: {_asked(client._explain, client, key)}" for key in keys[:30]]
     return "\n".join([*lines, siege.logs()])
 
 

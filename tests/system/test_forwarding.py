@@ -15,7 +15,7 @@ from distributed import Client, Event, Future, LocalCluster, Lock, MultiLock, Qu
 
 from daskfed.comm.opaque import OpaquePool, OpaqueServer
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers
-from tests.unit.hub.small_hub import SmallHub
+from tests.unit.hub.small_hub import OWNER, SmallHub
 
 pytestmark = pytest.mark.system
 
@@ -288,7 +288,7 @@ def test_errors_come_back_and_events_go_up() -> None:
             with pytest.raises(RuntimeError, match="Semaphore or Lock `gone` not known"):
                 await fed.at(site, use_unknown_lock)
             await fed.at(site, say, f"hello from {site}")
-        broker = fed.hub.coordination.topics.broker
+        broker = fed.hub.coordination.topics.brokers[OWNER]
         await until(lambda: len(broker.get_events("mine")) == len(broker.get_events("print")) == 2)
         assert [event[1]["text"] for event in broker.get_events("mine")] == [f"hello from {site}" for site in SITES]
         assert broker.get_events("worker-own") == ()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed import Lock, Queue, Semaphore, Variable, as_completed, fire_and_forget
+from distributed import Lock, Queue, Semaphore, Variable, as_completed, fire_and_forget, get_worker
 
 from tests.system.killable import Killable, killable
 
@@ -105,6 +105,22 @@ def test_a_semaphore_counts_on(fed: Killable, tmp_path: Path) -> None:
         semaphore.release()
         assert semaphore.get_value() == 0
     assert len(spans(tmp_path)) == 4 and most_at_once(tmp_path) == 1
+
+
+def say(text: str) -> None:
+    """Log an event."""
+    get_worker().log_event("said", {"text": text})
+
+
+def test_a_client_goes_on_hearing_its_topics(fed: Killable) -> None:
+    heard: list[str] = []
+    with fed.client() as client:
+        client.subscribe_topic("said", lambda event: heard.append(event[1]["text"]))
+        client.submit(say, "before", site="north").result()
+        wait_until(lambda: heard == ["before"])
+        fed.kill_hub()
+        client.submit(say, "after", site="north").result()
+        wait_until(lambda: heard == ["before", "after"])
 
 
 def test_the_items_of_a_queue_come_out_once_and_in_order(fed: Killable) -> None:

@@ -280,6 +280,20 @@ def test_a_task_of_a_failed_input_fails_also_where_a_dependent_of_it_comes_first
     check(story)
 
 
+def test_a_graph_that_names_a_known_key_with_other_dependencies_is_taken_in() -> None:
+    """What only the other way to make that key needs is forgotten before anybody looks for failures."""
+
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, reporter):
+            known = client.submit(operator.add, 1, 2, key="z")
+            await wait(known)
+            site.scheduler.new_task("a", None, "released")
+            reporter.update_graph(site.scheduler, client=client.id, keys=["z"], tasks=["z", "a"])
+            assert "a" not in site.scheduler.tasks and await known == 3
+
+    check(story)
+
+
 def test_a_task_that_failed_from_an_input_which_is_mended_now_runs_again() -> None:
     async def story(site: Site) -> None:
         async with reported(site) as (client, reporter):

@@ -126,7 +126,9 @@ def test_failure_fails_only_dependents_across_sites(client: Client) -> None:
 def test_scatter(client: Client) -> None:
     """Scattered data is used at either site; a name puts it there."""
     future = client.scatter(np.arange(1000), site="south")
-    assert client.explain(future)["sites"] == ["south"]
+    told = client.explain(future)
+    assert told["sites"] == ["south"] == list(told["seen_at"])
+    assert (told["seen_at"]["south"]["phase"], told["seen_at"]["south"]["task"]) == ("held", "memory")
     assert client.submit(np.sum, future, site="north").result() == 499500
     many = client.scatter([1, 2, 3])
     assert client.submit(sum, many).result() == 6
@@ -326,3 +328,33 @@ def test_final_assembly_does_not_cross_sites(client: Client) -> None:
     result = da.concatenate([x, y]).compute()
     assert result.shape == (2000, 500)
     assert sum(link["nbytes"] for link in client.transfers().values()) - before < 100_000
+
+
+async def _released(address: str, wait_for_it: bool) -> list[int]:
+    """Return how many futures an asynchronous client has with those of an array, and in the next turn of its loop."""
+    import asyncio
+
+    async with Client(address, asynchronous=True, set_as_default=False) as client:
+        parts = da.ones((40, 40), chunks=10).map_blocks(_slow, delay=0.0 if wait_for_it else 0.3, meta=np.ones((0, 0)))
+        whole = client.compute(parts)
+        if wait_for_it:
+            await whole
+        counts = [len(client.futures)]
+        whole.release()
+        await asyncio.sleep(0)
+        return [*counts, len(client.futures)]
+
+
+def _slow(block: Any, delay: float) -> Any:
+    time.sleep(delay)
+    return block
+
+
+@pytest.mark.parametrize("wait_for_it", [True, False])
+def test_what_a_result_is_put_together_from_is_released_with_it(
+    federation: Federation, client: Client, wait_for_it: bool
+) -> None:
+    """At once, and also while it is being computed: Dask's names may stand for something else the next time."""
+    import asyncio
+
+    assert asyncio.run(_released(federation.scheduler_address, wait_for_it)) == [17, 0]

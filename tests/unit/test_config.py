@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 
-from daskfed.config import DEFAULT_CLUSTER, parse_labels, site_options
+from daskfed.config import DEFAULT_CLUSTER, largest_message, parse_labels, site_options
+from daskfed.dask_private import MAX_BUFFER_SIZE
 from daskfed.errors import ConfigurationError
 
 
@@ -69,6 +71,13 @@ class TestNames:
     def test_what_cannot_name_a_site(self, name: Any) -> None:
         with pytest.raises(ConfigurationError, match="cannot name a site"):
             site_options(name, {})
+
+
+class TestLargestMessage:
+    def test_it_is_as_configured_or_what_a_stream_takes(self) -> None:
+        assert largest_message() == MAX_BUFFER_SIZE
+        with dask.config.set({"daskfed.comm.largest-message": "1 MiB"}):
+            assert largest_message() == 2**20
 
 
 class TestLabels:

@@ -207,6 +207,19 @@ def test_the_deepest_message_that_is_read_can_be_wrapped_and_written() -> None:
         loads_opaque([msgpack.packb([deep])])
 
 
+@pytest.mark.parametrize("wrap", [Serialize, ToPickle], ids=["serialised", "pickled"])
+def test_a_decompression_bomb_passes_compressed(wrap: Callable[[Any], Any]) -> None:
+    """Only who opens a payload pays for what it grows to."""
+    size = 50_000_000
+    frames = packed({"value": wrap(np.zeros(size, "u1"))})
+    assert sum(map(len, frames)) < size / 100
+    tracemalloc.start()
+    written = stock.dumps(loads_opaque(frames))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [bytes(frame) for frame in written] == frames and peak < size / 10
+
+
 def only_refuses(frames: list[bytes]) -> None:
     """Whatever is read must also be writable, and read the same again."""
     try:
@@ -429,6 +442,46 @@ def test_garbage_ends_its_own_connection_only(garbage: bytes, caplog: pytest.Log
                 assert await good.get() == {"value": 1}
             async with rpc(shelf.address) as late:
                 assert await late.get() == {"value": 1}
+
+    run(main)
+
+
+TRUNCATED = {
+    "in the length": hello() + b"\x08",
+    "in the lengths of frames": hello() + struct.pack("QQ", 1000, 1),
+    "in a frame": hello() + wire(packed(MESSAGES["serialised"]))[:-100],
+}
+
+
+@pytest.mark.parametrize("start", TRUNCATED.values(), ids=TRUNCATED)
+@pytest.mark.parametrize("end", ["hangs up", "stays"])
+def test_a_message_that_does_not_end_keeps_nobody_waiting(start: bytes, end: str) -> None:
+    async def main() -> None:
+        async with Shelf() as shelf:
+            await shelf.listen("tcp://127.0.0.1:0")
+            reader, writer = await asyncio.open_connection(shelf.host, shelf.port)
+            writer.write(start)
+            await writer.drain()
+            if end == "hangs up":
+                writer.write_eof()
+                await asyncio.wait_for(reader.read(), 5)
+            async with rpc(shelf.address) as good:
+                assert await asyncio.wait_for(good.put(value=1), 5) == "int"
+            writer.close()
+
+    run(main)
+
+
+def test_the_largest_message_is_as_configured() -> None:
+    async def main() -> None:
+        with dask.config.set({"daskfed.comm.largest-message": "100 kB"}):
+            async with Shelf() as shelf:
+                await shelf.listen("tcp://127.0.0.1:0")
+                async with rpc(shelf.address) as good:
+                    assert await good.put(value=bytes(90_000)) == "bytes"
+                async with rpc(shelf.address) as large:
+                    with pytest.raises(CommClosedError):
+                        await large.put(value=bytes(110_000))
 
     run(main)
 

@@ -16,6 +16,8 @@ from daskfed.comm.opaque import OpaqueServer
 from daskfed.hub.coordination import attach
 from daskfed.hub.journal import Journal
 
+OWNER = "somebody"
+
 
 class SmallHub(OpaqueServer):
     """Serves stock clients; ``data`` holds what they scatter, unopened, and ``wanted`` who wants which key."""
@@ -95,6 +97,22 @@ class SmallHub(OpaqueServer):
         for client, messages in client_msgs.items():
             if client in self.clients:
                 self.clients[client].send(*messages)
+
+    def owner_of(self, client: str) -> str:
+        """Return whom a client acts for: there is one user."""
+        return OWNER
+
+    def owner_calling(self) -> str:
+        """Return for whom a call is."""
+        return OWNER
+
+    def owner_at(self, site: str, key: Any) -> str | None:
+        """Return whose task logged an event."""
+        return OWNER
+
+    def origin(self, site: str, worker: str) -> dict[str, str]:
+        """Return from where an event came."""
+        return {"worker": f"fed://{site}/{worker.split('://')[-1]}", "site": site}
 
     async def close(self, timeout: float | None = None, reason: str = "") -> None:
         """Stop."""

@@ -89,6 +89,19 @@ class TestLostProducers:
         waits_in_vain(stage)
         assert stage.empty
 
+    def test_a_circle_of_blocks_that_cut_the_same_tasks_differently_is_opened(self) -> None:
+        """``x`` needs nothing, ``y`` needs ``x``, ``z`` needs ``y``; the number of the block that made ``x`` is lost."""
+        stage = Anew("north", clients="c d")
+        a, b, c = block("a", "x"), block("b", "y", "x"), block("c", "x z", "y")
+        stage(ev.ClientBack("d", "ann", ((a, 0), (b, 0)), keys("y"), ()))
+        stage(ev.ClientBack("c", "ann", ((c, 12),), keys("z"), ()))
+        commands = stage.holds("north")
+        assert not any(isinstance(command, ev.TellClient) for command in commands)
+        assert stage.key("x").producer == "a" and arrival(stage, "a") < arrival(stage, "b") < arrival(stage, "c")
+        for name, key in zip("abc", "xyz", strict=True):
+            stage.made(name, key)
+        assert stage.key("z").phase is KeyPhase.HELD
+
     def test_blocks_that_come_back_out_of_order_are_put_in_order(self) -> None:
         stage = Anew("north", clients="c d")
         stage.holds("north")
@@ -97,6 +110,15 @@ class TestLostProducers:
         waits_in_vain(stage)
         assert arrival(stage, "a") < arrival(stage, "b")
         assert stage.block("a").phase is BlockPhase.PLACED
+
+
+def test_a_client_that_was_asleep_when_its_blocks_were_numbered_is_told_again(stage: Stage) -> None:
+    a, b = block("a", "x"), block("b", "y")
+    stage.submit(a, b, wanted="x y")
+    numbered = ((a, 0), (b, arrival(stage, "b")))
+    commands = stage.core.handle(ev.ClientBack("c", "ann", numbered, keys("x y"), ()), stage.now)
+    told_again = [command for command in commands if isinstance(command, ev.BlocksArrived)]
+    assert told_again == [ev.BlocksArrived("c", "a", arrival(stage, "a"))]
 
 
 class TestForgottenKeys:

@@ -12,7 +12,7 @@ from distributed import Client, Event, Future, Lock, MultiLock, Queue, Semaphore
 from distributed.core import Status
 from distributed.protocol.serialize import Pickled, Serialized, ToPickle
 
-from tests.unit.hub.small_hub import SmallHub
+from tests.unit.hub.small_hub import OWNER, SmallHub
 
 Test = Callable[..., Awaitable[None]]
 
@@ -210,7 +210,7 @@ def test_topics_reach_their_subscribers(address: str) -> None:
     async def test(hub: SmallHub, one: Client, two: Client) -> None:
         seen: list[Any] = []
         two.subscribe_topic("t", seen.append)
-        await until(lambda: two.id in hub.coordination.topics.broker._topics["t"].subscribers)
+        await until(lambda: two.id in hub.coordination.topics.brokers[OWNER]._topics["t"].subscribers)
         await one.log_event(["t", "u"], {"x": 1})
         await one.log_event("t", ToPickle(Opened(3)))
         hub.coordination.log_event("t", "from the hub")
@@ -220,11 +220,11 @@ def test_topics_reach_their_subscribers(address: str) -> None:
         assert [event[1] for event in await one.get_events("u")] == [{"x": 1}]
         assert set(await one.get_events()) >= {"t", "u"}
         two.unsubscribe_topic("t")
-        await until(lambda: not hub.coordination.topics.broker._topics["t"].subscribers)
+        await until(lambda: not hub.coordination.topics.brokers[OWNER]._topics["t"].subscribers)
         two.subscribe_topic("t", seen.append)
-        await until(lambda: bool(hub.coordination.topics.broker._topics["t"].subscribers))
+        await until(lambda: bool(hub.coordination.topics.brokers[OWNER]._topics["t"].subscribers))
         await two.close()
-        await until(lambda: not hub.coordination.topics.broker._topics["t"].subscribers)
+        await until(lambda: not hub.coordination.topics.brokers[OWNER]._topics["t"].subscribers)
 
     run(address, test)
 

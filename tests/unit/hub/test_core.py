@@ -53,6 +53,17 @@ def unknown_site(names: str, name: str, selector: str, sites: str = "north, sout
     return ev.FailKeys(tuple(names.split()), "UnknownSiteError", reason)
 
 
+class TestRefusedBlocks:
+    def test_a_block_for_a_worker_that_does_not_exist_fails_alone(self, stage: Stage) -> None:
+        bad, good = block("bad", "x", label="inc"), block("good", "y")
+        event = ev.BlocksSubmitted("c", (bad, good), ("x", "y"), refused=(("bad", "no worker 'bob'"),))
+        assert stage(event) == [
+            ev.FailKeys(("x",), "UnknownWorkerError", "inc: no worker 'bob'"),
+            told_failed("x"),
+            run("north", good),
+        ]
+
+
 class TestGraphs:
     def test_a_block_runs_its_client_is_told_and_nothing_is_left_after_its_release(self, stage: Stage) -> None:
         b = block("b", "x")
@@ -265,12 +276,12 @@ class TestWishes:
         assert stage(ev.ClientLeft("c")) == []
         assert stage.core.clients == {}
 
-    def test_keys_belong_to_the_user_of_the_client_that_named_them_first(self, stage: Stage) -> None:
+    def test_keys_belong_to_the_user_whose_block_or_data_they_are_whoever_named_them_before(self, stage: Stage) -> None:
         stage(ev.ClientJoined("d", "ben"))
         stage.desire("x", client="d")
         stage.scatter("north", "y", client="d")
         stage.submit(block("b", "x z"), wanted="z")
-        assert [stage.key(name).owner for name in "xyz"] == ["ben", "ben", "ann"]
+        assert [stage.key(name).owner for name in "xyz"] == ["ann", "ben", "ann"]
 
 
 class TestFuturesOfTasks:

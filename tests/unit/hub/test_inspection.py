@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from daskfed.hub.inspection import progress_of
+from daskfed.hub.inspection import progress_of, running_at
 from daskfed.hub.ledger import KeyState
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import Constraint, Key
@@ -168,3 +168,19 @@ def test_eligible_sites_follow_who_is_there() -> None:
     stage.leave("north")
     names += [site.name for site in stage.core.dispatcher.eligible(north)]
     assert names == ["north", "north", "west", "west"]
+
+
+class TestRunningAt:
+    def test_a_key_runs_where_its_block_is(self, stage: Stage) -> None:
+        stage.submit(block("b", "x y"), wanted="x y")
+        assert running_at(stage.core.ledger, ["x"]) == {"north": ["x"]}
+
+    def test_of_a_key_that_waits_what_it_waits_for_runs(self, stage: Stage) -> None:
+        stage.submit(block("p", "x z"), block("b", "y", "x"), wanted="y")
+        assert running_at(stage.core.ledger, ["y"]) == {"north": ["x"]}
+
+    def test_what_is_made_or_unknown_does_not_run(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        stage.made("b", "x")
+        stage.scatter("north", "data")
+        assert running_at(stage.core.ledger, ["x", "data", "unknown"]) == {}

@@ -127,6 +127,20 @@ def test_what_a_site_holds_of_a_block_that_was_cancelled_since_it_was_asked_is_n
     assert stage.block("again").phase is BlockPhase.PLACED
 
 
+def test_a_key_that_a_site_has_for_two_blocks_stays_when_one_of_them_ends() -> None:
+    """One made it before the hub started anew, for a client that comes late; the other has joined it since."""
+    stage = Anew("north", clients="c d")
+    stage.holds("north", "x", working("old", "", "x"))
+    stage.submit(block("b", "x y"), wanted="x y", client="c")
+    stage.later(11)
+    stage.made("b", "x")
+    stage.back(block("old", "x"), wanted="x", client="d")
+    told_again = (working("old", "", "x"), HeldBlock("b", Attempt(EPOCH, 1), ("y",), ("x",)))
+    stage.says("north", SiteHoldings((MadeKey("x", 8),), (), (), (), told_again, 1))
+    assert sent(stage.drop("x y", client="c"), CancelBlock) == [CancelBlock("b", Attempt(EPOCH, 1))]
+    assert stage.key("x").holders == {"north": ("old",)}
+
+
 def test_the_lease_of_a_client_that_never_comes_ends() -> None:
     stage = Anew("north")
     stage.holds("north", "x", placed="x")

@@ -20,7 +20,7 @@ def ask(op: str, **kwargs: Any) -> Any:
     return asyncio.run(asked())
 
 
-@pytest.mark.parametrize("op", ["replicate", "restart", "broadcast"])
+@pytest.mark.parametrize("op", ["update_data", "adaptive_target", "no_such_thing"])
 def test_what_it_cannot_do_is_an_error(op: str) -> None:
     with pytest.raises(NotImplementedError, match=op):
         ask(op, keys=["x"])

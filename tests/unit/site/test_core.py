@@ -142,6 +142,7 @@ class TestBlocks:
 
     def test_a_block_whose_input_is_not_here_is_lost(self, site: Site) -> None:
         assert site(run(block("b", ("y",), ("x",)))) == [
+            TellHub(KeysLost(("x",))),
             TellHub(BlockLost("b", FIRST, "its input 'x' is not here")),
             ForgetPayload("b", FIRST),
         ]
@@ -416,8 +417,13 @@ class TestLosses:
 
     def test_a_held_key_that_no_worker_has_for_a_while_is_given_up(self, site: Site) -> None:
         site(run(block("a", ("x", "y"))), ready("x"))
-        assert site(KeysMissing(("x", "y", "unknown"))) == [TellHub(KeysLost(("x",))), ReleaseAtScheduler(("x",))]
+        assert site(KeysMissing(("x",))) == [TellHub(KeysLost(("x",))), ReleaseAtScheduler(("x",))]
         assert site.phases() == {"y": "making"}
+
+    def test_a_hub_that_counts_on_a_key_which_is_not_here_is_told(self, site: Site) -> None:
+        site(run(block("a", ("x", "y"))), KeysErred(("y",)))
+        assert site(KeysMissing(("x", "y", "unknown"))) == [TellHub(KeysLost(("x",))), TellHub(KeysLost(("unknown",)))]
+        assert site.phases() == {"x": "making", "y": "failed"}
 
     def test_a_failure_that_an_import_has_overwritten_is_forgotten(self, site: Site) -> None:
         """Dask has one error for a task: the last one, though that was the fault of no task."""
