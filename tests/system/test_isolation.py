@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from distributed import Client as StockClient
-from distributed import Event, Lock, Queue, Variable, wait
+from distributed import Event, Future, Lock, Queue, Variable, get_client, wait
 
 from daskfed import Client
 from tests.system import commands
@@ -280,6 +280,64 @@ def test_what_a_task_shares_is_its_owners(alice: Client) -> None:
     assert alice.submit(lambda: Variable(name).get(timeout=10), pure=False).result(timeout=60) == "hers"
     with Lock(name):
         assert alice.submit(lambda: Lock(name).acquire(timeout=0.2), pure=False).result(timeout=60) is False
+
+
+LOST = ("CancelledError", "FutureCancelledError")  # what a task hears of a key that is not there
+
+
+def make_inside() -> Any:
+    """Submit a task inside of a task, and return its future."""
+    return get_client().submit(str.upper, "nested", key="nested-secret")
+
+
+def take(key: str) -> Any:
+    """Return the value of a key, or the name of the error that says that there is none."""
+    client = get_client()
+    future = Future(key, client)
+    client._send_to_scheduler({"op": "client-desires-keys", "keys": [key]})
+    try:
+        return future.result(timeout=20)
+    except Exception as exc:
+        return type(exc).__name__
+
+
+def test_what_a_task_made_is_its_owners(address: str, alice: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a client of another owner nor its tasks get it: before its own client asked for it, and after."""
+
+    async def attack(raw: Raw) -> None:
+        await raw.say({"op": "client-desires-keys", "keys": ["nested-secret"]})
+        assert not [message for message in await raw.settled() if message["op"] == "key-in-memory"]
+
+    outer = alice.submit(make_inside, site="north", pure=False)
+    wait(outer)
+    monkeypatch.setenv("LOGNAME", "mallory")
+    with Client(address, timeout=60, set_as_default=False) as mallory:
+        hostile(address, attack)
+        assert mallory.submit(take, "nested-secret", site="south", pure=False).result(timeout=60) in LOST
+        inner = outer.result(timeout=60)
+        assert inner.result(timeout=60) == "NESTED"
+        hostile(address, attack)
+        assert mallory.submit(take, "nested-secret", site="south", pure=False).result(timeout=60) in LOST
+    assert alice.submit(str.lower, inner, site="south").result(timeout=60) == "nested"
+
+
+class Purse:
+    """An actor."""
+
+    coins = 3
+
+
+def test_an_actor_is_its_owners(address: str, alice: Client) -> None:
+    """Nobody else calls it, or reads what it has."""
+    purse = alice.submit(Purse, actor=True, key="the-purse", site="north").result(timeout=60)
+
+    async def attack(raw: Raw) -> None:
+        msg = {"op": "actor_attribute", "actor": "the-purse", "attribute": "coins"}
+        with pytest.raises(PermissionError, match="the-purse.*another user"):
+            await raw.rpc.proxy(worker=purse._address, msg=msg)
+
+    hostile(address, attack)
+    assert purse.coins == 3
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
