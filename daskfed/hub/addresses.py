@@ -67,13 +67,17 @@ def sites_named(selector: str, hellos: Iterable[SiteHello]) -> list[str]:
 def resolve(selectors: Collection[str], workers: Collection[Worker], hellos: Collection[SiteHello]) -> Targets:
     """Return the workers that ``selectors`` name, by site.
 
-    Raises UnknownWorkerError, naming the candidates, where there is no such worker, or several sites have one.
+    Raises UnknownWorkerError, naming the candidates, where there is no such worker, or several sites have one, and
+    UnknownSiteError.
     """
     targets: Targets = {}
     for selector in selectors:
         if sites := sites_named(selector, hellos):
             targets.update(dict.fromkeys(sites))
             continue
+        if selector.startswith(SCHEME) and "/" not in (name := selector.removeprefix(SCHEME)):
+            there_are = ", ".join(sorted(hello.site for hello in hellos)) or "none so far"
+            raise UnknownSiteError(f"no site matches {name!r}; sites are {there_are}")
         for worker in found(selector, workers):
             there = targets.setdefault(worker.site, [])
             if there is not None and worker.address not in there:
@@ -90,8 +94,6 @@ def found(selector: str, workers: Collection[Worker]) -> list[Worker]:
             raise UnknownWorkerError(problem)
         if named:
             return named
-    if selector.startswith(SCHEME) and "/" not in selector.removeprefix(SCHEME):
-        raise UnknownSiteError(f"no site matches {selector.removeprefix(SCHEME)!r}")
     raise UnknownWorkerError(f"no worker {selector!r}; there are {_candidates(workers)}, or name a site")
 
 

@@ -14,6 +14,7 @@ from daskfed.comm.opaque import relays_errors
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState
+from daskfed.hub.fanout import answers_errors
 from daskfed.hub.inspection import progress_of
 from daskfed.hub.lookups import Roster
 from daskfed.hub.observing import Observing
@@ -42,7 +43,7 @@ class Gateway:
         return {
             "identity": self.identity,
             "gather": relays_errors(self.gather),
-            "scatter": relays_errors(self.scatter),
+            "scatter": answers_errors(self.scatter),
             "retry": self.retry,
             "subscribe_worker_status": self.subscribe_worker_status,
             "fed_sites": self.fed_sites,

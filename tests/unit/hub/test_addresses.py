@@ -85,7 +85,7 @@ def test_an_error_does_not_list_a_thousand_workers() -> None:
 
 
 def test_a_site_that_does_not_exist() -> None:
-    with pytest.raises(UnknownSiteError, match="no site matches 'west'"):
+    with pytest.raises(UnknownSiteError, match="no site matches 'west'; sites are north"):
         resolve(["fed://west"], WORKERS, SITES)
 
 
