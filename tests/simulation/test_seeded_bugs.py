@@ -194,13 +194,13 @@ class ReplicaNotReleased(Ledger):
 class LineageOneLevelShort(Ledger):
     """What makes a lost key runs again, but not what makes its inputs, should those be gone too."""
 
-    def _demand(self, state: KeyState) -> None:
+    def demand(self, state: KeyState) -> None:
         block = self.blocks.get(state.producer or "")
         if block is not None and block.phase is BlockPhase.DONE:
             self.move_block(block, "needed again")
             self._link(block)
         else:
-            super()._demand(state)
+            super().demand(state)
 
 
 class RerunCountedTwice(Ledger):
