@@ -106,7 +106,9 @@ class SiteReporter(SchedulerPlugin):
         elif finish == "forgotten":
             self.failed_imports.discard(key)
             self.importing.discard(key)
-        elif self._failed and (finish == "waiting" or (finish == "released" and start == "memory")):
+        elif finish == "released":
+            self._released(key, start)
+        elif finish == "waiting" and self._failed:
             self._see_to_failed_inputs(key)
 
     def _in_memory(self, key: Key, startstops: Collection[dict[str, Any]]) -> None:
@@ -134,6 +136,13 @@ class SiteReporter(SchedulerPlugin):
             self._send({"op": "fed-erred", "key": key, "blame": None})
         elif blame.suspicious > self.scheduler.allowed_failures:
             self._send({"op": "fed-erred", "key": key, "blame": blame.key})
+
+    def _released(self, key: Key, start: str) -> None:
+        """See to a value that was lost, and to a task of no use, which Dask keeps where workers die at a bad moment."""
+        if self._failed and start == "memory":
+            self._see_to_failed_inputs(key)
+        if _is_useless(self.scheduler.tasks[key]):
+            self.scheduler.loop.add_callback(self._sweep, [key], ())
 
     def _wanted(self, task: Any) -> bool:
         return any(client.client_key == self.client for client in task.who_wants or ())
@@ -182,11 +191,7 @@ class SiteReporter(SchedulerPlugin):
         """Forget tasks that a graph brought for a key which Dask knows with other dependencies: nobody needs them."""
         known = self.scheduler.tasks
         found = (known.get(key) for key in tasks if key not in keys)
-        useless = [
-            task.key
-            for task in found
-            if task is not None and task.state == "released" and not (task.dependents or task.who_wants)
-        ]
+        useless = [task.key for task in found if task is not None and task.state == "released" and _is_useless(task)]
         if useless:
             self.scheduler.transitions(dict.fromkeys(useless, "forgotten"), "daskfed-sweep")
 
@@ -349,3 +354,8 @@ class SiteReporter(SchedulerPlugin):
         durations = [(prefix, int(count), seconds) for prefix, (count, seconds, _) in learned.items()]
         sizes = [(prefix, int(count), int(nbytes)) for prefix, (count, _, nbytes) in learned.items()]
         self._send({"op": "fed-learned", "durations": durations, "sizes": sizes})
+
+
+def _is_useless(task: Any) -> bool:
+    """Whether nobody wants a task and nothing can be made from it."""
+    return not (task.dependents or task.who_wants)

@@ -109,6 +109,11 @@ class FakeTaskState:
     lost_deps: bool = False
     run: int = 0  # which run of the task is the valid one
 
+    @property
+    def is_useless(self) -> bool:
+        """Whether nobody wants it and nothing can be made from it."""
+        return not (self.wanted or self.dependents)
+
 
 def value_of(key: Key, inputs: Iterable[int]) -> int:
     """Return the value of a task that does not fail: a checksum of its key and its inputs' values."""
@@ -129,6 +134,7 @@ class FakeScheduler:
         self._ready: list[tuple[tuple[int, ...], int, FakeTaskState]] = []
         self._todo: dict[Key, tuple[FakeTaskState, State]] = {}  # recommended transitions, as in Dask
         self._orders = 0
+        self._put_back: list[FakeTaskState] = []  # tasks that were released just now
 
     # -- what the agent asks for --------------------------------------------------------------------------------
 
@@ -325,6 +331,16 @@ class FakeScheduler:
         self._todo[task.key] = (task, state)
 
     def _transitions(self) -> None:
+        """Make all recommended moves; the agent's plugin then forgets what is of no use, as Dask does not."""
+        self._move_all()
+        while useless := [task for task in self._put_back if task.state is State.RELEASED and task.is_useless]:
+            self._put_back = []
+            for task in useless:
+                self._recommend(task, State.FORGOTTEN)
+            self._move_all()
+        self._put_back = []
+
+    def _move_all(self) -> None:
         while self._todo:
             _, (task, target) = self._todo.popitem()  # the last first, as in Dask
             if task.state is State.PROCESSING and target is State.WAITING:
@@ -388,6 +404,7 @@ class FakeScheduler:
     def _to_released(self, task: FakeTaskState) -> None:
         was_memory = task.state is State.MEMORY
         task.state, task.value = State.RELEASED, None
+        self._put_back.append(task)
         task.run += 1
         task.waiting_on = {}
         needed = bool(task.wanted or task.waiters)

@@ -294,6 +294,25 @@ def test_a_graph_that_names_a_known_key_with_other_dependencies_is_taken_in() ->
     check(story)
 
 
+def test_a_task_of_no_use_is_forgotten() -> None:
+    """As Dask leaves it, with all that it was made from, where what needs it is forgotten while it is put back."""
+
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, _):
+            future = client.submit(operator.add, 1, 2, key="z")
+            await wait(future)
+            task = site.scheduler.tasks["z"]
+            for each in list(task.who_wants):
+                each.wants_what.discard(task)
+            task.who_wants.clear()
+            site.scheduler.transitions({"z": "released"}, "test")
+            assert task.state == "released"
+            while "z" in site.scheduler.tasks:
+                await asyncio.sleep(0.01)
+
+    check(story)
+
+
 def test_a_task_that_failed_from_an_input_which_is_mended_now_runs_again() -> None:
     async def story(site: Site) -> None:
         async with reported(site) as (client, reporter):
