@@ -194,6 +194,11 @@ class ClientNode:
         for key in self.borrowed.intersection(keys):
             self.held.pop(key, None)
 
+    def retry_failed(self) -> None:
+        """Have all that failed made again."""
+        if failed := tuple(key for key, told in self.held.items() if told is ev.Outcome.FAILED):
+            self.sim.hub.retry(failed)
+
     def release_all(self) -> None:
         """Let go of everything."""
         self._release_some(tuple(self.held))
@@ -224,7 +229,7 @@ class ClientNode:
         for key in command.keys:
             if key not in self.held:
                 continue
-            self.held[key] = command.outcome
+            self.held[key] = None if command.outcome is ev.Outcome.RETRIED else command.outcome
             if key in failures:
                 self._take(key, failures[key])
             elif command.outcome is ev.Outcome.IN_MEMORY and self._rng.random() < 0.3:

@@ -35,6 +35,7 @@ from tests.simulation.workload import Cutter, random_universe
 
 NTASKS = 215  # in the universe of a history
 ENOUGH = 200  # tasks run, and events: a history that has fewer asks for more before it ends
+RETRY_S = 1.0  # until a client has heard that what it retries is pending again
 SETTLE_S = 600.0  # virtual time after which a key that has not settled never will
 SILENT_S = 300.0  # virtual time after which links that nobody uses must be silent; losses make them patient
 DETECT_S = 1.0  # until the hub finds out that a peer has crashed
@@ -301,6 +302,7 @@ class Simulation:
             while (lacking := ENOUGH - min(self._ran(), self.events)) > 0:
                 self.clients["c0"].submit(self.universe.some(self.rng, lacking))
                 self._settle()
+            self._retry()
             for client in self.clients.values():
                 client.release_all()  # those that are gone have nothing
             self._wait(EMPTY_S, self._leftovers)
@@ -336,6 +338,13 @@ class Simulation:
     def _settle(self) -> None:
         """All that clients hold must settle, and must be what the reference evaluation says."""
         self._wait(SETTLE_S, self._unsettled)
+
+    def _retry(self) -> None:
+        """What failed is made again; it settles as before."""
+        for client in self.clients.values():
+            client.retry_failed()
+        self.clock.run_until(self.clock.now + RETRY_S)
+        self._settle()
 
     def _leftovers(self) -> str:
         left = self.hub.leftovers()

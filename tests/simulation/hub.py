@@ -288,12 +288,19 @@ class HubNode:
                 due = self._tells_due.get((command.client, key), 0)
                 self.sim.require(due > 0, "a client is told once more that a key is in memory", command.client, key)
                 self._tells_due[command.client, key] = due - 1
+            elif command.outcome is ev.Outcome.RETRIED:
+                self._expect_tells(command.client, (key,))
             elif command.outcome is ev.Outcome.FAILED:
                 self.sim.require(key in self.stores.errors, "no error is stored for a key that failed", key)
                 failures[key] = Failure(self.stores.errors[key]["exception"])
             elif key in client.borrowed:  # its client let go of it meanwhile; what was to be made from it ends as well
                 self.sim.cancelled[key] = None
         client.hears(client.told, command, failures)
+
+    def retry(self, keys: tuple[Key, ...]) -> None:
+        """A client wants what failed made again."""
+        if not self.crashed:
+            self.handle(ev.KeysRetried(keys))
 
     def gather(self, key: Key) -> int | Failure | None:
         """Return the value of a key as a client that asks now would get it; None where no site has it."""
