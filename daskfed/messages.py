@@ -23,6 +23,9 @@ REQUEST = "fed_request"
 SESSION = "fed_session"
 """The name under which a call of daskfed's client carries the secret that it told the hub in its hello."""
 
+WORKER_SCHEME = "fed://"
+"""Of a worker's address across sites: ``fed://site/host:port``."""
+
 Key: TypeAlias = str | bytes | int | float | tuple[Any, ...]
 """What Dask calls a key: the name of one result."""
 

@@ -16,10 +16,9 @@ import distributed
 from distributed import versions
 
 from daskfed.client.assembly import Assembly
-from daskfed.client.constraints import WORKER_SCHEME
 from daskfed.client.graphs import MaterialisedGraph
 from daskfed.errors import ConfigurationError
-from daskfed.messages import Constraint, Key
+from daskfed.messages import WORKER_SCHEME, Constraint, Key
 
 Sites = Mapping[str, Mapping[str, Any]]
 """Site name -> what ``client.sites()`` shows."""

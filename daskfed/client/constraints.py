@@ -17,10 +17,9 @@ from distributed.client import default_client
 
 from daskfed.client import hooks
 from daskfed.errors import ConfigurationError, UnknownSiteError
-from daskfed.messages import Constraint
+from daskfed.messages import WORKER_SCHEME, Constraint
 
 EMPTY = Constraint()
-WORKER_SCHEME = "fed://"  # of a worker's address across sites: fed://site/host:port
 SCHEMES = ("tcp", "tls", "inproc")  # that a worker may be reached by at its site
 
 SiteChoice: TypeAlias = Callable[[Mapping[str, Any]], Iterable[str] | str]

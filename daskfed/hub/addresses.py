@@ -18,9 +18,8 @@ from typing import Any, TypeAlias
 
 from daskfed.errors import UnknownSiteError, UnknownWorkerError
 from daskfed.hub.dispatch import matches
-from daskfed.messages import SiteHello
+from daskfed.messages import WORKER_SCHEME, SiteHello
 
-SCHEME = "fed://"
 MOST_LISTED = 8  # workers that an error names
 
 Targets: TypeAlias = dict[str, list[str] | None]
@@ -44,7 +43,7 @@ class Worker:
 
 def address_at(site: str, address: str) -> str:
     """Return a worker's address as it is shown across sites: ``fed://site/host:port``."""
-    return f"{SCHEME}{site}/{_bare(address)}"
+    return f"{WORKER_SCHEME}{site}/{_bare(address)}"
 
 
 def workers_of(site: str, identity: Mapping[str, Any]) -> list[Worker]:
@@ -61,7 +60,7 @@ def listed(workers: Any) -> list[str]:
 
 def sites_named(selector: str, hellos: Iterable[SiteHello]) -> list[str]:
     """Return the sites whose name or label ``selector`` is, also behind ``fed://``."""
-    return [hello.site for hello in hellos if matches(hello, selector.removeprefix(SCHEME))]
+    return [hello.site for hello in hellos if matches(hello, selector.removeprefix(WORKER_SCHEME))]
 
 
 def resolve(selectors: Collection[str], workers: Collection[Worker], hellos: Collection[SiteHello]) -> Targets:
@@ -75,7 +74,7 @@ def resolve(selectors: Collection[str], workers: Collection[Worker], hellos: Col
         if sites := sites_named(selector, hellos):
             targets.update(dict.fromkeys(sites))
             continue
-        if selector.startswith(SCHEME) and "/" not in (name := selector.removeprefix(SCHEME)):
+        if selector.startswith(WORKER_SCHEME) and "/" not in (name := selector.removeprefix(WORKER_SCHEME)):
             there_are = ", ".join(sorted(hello.site for hello in hellos)) or "none so far"
             raise UnknownSiteError(f"no site matches {name!r}; sites are {there_are}")
         for worker in found(selector, workers):

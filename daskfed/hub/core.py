@@ -15,7 +15,7 @@ from daskfed.hub.arrivals import Arrivals
 from daskfed.hub.cancelling import cancel_for, cancel_keys, give_up
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.homes import Homes
-from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.ledger import AT_SITE, BlockState, KeyState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.poison import Poison
 from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
@@ -333,8 +333,7 @@ class HubCore:
     def _attempt(self, site: SiteState, message: Any) -> BlockState | None:
         """Return the block that a report is about, or None where the report is of an attempt that ended."""
         block = self.ledger.blocks.get(message.block)
-        current = (BlockPhase.PLACED, BlockPhase.RECALLING)
-        if block is not None and block.phase in current and block.attempt == message.attempt:
+        if block is not None and block.phase in AT_SITE and block.attempt == message.attempt:
             return block
         self.ledger.command(ev.DropReport(site.name, message.block, message.attempt))
         return None

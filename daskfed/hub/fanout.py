@@ -40,6 +40,7 @@ from daskfed.hub.addresses import (
     workers_of,
 )
 from daskfed.hub.inspection import running_at
+from daskfed.hub.ports import answers
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import BlockSpec, Key, SiteHello
 
@@ -111,18 +112,20 @@ class Fanout:
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    async def ask(self, op: str, per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    async def ask(
+        self, op: str, per_site: Mapping[str, Mapping[str, Any]], keep_errors: bool = False
+    ) -> dict[str, Any]:
         """Call an op of the schedulers of several sites, site -> keywords; a site that is gone is left out.
 
-        Raises OpaqueError where a scheduler raised.
+        Raises OpaqueError where a scheduler raised; with ``keep_errors`` that is its reply.
         """
         ports = {site: port for site in per_site if (port := self.hub.ports.get(site)) is not None}
-        calls = [port.call("scheduler_rpc", scheduler_op=op, kwargs=dict(per_site[s])) for s, port in ports.items()]
-        replies = await asyncio.gather(*calls, return_exceptions=True)
-        for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, OSError):
-                raise reply
-        return {site: reply for site, reply in zip(ports, replies, strict=True) if not isinstance(reply, OSError)}
+        calls = {s: port.call("scheduler_rpc", scheduler_op=op, kwargs=dict(per_site[s])) for s, port in ports.items()}
+        return await answers(calls, (OpaqueError,) if keep_errors else ())
+
+    def everywhere(self, **kwargs: Any) -> dict[str, dict[str, Any]]:
+        """Return the same keywords for every site that is connected."""
+        return {site: kwargs for site, port in self.hub.ports.items() if port.connected}
 
     async def ask_all(self, op: str, **kwargs: Any) -> dict[str, Any]:
         """Call an op of the scheduler of every site with the same keywords."""
@@ -130,13 +133,14 @@ class Fanout:
 
     def shown(self, site: str, worker: str) -> str:
         """Return a worker's address as clients see it: plain where there is and will be one site, as in stock Dask."""
-        return worker if self._single else address_at(site, worker)
+        return worker if self.alone else address_at(site, worker)
 
     @property
-    def _single(self) -> bool:
+    def alone(self) -> bool:
+        """Whether there is one site and there will be no other: then its answers are given as they are."""
         return self.hub.fixed and len(self.hub.ports) == 1
 
-    def _merged(self, replies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def merged(self, replies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return worker as shown -> what was said of it, of several sites."""
         return {self.shown(site, worker): said for site, reply in replies.items() for worker, said in reply.items()}
 
@@ -145,7 +149,7 @@ class Fanout:
 
         async def serve(workers: Any = None, **kwargs: Any) -> dict[str, Any]:
             targets = await self.targets(workers)
-            return self._merged(await self.ask(op, {s: {**kwargs, "workers": w} for s, w in targets.items()}))
+            return self.merged(await self.ask(op, {s: {**kwargs, "workers": w} for s, w in targets.items()}))
 
         return serve
 
@@ -172,7 +176,7 @@ class Fanout:
         try:
             return resolve(selectors, known, hellos)
         except UnknownWorkerError:
-            if not self._single:
+            if not self.alone:
                 raise
             return {names[0]: [_address(each, known) for each in selectors]}
 
@@ -232,7 +236,7 @@ class Fanout:
         asked = {site: {"msg": msg, "workers": w, "on_error": on_error, **kwargs} for site, w in targets.items()}
         replies = await self.ask("broadcast", asked)
         lost = {site: there for site, there in targets.items() if site not in replies and there}
-        return self._merged(replies) | self._lost_workers(lost, on_error)
+        return self.merged(replies) | self._lost_workers(lost, on_error)
 
     def _lost_workers(self, lost: Mapping[str, list[str]], on_error: str) -> dict[str, Any]:
         """Return what a caller hears of workers that were named and whose site is gone; raises SiteLostError."""
@@ -262,7 +266,7 @@ class Fanout:
         targets = await self.targets(workers)
         replies = await self.ask("restart_workers", {s: {**how, "workers": w} for s, w in targets.items()})
         lost = {site: dict.fromkeys(there or (), "removed") for site, there in targets.items() if site not in replies}
-        return self._merged(replies | lost)
+        return self.merged(replies | lost)
 
     async def retire_workers(self, workers: Any = None, names: Any = None, **how: Any) -> dict[str, Any]:
         """Retire workers, whose keys go to other workers of their sites, and return worker -> facts.
@@ -273,13 +277,13 @@ class Fanout:
         if workers is not None and names is not None:
             raise TypeError("names and workers are mutually exclusive")
         if workers is None and names is None:
-            return self._merged(await self.ask("retire_workers", await self._shared_out(how)))
+            return self.merged(await self.ask("retire_workers", await self._shared_out(how)))
         targets = await self.targets(workers if names is None else names)
         everybody = [site for site, there in targets.items() if there is None]
         for worker in await self.workers(everybody):
             targets[worker.site] = [*(targets[worker.site] or ()), worker.address]
         asked = {site: {**how, "workers": there or []} for site, there in targets.items()}
-        return self._merged(await self.ask("retire_workers", asked))
+        return self.merged(await self.ask("retire_workers", asked))
 
     async def _shared_out(self, how: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return site -> keywords of ``retire_workers`` where numbers of workers are shared out."""
@@ -327,7 +331,7 @@ class Fanout:
     async def logs(self, n: int | None = None) -> list[tuple[str, str]]:
         """Return (level, line) of what schedulers logged; where there are several, each line begins with its site."""
         replies = await self.ask_all("logs", n=n)
-        if self._single:
+        if self.alone:
             return [(level, line) for reply in replies.values() for level, line in reply]
         return [(level, f"{site}: {line}") for site in sorted(replies) for level, line in replies[site]]
 
@@ -364,7 +368,7 @@ class Fanout:
 
     def _sees_all(self, keys: Collection[Key] | None) -> bool:
         """Whether the one site's own answer is the hub's: it may also know keys that the hub does not."""
-        return self._single and (keys is not None or not self.hub.owners.hidden())
+        return self.alone and (keys is not None or not self.hub.owners.hidden())
 
     def _at(self, keys: Iterable[Key]) -> dict[str, list[Key]]:
         """Return site -> which of ``keys`` it holds."""
@@ -389,11 +393,11 @@ class Fanout:
     async def call_stack(self, keys: Collection[Key] | None = None) -> dict[str, Any]:
         """Return worker -> key -> where in its code it is now; of all tasks, or of those that ``keys`` wait for."""
         if keys is None:
-            return self._merged(await self.ask_all("call_stack"))
+            return self.merged(await self.ask_all("call_stack"))
         running = running_at(self.hub.core.ledger, keys)
         states = await self.ask("get_task_status", {site: {"keys": there} for site, there in running.items()})
         known = {site: [key for key, state in reply.items() if state is not None] for site, reply in states.items()}
-        return self._merged(await self.ask("call_stack", {s: {"keys": there} for s, there in known.items() if there}))
+        return self.merged(await self.ask("call_stack", {s: {"keys": there} for s, there in known.items() if there}))
 
     async def rebalance(self, keys: Collection[Key] | None = None, workers: Any = None) -> dict[str, Any]:
         """Even out memory among the workers of each site; nothing crosses from one site to another."""

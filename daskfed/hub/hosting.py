@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.ledger import KeyState
-from daskfed.hub.owners import current
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 
@@ -99,9 +98,8 @@ class Hosting:
         return str(self.owners.mine if session is None else session.owner)
 
     def owner_calling(self: Any) -> str:
-        """Return for whom the call is that is being served; what the hub itself asks is for its own user."""
-        caller = current.get()
-        return str(self.owners.mine if caller is None else caller.owner)
+        """Return for whom the call is that is being served."""
+        return str(self.owners.calling())
 
     def owner_at(self: Any, site: str, key: Key | None) -> str | None:
         """Return the owner of a key; without one that is known, the owner of all clients, where they have but one."""

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from daskfed.hub.dispatch import Dispatcher, unmet
-from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.ledger import AT_SITE, BlockState, KeyState, Ledger
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import Key
 
-PLACED = (BlockPhase.PLACED, BlockPhase.RECALLING)
-UNFINISHED = (BlockPhase.WAITING, BlockPhase.READY, *PLACED)
+UNFINISHED = (BlockPhase.WAITING, BlockPhase.READY, *AT_SITE)
 
 
 def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
@@ -37,7 +36,7 @@ def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
         assert all(client in ledger.keys[key].wanted_by for key in keys), f"{client} wants a key that does not know it"
     for site in dispatcher.sites.values():
         placed = [ledger.blocks[name] for name in site.blocks]
-        assert all(b.site == site.name and b.phase in PLACED for b in placed), f"{site.name} counts blocks it lacks"
+        assert all(b.site == site.name and b.phase in AT_SITE for b in placed), f"{site.name} counts blocks it lacks"
         assert site.backlog.total.ntasks == sum(b.spec.ntasks for b in placed), f"{site.name} miscounts its tasks"
 
 
@@ -87,10 +86,10 @@ def _check_block(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> N
         missing += state.phase is KeyPhase.PENDING
         assert name in state.consumers, f"block {name} is no consumer of its input {key!r}"
     assert block.missing == missing, f"block {name} counts {block.missing} missing inputs of {missing}"
-    assert block.pending or block.phase in PLACED, f"block {name} is unfinished though nothing of it is needed"
+    assert block.pending or block.phase in AT_SITE, f"block {name} is unfinished though nothing of it is needed"
     if block.phase is BlockPhase.READY:
         assert missing == 0, f"block {name} is ready and lacks inputs"
-    if block.phase in PLACED:
+    if block.phase in AT_SITE:
         site = dispatcher.sites[str(block.site)]
         assert name in site.blocks, f"block {name} is placed at {site.name}, which does not count it"
         assert block.open_outputs, f"block {name} is placed and has nothing left to make"
@@ -133,7 +132,7 @@ def _why_not_yet(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> s
     if block.phase is BlockPhase.WAITING:
         missing = [key for key in block.spec.inputs if ledger.keys[key].phase is KeyPhase.PENDING]
         return f"its block waits for {len(missing)} input(s), first {missing[0]!r}"
-    if block.phase in PLACED:
+    if block.phase in AT_SITE:
         return f"its block is at {block.site}, {'with the scheduler' if block.started else 'not started yet'}"
     if (rest_s := block.rests_until - ledger.now) > 0:
         return f"{block.failures} sites could not run its block, which rests for {rest_s:.1f} s before the next tries"
@@ -180,7 +179,7 @@ def running_at(ledger: Ledger, keys: Iterable[Key]) -> dict[str, list[Key]]:
         if block is None or key in seen or block.phase not in UNFINISHED:
             continue
         seen.add(key)
-        if block.phase in PLACED and block.site:
+        if block.phase in AT_SITE and block.site:
             found.setdefault(block.site, []).append(key)
         else:
             stack.extend(block.spec.inputs)

@@ -306,7 +306,7 @@ class Ledger:
         for block in blocks:
             if block.spec.id not in self.blocks:
                 continue
-            if self.patient and not block.live and block.phase not in (BlockPhase.PLACED, BlockPhase.RECALLING):
+            if self.patient and not block.live and block.phase not in AT_SITE:
                 self._spare(block)
             else:
                 self.settle(self._end_if_idle(block))
@@ -655,7 +655,7 @@ class Ledger:
         return self._retired_inputs(block)
 
     def _cancel(self, block: BlockState) -> Iterable[Key]:
-        placed = block.phase in (BlockPhase.PLACED, BlockPhase.RECALLING)
+        placed = block.phase in AT_SITE
         if placed:
             self.cancel_at(str(block.site), block.spec.id, block.attempt)
             self._leave_site(block)

@@ -49,6 +49,7 @@ class Observing:
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
+        self.fanout = hub.fanout
         self._samplers: dict[str, Sampler] = {}
         self._collecting: dict[str, set[str]] = {}  # name of a collection of task metadata -> incarnations of sites
 
@@ -69,40 +70,11 @@ class Observing:
         }
         return {op: answers_errors(handler) for op, handler in handlers.items()}
 
-    # -- asking sites ------------------------------------------------------------------------------------------------
-
-    async def ask(self, calls: Mapping[str, Mapping[str, Any]], op: str) -> dict[str, Any]:
-        """Call an op of several sites' schedulers, with keywords by site; raises OpaqueError where one raised."""
-        return await self.hub.fanout.ask(op, calls)
-
-    async def ask_each(self, calls: Mapping[str, Mapping[str, Any]], op: str) -> dict[str, Any]:
-        """Call an op as :meth:`ask` does; the reply of a site whose scheduler raised is the OpaqueError."""
-        ports = {site: self.hub.ports[site] for site in calls if site in self.hub.ports}
-        asked = [port.call("scheduler_rpc", scheduler_op=op, kwargs=dict(calls[site])) for site, port in ports.items()]
-        replies = await asyncio.gather(*asked, return_exceptions=True)
-        for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, (OSError, OpaqueError)):
-                raise reply
-        return {site: reply for site, reply in zip(ports, replies, strict=True) if not isinstance(reply, OSError)}
-
-    def everywhere(self, **kwargs: Any) -> dict[str, dict[str, Any]]:
-        """Return the same keywords for every site that is connected."""
-        return {site: kwargs for site, port in self.hub.ports.items() if port.connected}
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one site and there will be no other: then its answers are given as they are."""
-        return self.hub.fixed and len(self.hub.ports) == 1
-
-    def shown(self, site: str, worker: str) -> str:
-        """Return a worker's address as clients know it."""
-        return self.hub.fanout.shown(site, worker)
-
     # -- tasks -------------------------------------------------------------------------------------------------------
 
     async def get_task_stream_index(self) -> dict[str, int]:
         """Return site -> how many tasks it has recorded: where a stream that begins now begins."""
-        return await self.ask(self.everywhere(), "get_task_stream_index")
+        return await self.fanout.ask("get_task_stream_index", self.fanout.everywhere())
 
     async def get_task_stream(
         self,
@@ -112,16 +84,16 @@ class Observing:
         start_index: Mapping[str, int] | None = None,
     ) -> list[dict[str, Any]]:
         """Return the records of tasks that ran, of all sites, in the order in which they ended."""
-        calls = self.everywhere(start=start, stop=stop, count=count)
+        calls = self.fanout.everywhere(start=start, stop=stop, count=count)
         if start_index is not None:
             calls = {site: {"start_index": start_index.get(site, 0)} for site in calls}
-        records = merge_task_streams(await self.ask(calls, "get_task_stream"), self.shown)
+        records = merge_task_streams(await self.fanout.ask("get_task_stream", calls), self.fanout.shown)
         return records if start_index is not None else first_or_last(records, count, first=start is not None)
 
     async def start_task_metadata(self, name: str) -> None:
         """Begin to collect metadata and final states of the tasks that are submitted from now on."""
-        present = {site: self.hub.ports[site].hello.incarnation for site in self.everywhere()}
-        await self.ask(self.everywhere(name=name), "start_task_metadata")
+        present = {site: self.hub.ports[site].hello.incarnation for site in self.fanout.everywhere()}
+        await self.fanout.ask("start_task_metadata", self.fanout.everywhere(name=name))
         self._collecting[name] = set(present.values())
 
     async def stop_task_metadata(self, name: str) -> dict[str, dict[Key, Any]]:
@@ -131,10 +103,10 @@ class Observing:
         incarnations = self._collecting.pop(name)
         calls = {
             site: call
-            for site, call in self.everywhere(name=name).items()
+            for site, call in self.fanout.everywhere(name=name).items()
             if self.hub.ports[site].hello.incarnation in incarnations
         }
-        return merge_task_metadata((await self.ask(calls, "stop_task_metadata")).values())
+        return merge_task_metadata((await self.fanout.ask("stop_task_metadata", calls)).values())
 
     async def story(
         self, keys_or_stimuli: Collection[Any], on_error: str = "raise"
@@ -142,13 +114,13 @@ class Observing:
         """Return what schedulers and workers noted of keys: each time who noted it, then what, as in stock Dask."""
         names = list(keys_or_stimuli)
         message = {"op": "get_story", "keys_or_stimuli": names}
-        asked = self.ask_each(self.everywhere(keys_or_stimuli=names), "get_story")
-        told = self.ask_each(self.everywhere(msg=message, on_error=on_error), "broadcast")
+        asked = self.fanout.ask("get_story", self.fanout.everywhere(keys_or_stimuli=names), keep_errors=True)
+        told = self.fanout.ask("broadcast", self.fanout.everywhere(msg=message, on_error=on_error), keep_errors=True)
         schedulers, workers = await asyncio.gather(asked, told)
         for reply in (*schedulers.values(), *workers.values()):
             if isinstance(reply, BaseException) and on_error == "raise":
                 raise reply
-        return merge_stories(schedulers, workers, self.shown, alone=self.alone)
+        return merge_stories(schedulers, workers, self.fanout.shown, alone=self.fanout.alone)
 
     # -- reports -----------------------------------------------------------------------------------------------------
 
@@ -160,16 +132,16 @@ class Observing:
         ``last_count`` is a count of each site's monitor, by site or for all. Raises OpaqueError where none made one.
         """
         counts = last_count if isinstance(last_count, Mapping) else dict.fromkeys(self.hub.ports, last_count)
-        written = code if self.alone else html.escape(code, quote=False)
+        written = code if self.fanout.alone else html.escape(code, quote=False)
         calls = {
             site: {"start": start, "last_count": counts.get(site, 0), "code": written, "mode": mode}
-            for site in self.everywhere()
+            for site in self.fanout.everywhere()
         }
-        replies = await self.ask_each(calls, "performance_report")
+        replies = await self.fanout.ask("performance_report", calls, keep_errors=True)
         problems = [reply for reply in replies.values() if isinstance(reply, OpaqueError)]
         if problems and len(problems) == len(replies):
             raise problems[0]
-        if self.alone and replies:
+        if self.fanout.alone and replies:
             return str(next(iter(replies.values())))
         return page_of_reports(replies)
 
@@ -188,19 +160,19 @@ class Observing:
         ``workers`` as everywhere (:mod:`.addresses`); raises UnknownWorkerError for a name that says nothing.
         """
         how = {"key": key, "start": start, "stop": stop, "server": server, "scheduler": scheduler}
-        calls = self.everywhere(**how, workers=None, merge_workers=merge_workers)
+        calls = self.fanout.everywhere(**how, workers=None, merge_workers=merge_workers)
         if workers is not None:
-            chosen = await self.hub.fanout.targets(workers)
+            chosen = await self.fanout.targets(workers)
             calls = {site: {**calls[site], "workers": there} for site, there in chosen.items() if site in calls}
-        replies = await self.ask(calls, "profile")
+        replies = await self.fanout.ask("profile", calls)
         if merge_workers or scheduler:
             return profile.merge(*replies.values())  # type: ignore[no-any-return]
-        return {self.shown(site, worker): tree for site, trees in replies.items() for worker, tree in trees.items()}
+        return self.fanout.merged(replies)
 
     async def get_cluster_state(self, exclude: Collection[str]) -> dict[str, Any]:
         """Return ``sites``: site -> the state of its scheduler and workers as stock Dask dumps it; and ``hub``."""
-        states = await self.ask(self.everywhere(exclude=list(exclude)), "get_cluster_state")
-        if self.alone and states:
+        states = await self.fanout.ask("get_cluster_state", self.fanout.everywhere(exclude=list(exclude)))
+        if self.fanout.alone and states:
             return dict(next(iter(states.values())))
         transfers = await self.hub.gateway.fed_transfers()
         hub = {"address": self.hub.address, "epoch": self.hub.core.ledger.epoch}
@@ -209,18 +181,18 @@ class Observing:
 
     async def benchmark_hardware(self) -> dict[str, dict[str, float]]:
         """Return ``disk``, ``memory`` and ``network``: size -> bytes per second, the mean over all workers."""
-        replies = await self.ask(self.everywhere(), "benchmark_hardware")
-        counts = Counter(worker.site for worker in await self.hub.fanout.workers())
+        replies = await self.fanout.ask("benchmark_hardware", self.fanout.everywhere())
+        counts = Counter(worker.site for worker in await self.fanout.workers())
         return merge_benchmarks([(reply, counts[site]) for site, reply in replies.items()])
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
     async def memory_sampler_start(self, client: str, measure: str, interval: float) -> str:
         """Begin to sample the memory of all sites for ``client``, and return the name of the series."""
-        agents = {site: agent_client(self.hub.ports[site].hello.incarnation) for site in self.everywhere()}
+        agents = {site: agent_client(self.hub.ports[site].hello.incarnation) for site in self.fanout.everywhere()}
         calls = {site: {"client": agent, "measure": measure, "interval": interval} for site, agent in agents.items()}
         name = str(uuid.uuid4())
-        started = await self.ask_each(calls, "memory_sampler_start")
+        started = await self.fanout.ask("memory_sampler_start", calls, keep_errors=True)
         keys = {site: key for site, key in started.items() if not isinstance(key, OpaqueError)}
         self._samplers[name] = Sampler(client, time.time(), keys)
         if failed := [reply for reply in started.values() if isinstance(reply, OpaqueError)]:
@@ -233,8 +205,8 @@ class Observing:
         if key not in self._samplers:
             raise KeyError(f"no series of memory samples {key!r} was started with this hub, or its client is gone")
         sampler = self._samplers.pop(key)
-        calls = {site: {"key": name} for site, name in sampler.keys.items() if site in self.everywhere()}
-        replies = await self.ask_each(calls, "memory_sampler_stop")
+        calls = {site: {"key": name} for site, name in sampler.keys.items() if site in self.fanout.everywhere()}
+        replies = await self.fanout.ask("memory_sampler_stop", calls, keep_errors=True)
         series = [reply for reply in replies.values() if not isinstance(reply, OpaqueError)]
         return add_series(series, sampler.started_at)
 

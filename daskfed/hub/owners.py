@@ -180,17 +180,18 @@ class Owners:
 
     def readable(self) -> list[Key]:
         """Return the keys of the present caller."""
-        owner = self._present()
+        owner = self.calling()
         return [key for key, state in self.hub.core.ledger.keys.items() if state.owner in (owner, "")]
 
     def hidden(self) -> set[Key]:
         """Return the keys that are another's than the present caller's."""
-        owner = self._present()
+        owner = self.calling()
         if self.seen <= {owner}:  # as mostly: nobody else was ever here
             return set()
         return {key for key, state in self.hub.core.ledger.keys.items() if state.owner not in (owner, "")}
 
-    def _present(self) -> str:
+    def calling(self) -> str:
+        """Return for whom the call is that is being served; what the hub itself asks is for its own user."""
         caller = current.get()
         return self.mine if caller is None else caller.owner
 

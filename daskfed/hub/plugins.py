@@ -109,8 +109,7 @@ class Plugins:
         if kind == "scheduler":
             return None
         answered = {site: reply for site, reply in zip(ports, replies, strict=True) if isinstance(reply, dict)}
-        shown = self.hub.fanout.shown
-        return {shown(site, worker): said for site, reply in answered.items() for worker, said in reply.items()}
+        return self.hub.fanout.merged(answered)
 
     async def _at_site(self, port: SitePort, kind: str, name: str, op: str, kwargs: dict[str, Any]) -> Any:
         incarnation, number = port.hello.incarnation, self._numbers.get((kind, name))

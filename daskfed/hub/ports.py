@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -15,6 +15,18 @@ from daskfed.messages import Key, Message, SiteHello
 
 AFTER_MESSAGES = ("scatter_keys",)  # calls that must not overtake what was sent on the control stream before
 CHANNEL_TIMEOUT_S = 30.0  # how long a call waits for a site to park a channel
+
+
+async def answers(calls: Mapping[str, Awaitable[Any]], kept: tuple[type[Exception], ...] = ()) -> dict[str, Any]:
+    """Make calls to several sites at once and return site -> answer; a site that is gone is left out.
+
+    Raises what else a call raises, unless it is one of ``kept``: then that is the answer.
+    """
+    replies = await asyncio.gather(*calls.values(), return_exceptions=True)
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, (OSError, *kept)):
+            raise reply
+    return {site: reply for site, reply in zip(calls, replies, strict=True) if not isinstance(reply, OSError)}
 
 
 class SitePort(Protocol):

@@ -44,8 +44,7 @@ class Replay:
 
     async def _blamed(self, key: Key) -> list[Key]:
         """Return whom the sites blame for the failure of ``key``, each site one."""
-        observing = self.hub.gateway.observing
-        replies = await observing.ask(observing.everywhere(keys=[key]), "get_error_cause")
+        replies = await self.hub.fanout.ask("get_error_cause", self.hub.fanout.everywhere(keys=[key]))
         return [blamed for blamed in replies.values() if blamed is not None]
 
     async def _first_cause(self, key: Key, told: list[Key]) -> Key:
@@ -59,10 +58,10 @@ class Replay:
 
     async def get_runspec(self, key: Key) -> Any:
         """Return the recipe of a task, unopened; raises KeyError where no site knows it any more."""
-        observing = self.hub.gateway.observing
         site = self._made_at(key)
-        calls = observing.everywhere(key=key)
-        replies = await observing.ask_each({site: calls[site]} if site in calls else calls, "get_runspec")
+        calls = self.hub.fanout.everywhere(key=key)
+        asked = {site: calls[site]} if site in calls else calls
+        replies = await self.hub.fanout.ask("get_runspec", asked, keep_errors=True)
         for reply in replies.values():
             if not isinstance(reply, OpaqueError):
                 return reply
@@ -88,10 +87,9 @@ class Replay:
 
     async def _site_that_runs(self, key: Key) -> str:
         """Return a site whose scheduler knows the task ``key``; raises KeyError where none does."""
-        observing = self.hub.gateway.observing
-        if (site := self._made_at(key)) in observing.everywhere() and site is not None:
+        if (site := self._made_at(key)) in self.hub.fanout.everywhere() and site is not None:
             return site
-        replies = await observing.ask(observing.everywhere(keys=[key]), "get_task_status")
+        replies = await self.hub.fanout.ask("get_task_status", self.hub.fanout.everywhere(keys=[key]))
         for site, reply in replies.items():
             if reply[key] is not None:
                 return site

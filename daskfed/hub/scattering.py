@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState
+from daskfed.hub.ports import answers
 from daskfed.messages import Key
 
 if TYPE_CHECKING:
@@ -65,16 +66,11 @@ def _held(hub: Hub, keys: Iterable[Key]) -> Iterator[None]:
 
 async def _send(hub: Hub, data: Mapping[Key, Any], to: Collection[Share]) -> dict[str, Any]:
     """Send data to sites and return the replies of those that took it; raises what one that is there raised."""
-    calls = [
-        hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=copies, workers=there)
+    calls = {
+        site.name: hub.ports[site.name].call("scatter_keys", data=dict(data), broadcast=copies, workers=there)
         for site, there, copies in to
-    ]
-    replies = await asyncio.gather(*calls, return_exceptions=True)
-    for reply in replies:
-        if isinstance(reply, BaseException) and not isinstance(reply, OSError):
-            raise reply
-    took = zip(to, replies, strict=True)
-    return {site.name: reply for (site, *_), reply in took if not isinstance(reply, BaseException)}
+    }
+    return await answers(calls)
 
 
 def shares(takers: Collection[tuple[SiteState, list[str] | None]], broadcast: bool | int) -> list[Share]:
