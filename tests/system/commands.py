@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -124,3 +125,20 @@ def site(name: str, hub_address: str, *options: str, run: Sequence[str] = MODULE
     cluster = '{"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}'
     given = ("--name", name, "--hub", hub_address, "--options", cluster, *options)
     return Command(*run, "site", *given, cwd=cwd)
+
+
+@contextmanager
+def hub_and_sites(folders: Mapping[str, Path | None]) -> Iterator[str]:
+    """Run a hub and a site of each name, in its folder, and yield the address of the hub."""
+    running = [hub()]
+    try:
+        address = running[0].line(r"tcp://[\d.]+:\d+").group()
+        running += [site(name, address, cwd=folder) for name, folder in folders.items()]
+        yield address
+    finally:
+        for command in reversed(running):
+            command.press()
+        for command in reversed(running):
+            with suppress(Exception):
+                command.wait(20)
+            command.kill()

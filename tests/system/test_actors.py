@@ -34,13 +34,6 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield fed
 
 
-@pytest.fixture(scope="module")
-def client(federation: Federation) -> Any:
-    """A client of the two sites."""
-    with Client(federation) as client:
-        yield client
-
-
 class Counter:
     """An actor that counts."""
 

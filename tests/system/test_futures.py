@@ -39,13 +39,6 @@ def federation() -> Any:
             yield fed
 
 
-@pytest.fixture(scope="module")
-def client(federation: Federation) -> Any:
-    """A client of the two sites."""
-    with Client(federation) as client:
-        yield client
-
-
 @pytest.fixture
 def other(federation: Federation) -> Any:
     """Another client of the two sites."""

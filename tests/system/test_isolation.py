@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
@@ -26,19 +25,8 @@ pytestmark = pytest.mark.system
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A hub and two sites in processes of their own."""
-    hub = commands.hub()
-    sites = []
-    try:
-        where = hub.line(r"tcp://[\d.]+:\d+").group()
-        sites = [commands.site(name, where) for name in ("north", "south")]
+    with commands.hub_and_sites({"north": None, "south": None}) as where:
         yield where
-    finally:
-        for command in (*sites, hub):
-            command.press()
-        for command in (*sites, hub):
-            with contextlib.suppress(Exception):
-                command.wait(20)
-            command.kill()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 import uuid
@@ -30,19 +29,8 @@ SITES = ("north", "south")
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A hub and two sites in processes of their own."""
-    hub = commands.hub()
-    sites = []
-    try:
-        where = hub.line(r"tcp://[\d.]+:\d+").group()
-        sites = [commands.site(name, where, cwd=tmp_path_factory.mktemp(name)) for name in SITES]
+    with commands.hub_and_sites({name: tmp_path_factory.mktemp(name) for name in SITES}) as where:
         yield where
-    finally:
-        for command in (*sites, hub):
-            command.press()
-        for command in (*sites, hub):
-            with contextlib.suppress(Exception):
-                command.wait(20)
-            command.kill()
 
 
 @pytest.fixture(scope="module")

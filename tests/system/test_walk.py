@@ -40,13 +40,6 @@ def federation(folders: dict[str, Any]) -> Any:
         yield fed
 
 
-@pytest.fixture(scope="module")
-def client(federation: Federation) -> Any:
-    """A client of the two sites."""
-    with Client(federation) as client:
-        yield client
-
-
 def where(_: Any = None, delay: float = 0.0) -> str:
     """Return the name of the working directory that the task runs in: the site's."""
     time.sleep(delay)
