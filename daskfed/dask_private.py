@@ -100,6 +100,7 @@ from distributed.protocol.serialize import Serialize as Serialize
 from distributed.protocol.serialize import Serialized as Serialized  # a value that stock schedulers pass on
 from distributed.protocol.serialize import ToPickle as ToPickle
 from distributed.protocol.serialize import msgpack_decode_default as msgpack_decode_default  # imports an Enum
+from distributed.protocol.utils import host_array as host_array  # memory that nobody has zeroed
 from distributed.protocol.utils import host_array_from_buffers as host_array_from_buffers
 from distributed.protocol.utils import merge_memoryviews as merge_memoryviews  # joins neighbours, no copy
 from distributed.protocol.utils import pack_frames as pack_frames

@@ -28,6 +28,7 @@ from daskfed.client.assembly import Assembly, split_final
 from daskfed.client.calls import Calls, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
+from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.observing import Observing
 from daskfed.client.retrying import Retrying
@@ -118,7 +119,11 @@ class Client(Retrying, Observing, ActingClient):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            self.scheduler = PatientRPC(self.scheduler, self._standing, self._memory, self._mark, self._secret)
+            address = self.scheduler.address
+            within = address.startswith("inproc:")  # where values are handed over as they are
+            stream = None if within else Stream(address, self.connection_args)
+            rpc = self.scheduler
+            self.scheduler = PatientRPC(rpc, self._standing, self._memory, self._mark, self._secret, stream)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self._say_hello()
@@ -297,19 +302,24 @@ class Client(Retrying, Observing, ActingClient):
             )  # fmt: skip
         for key in set(keys):
             validate_key(key)
-        with self._refcount_lock, paused_collection():
+        with paused_collection():
             return self._submit(expr, list(dict.fromkeys(keys)), annotations, any_actors(actors))
 
     def _submit(
         self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
     ) -> dict[Key, Future]:
+        if not isinstance(expr, MapExpr) and not one_by_one(expr):
+            graph = materialise(expr, keys, annotations)
+            self._know_sites_of(set(graph.constraints.values()))
+            with self._refcount_lock:
+                return self._submit_graph(graph, keys)
         if isinstance(expr, MapExpr):
-            return self._submit_calls(_calls_of_map(expr), keys, annotations, actors)
-        if one_by_one(expr):
+            calls: Any = _calls_of_map(expr)
+        else:
             ((key, task),) = expr.operand("dsk").items()
             calls = [Calls(expr, (key,), frozenset(task.dependencies))]
+        with self._refcount_lock:
             return self._submit_calls(calls, keys, annotations, actors)
-        return self._submit_graph(materialise(expr, keys, annotations), keys)
 
     def _submit_calls(
         self, calls: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
@@ -448,16 +458,23 @@ class Client(Retrying, Observing, ActingClient):
 
     def _check_sites(self, annotations: Mapping[str, Any]) -> None:
         if annotations.get("sites") or annotations.get("environment") or any(map(foreign, self._sites.values())):
-            self._check_constraint(constraint_of(annotations))
+            self._know_sites_of([constraint := constraint_of(annotations)])
+            self._check_constraint(constraint)
+
+    def _know_sites_of(self, constraints: Iterable[Constraint]) -> None:
+        """Ask which sites there are, if none that is known meets one of the constraints.
+
+        Nobody may hold the lock of this client meanwhile: its loop may wait for that before it hears the answer.
+        """
+        unmet = any(_unmet(self._bound(each), self._sites) for each in constraints)
+        if unmet and not self.asynchronous and not self._in_loop():
+            self.sites()
 
     def _check_constraint(self, constraint: Constraint) -> None:
-        """Raise UnknownSiteError where no site has what a constraint names, as far as this client can tell."""
-        problem = _unmet(constraint, self._sites)
+        """Raise UnknownSiteError where no site has what a constraint names, as far as this client knows."""
         if why := unopened(constraint, self._sites):
             raise ConfigurationError(why)
-        if problem and not self.asynchronous and not self._in_loop():
-            problem = _unmet(constraint, self.sites())
-        if problem and self._sites:
+        if self._sites and (problem := _unmet(constraint, self._sites)):
             raise UnknownSiteError(problem)
 
     # -- data --------------------------------------------------------------------------------------------------------

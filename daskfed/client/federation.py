@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import weakref
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -262,9 +262,9 @@ class LocalSite:
         await asyncio.sleep(0)
         return await self.agent.call(op, **kwargs)
 
-    def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
+    def stream_keys(self, keys: Collection[Key], token: str, checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
         """Yield the messages with these keys, up to the one that ends them."""
-        return self.agent.stream_keys(list(keys))
+        return self.agent.stream_keys(list(keys), checked)
 
     async def close(self) -> None:
         """Nothing to end: the agent belongs to the federation object."""

@@ -128,8 +128,16 @@ class Packing:
             else:
                 yield from self._even_parts(group)
 
-    def _even_parts(self, group: _Batch) -> Iterator[_Batch]:
-        count = max(-(-group.size // self.goal), -(-group.openers // self.share))
+    def _even_parts(self, group: _Batch) -> list[_Batch]:
+        """Divide a group into as few parts of even size as fit in a piece, as far as its units allow."""
+        fewest = max(-(-group.size // self.goal), -(-group.openers // self.share))
+        for count in range(fewest, max(fewest, len(group.units)) + 1):
+            parts = list(self._divided(group, count))
+            if all(self._fits(part.size, part.openers) for part in parts):
+                break
+        return parts
+
+    def _divided(self, group: _Batch, count: int) -> Iterator[_Batch]:
         part, done, parts = _Batch(), 0, 1
         for unit in group.units:
             one = self._batch([unit])

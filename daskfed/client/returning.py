@@ -12,14 +12,16 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from distributed.comm.core import CommClosedError
 from distributed.protocol.serialize import deserialize
 
+from daskfed.client.gathering import Stream
 from daskfed.client.submission import Submission
+from daskfed.comm.opaque import OpaqueError
 from daskfed.config import client_memory
 from daskfed.data.spill import Spilled
 from daskfed.messages import COORDINATION, REQUEST, SESSION, BlockSpec, Key, encode
@@ -134,13 +136,20 @@ class PatientRPC:
     What is asked again then is done once: calls of coordination carry an id of their own. ``rpc`` makes a call,
     ``status`` is the client's: ``connecting`` while it tries, ``running`` also for a moment after the hub is gone.
     ``memory`` keeps what is scattered; ``mark`` sets a mark on the client's stream and returns its number. ``secret``
-    goes with each call, and says whose it is.
+    goes with each call, and says whose it is. Values come by ``stream``, where there is one.
     """
 
     def __init__(
-        self, rpc: Any, status: Callable[[], str], memory: Memory, mark: Callable[[], int], secret: str = ""
+        self,
+        rpc: Any,
+        status: Callable[[], str],
+        memory: Memory,
+        mark: Callable[[], int],
+        secret: str = "",
+        stream: Stream | None = None,
     ) -> None:
         self._rpc = rpc
+        self._stream = stream
         self._mark = mark
         self._secret = {SESSION: secret} if secret else {}
         self._status = status
@@ -191,6 +200,13 @@ class PatientRPC:
             self._memory.drop_data(added)
             raise
 
+    async def gather(self, keys: Collection[Key], **how: Any) -> Any:
+        """Return values as a scheduler's ``gather`` does."""
+        if self._stream is not None:
+            with suppress(OpaqueError):  # asked in the plain way, the hub answers with an error that can be raised
+                return await self._patiently(self._stream.gather, {"keys": keys, **self._secret})
+        return await self._patiently(self._rpc.gather, {"keys": keys, **how, **self._secret})
+
     async def bring(self, copies: Mapping[Key, Any], client: str, timeout_s: float) -> None:
         """Put copies of data at a site, since the one that had it is gone."""
         request = {"data": copies, "workers": [], "client": client, "timeout": timeout_s, "again": True, **self._secret}
@@ -198,6 +214,8 @@ class PatientRPC:
 
     async def close_rpc(self) -> None:
         """End the connections."""
+        if self._stream is not None:
+            await self._stream.close()
         await self._rpc.close_rpc()
 
 

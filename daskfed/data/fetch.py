@@ -26,14 +26,19 @@ def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) ->
         found = zlib.crc32(frame, found)
     if found != checksum:
         raise _transfer_error(f"an imported value is damaged: its checksum is {found:#x} instead of {checksum:#x}")
-    if any(header.get("compression") or ()):
-        frames = decompress_frames(header, frames)
-    value = merge_and_deserialize(header, frames)
+    value = open_frames(header, frames)
     try:
         at_home = get_worker().daskfed_at_home
     except (ValueError, AttributeError):  # no worker, or one that was not told how
         return value
     return at_home(value)
+
+
+def open_frames(header: dict[str, Any], frames: Sequence[Any]) -> Any:
+    """Return the value in frames."""
+    if any(header.get("compression") or ()):
+        frames = decompress_frames(header, frames)
+    return merge_and_deserialize(header, frames)
 
 
 def fetch_import(address: str, key: Any, token: str) -> Any:
@@ -97,9 +102,7 @@ def raise_import(exception: tuple[Any, Any], traceback: tuple[Any, Any] | None) 
 
 
 def _opened(header: dict[str, Any], frames: Sequence[Any]) -> Any:
-    if any(header.get("compression") or ()):
-        frames = decompress_frames(header, frames)
-    value = merge_and_deserialize(dict(header), frames)
+    value = open_frames(dict(header), frames)
     return pickle.loads(value) if isinstance(value, bytes | bytearray | memoryview) else value
 
 

@@ -5,23 +5,25 @@ does (that is what TLS is for).
 
 A stream of keys is a sequence of messages::
 
-    {"key": k, "value": <frames>, "checksum": n}                       a small value, whole
+    {"values": {k: <frames>, ...}, "checksums": {k: n, ...}}           small values, whole
     {"key": k, "head": <header>, "lengths": [...], "checksum": n}      a large one begins
     {"part": <frames>}                                                 ... and comes in parts of at most CHUNK_BYTES
-    {"key": k, "missing": "why"}                                       not to be had here
-    {"end": True}                                                      last; with "error" where the stream breaks off
+    {"missing": {k: "why", ...}}                                       not to be had here
+
+The last one has ``"end": True`` too, and ``"error"`` where the stream breaks off. Without checksums (``None``) nothing
+is compared: between a site and a client, where connections do that.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distributed.protocol.serialize import serialize
 
-from daskfed.dask_private import Serialize, Serialized
+from daskfed.dask_private import Serialize, Serialized, host_array
 from daskfed.errors import TransferError
 from daskfed.messages import Key
 
@@ -34,15 +36,15 @@ class Parcel:
 
     header: dict[str, Any]
     frames: tuple[Any, ...]  # bytes-like
-    checksum: int  # CRC-32 of all frames
+    checksum: int | None  # CRC-32 of all frames; None: nobody compares it
 
     @classmethod
-    def of(cls, value: Any) -> Parcel:
+    def of(cls, value: Any, checked: bool = True) -> Parcel:
         """Wrap what an opaque comm hands over; a value that never left this process is serialised here."""
         if isinstance(value, Serialize):
             value = Serialized(*serialize(value.data, on_error="raise"))
         frames = tuple(value.frames)
-        return cls(plain_header(value.header), frames, checksum_of(frames))
+        return cls(plain_header(value.header), frames, checksum_of(frames) if checked else None)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +57,7 @@ class Parcel:
 
     def check(self, key: Key) -> Parcel:
         """Return itself; raises TransferError where the frames do not have the checksum."""
-        if (found := checksum_of(self.frames)) != self.checksum:
+        if self.checksum is not None and (found := checksum_of(self.frames)) != self.checksum:
             raise TransferError(f"{key!r} arrived damaged: its checksum is {found:#x} instead of {self.checksum:#x}")
         return self
 
@@ -78,16 +80,33 @@ def size_of(frame: Any) -> int:
     return memoryview(frame).nbytes
 
 
-def pack(key: Key, parcel: Parcel) -> Iterator[dict[str, Any]]:
-    """Yield the messages that carry one value."""
-    if parcel.nbytes <= CHUNK_BYTES:
-        yield {"key": key, "value": parcel.serialized(), "checksum": parcel.checksum}
-        return
-    lengths = [size_of(frame) for frame in parcel.frames]
-    head = Serialized(dict(parcel.header), [])
-    yield {"key": key, "head": head, "lengths": lengths, "checksum": parcel.checksum}
-    for part in _parts(parcel.frames):
-        yield {"part": Serialized({}, part)}
+def pack(parcels: Mapping[Key, Parcel]) -> Iterator[dict[str, Any]]:
+    """Yield the messages that carry values, the small ones first."""
+    small = {key: parcel for key, parcel in parcels.items() if parcel.nbytes <= CHUNK_BYTES}
+    for batch in _batches(small):
+        checksums = {key: small[key].checksum for key in batch}
+        yield {"values": {key: small[key].serialized() for key in batch}, "checksums": checksums}
+    for key, parcel in parcels.items():
+        if key not in small:
+            lengths = [size_of(frame) for frame in parcel.frames]
+            head = Serialized(dict(parcel.header), [])
+            yield {"key": key, "head": head, "lengths": lengths, "checksum": parcel.checksum}
+            for part in _parts(parcel.frames):
+                yield {"part": Serialized({}, part)}
+
+
+def _batches(parcels: Mapping[Key, Parcel]) -> Iterator[list[Key]]:
+    """Yield keys of values that have at most CHUNK_BYTES together."""
+    batch: list[Key] = []
+    nbytes = 0
+    for key, parcel in parcels.items():
+        if batch and nbytes + parcel.nbytes > CHUNK_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(key)
+        nbytes += parcel.nbytes
+    if batch:
+        yield batch
 
 
 def _parts(frames: tuple[Any, ...]) -> Iterator[list[memoryview]]:
@@ -107,53 +126,60 @@ def _parts(frames: tuple[Any, ...]) -> Iterator[list[memoryview]]:
 
 
 class Unpacker:
-    """Puts parcels together again from the messages of a stream.
+    """Puts parcels together again from the messages of a stream; ``largest`` is the most bytes that one may announce.
 
     :meth:`take` raises TransferError where a message does not fit what came before, or a checksum its value.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
         self._key: Key | None = None
         self._head: dict[str, Any] = {}
         self._lengths: tuple[int, ...] = ()
-        self._checksum = 0
-        self._data = bytearray()
+        self._checksum: int | None = None
+        self._data = memoryview(b"")
+        self._filled = 0  # bytes of it
 
-    def take(self, message: dict[str, Any]) -> tuple[Key, Parcel] | None:
-        """Take in the next message and return a key and its parcel if that completes it."""
-        if "value" in message:
-            value = message["value"]
-            parcel = Parcel(plain_header(value.header), tuple(value.frames), message["checksum"])
-            return message["key"], parcel.check(message["key"])
+    def take(self, message: dict[str, Any]) -> dict[Key, Parcel]:
+        """Take in the next message and return the parcels that it completes."""
+        if "values" in message:
+            checksums = message["checksums"]
+            return {
+                key: Parcel(plain_header(value.header), tuple(value.frames), checksums[key]).check(key)
+                for key, value in message["values"].items()
+            }
         if "head" in message:
             self._begin(message)
         elif "part" in message:
             self._append(message["part"].frames)
-        else:
+        elif not message.keys() <= {"missing", "end", "error", "site"}:
             raise TransferError(f"unexpected message with {sorted(map(str, message))} in a stream of keys")
         return self._completed()
 
     def _begin(self, message: dict[str, Any]) -> None:
         if self._key is not None:
             raise TransferError(f"{self._key!r} broke off in the middle")
+        if (nbytes := sum(message["lengths"])) > self.largest:
+            raise TransferError(f"{message['key']!r} has {nbytes} bytes, more than the {self.largest} that are allowed")
         self._key, self._head = message["key"], plain_header(message["head"].header)
         self._lengths, self._checksum = tuple(message["lengths"]), message["checksum"]
-        self._data = bytearray()
+        self._data, self._filled = memoryview(host_array(nbytes)), 0
 
     def _append(self, frames: Any) -> None:
         if self._key is None:
             raise TransferError("a part of a value came without its beginning")
         for frame in frames:
-            self._data += frame
-        if len(self._data) > sum(self._lengths):
-            raise TransferError(f"{self._key!r} is longer than announced")
+            start, self._filled = self._filled, self._filled + size_of(frame)
+            if self._filled > len(self._data):
+                raise TransferError(f"{self._key!r} is longer than announced")
+            self._data[start : self._filled] = memoryview(frame).cast("B")
 
-    def _completed(self) -> tuple[Key, Parcel] | None:
-        if self._key is None or len(self._data) < sum(self._lengths):
-            return None
-        view, frames, start = memoryview(self._data), [], 0
+    def _completed(self) -> dict[Key, Parcel]:
+        if self._key is None or self._filled < len(self._data):
+            return {}
+        frames, start = [], 0
         for length in self._lengths:
-            frames.append(view[start : start + length])
+            frames.append(self._data[start : start + length])
             start += length
-        key, self._key = self._key, None
-        return key, Parcel(self._head, tuple(frames), self._checksum).check(key)
+        key, self._key, self._data = self._key, None, memoryview(b"")
+        return {key: Parcel(self._head, tuple(frames), self._checksum).check(key)}

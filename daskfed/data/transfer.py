@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from daskfed.comm.opaque import OpaqueError, OpaquePool
+from daskfed.config import largest_message
 from daskfed.data.parcels import Parcel, Unpacker, pack
 from daskfed.ending import end_tasks
 from daskfed.errors import TransferError
 from daskfed.messages import Key
 
 GROUP_BYTES = 8 * 2**20  # values that one request brings together, if they are as small as that
-GROUP_KEYS = 256
+GROUP_KEYS = 2048
 DIAL_TIMEOUT_S = 3.0  # how long a direct connection may take before the hub relays instead
 UNREACHABLE_S = 60.0  # how long a site that could not be reached is not dialled again
 STALLED_S = 30.0  # after which a stream from which nothing comes is given up, and asked for again
@@ -65,17 +66,37 @@ class Source:
         self.gather = gather
         self.size_of = size_of
 
-    async def stream(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
-        """Yield the messages with ``keys``, then the one that ends them."""
-        for group in grouped([(key, self.size_of(key)) for key in keys]):
-            values = dict(await self.gather(group))
-            for key in group:
-                if key not in values:
-                    yield {"key": key, "missing": "it is not in memory at its site"}
-                    continue
-                for message in pack(key, Parcel.of(values.pop(key))):
-                    yield message
-        yield {"end": True}
+    async def stream(self, keys: Collection[Key], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the messages with ``keys``; without checksums if not ``checked``.
+
+        While one group of values is taken, the next one comes from the workers.
+        """
+        groups = list(grouped([(key, self.size_of(key)) for key in keys]))
+        coming = self._ask(groups, 0)
+        try:
+            for n, group in enumerate(groups):
+                assert coming is not None
+                values, coming = dict(await coming), self._ask(groups, n + 1)
+                messages = list(_messages_of(group, values, checked))
+                for message in messages:
+                    last = coming is None and message is messages[-1]
+                    yield {**message, "end": True} if last else message
+            if not groups:
+                yield {"end": True}
+        finally:
+            await end_tasks(coming)
+
+    def _ask(self, groups: Sequence[list[Key]], n: int) -> asyncio.Task[Mapping[Key, Any]] | None:
+        async def ask() -> Mapping[Key, Any]:
+            return await self.gather(groups[n])
+
+        return asyncio.create_task(ask(), name="gather from workers") if n < len(groups) else None
+
+
+def _messages_of(keys: Collection[Key], values: dict[Key, Any], checked: bool) -> Iterator[dict[str, Any]]:
+    if absent := [key for key in keys if key not in values]:
+        yield {"missing": dict.fromkeys(absent, "it is not in memory at its site")}
+    yield from pack({key: Parcel.of(values.pop(key), checked) for key in keys if key in values})
 
 
 def grouped(sized: Sequence[tuple[Key, int]]) -> Iterator[list[Key]]:
@@ -193,14 +214,14 @@ class Fetcher:
 
     async def _receive(self, messages: AsyncIterator[dict[str, Any]], request: _Request) -> str:
         """Deliver what a stream brings; returns why the rest is missing. Raises OSError where it breaks off."""
-        unpacker = Unpacker()
+        unpacker = Unpacker(largest_message())
         async for message in _lively(messages):
+            for key, parcel in unpacker.take(message).items():
+                self._arrived(request, key, parcel, "")
+            for key, reason in message.get("missing", {}).items():
+                self._arrived(request, key, None, reason)
             if message.get("end"):
                 return str(message.get("error") or "the stream ended early")
-            if "missing" in message:
-                self._arrived(request, message["key"], None, message["missing"])
-            elif (complete := unpacker.take(message)) is not None:
-                self._arrived(request, *complete, "")
         raise TransferError(f"the stream from site {request.source!r} broke off")
 
     def _arrived(self, request: _Request, key: Key, parcel: Parcel | None, reason: str) -> None:

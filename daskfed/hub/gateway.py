@@ -11,10 +11,12 @@ from distributed.comm.core import Comm
 from distributed.core import Status, error_message
 
 from daskfed.comm.opaque import relays_errors
+from daskfed.comm.pacing import Paced
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import SiteState
 from daskfed.hub.fanout import answers_errors
+from daskfed.hub.gathering import Gathering
 from daskfed.hub.inspection import progress_of
 from daskfed.hub.lookups import Roster
 from daskfed.hub.observing import Observing
@@ -37,12 +39,13 @@ class Gateway:
         self.observing = Observing(hub)
         self.replay = Replay(hub)
         self.roster = Roster(hub.fanout)
+        self.gathering = Gathering(hub)
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
         return {
             "identity": self.identity,
-            "gather": relays_errors(self.gather),
+            **self.gathering.handlers(),
             "scatter": answers_errors(self.scatter),
             "retry": self.retry,
             "subscribe_worker_status": self.subscribe_worker_status,
@@ -150,37 +153,6 @@ class Gateway:
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
-    async def gather(self, keys: Collection[Key], serializers: Any = None) -> dict[str, Any]:
-        """Return ``{"status": "OK", "data": {key: value}}``, values unopened, or which keys could not be had."""
-        by_site, absent = self._locate(keys)
-        if absent:
-            return {"status": "error", "keys": absent}
-        calls = [self.hub.ports[site].call("gather", keys=there) for site, there in by_site.items()]
-        replies = await asyncio.gather(*calls, return_exceptions=True)
-        data: dict[Key, Any] = {}
-        for there, reply in zip(by_site.values(), replies, strict=True):
-            if isinstance(reply, OSError):
-                absent.extend(there)
-            elif isinstance(reply, BaseException):
-                raise reply
-            elif reply["status"] != "OK":
-                absent.extend(reply["keys"])
-            else:
-                data |= reply["data"]
-        return {"status": "error", "keys": absent} if absent else {"status": "OK", "data": data}
-
-    def _locate(self, keys: Collection[Key]) -> tuple[dict[str, list[Key]], list[Key]]:
-        by_site: dict[str, list[Key]] = defaultdict(list)
-        absent: list[Key] = []
-        for key in keys:
-            state = self.hub.core.ledger.keys.get(key)
-            site = next((name for name in state.holders if name in self.hub.ports), None) if state else None
-            if site is None:
-                absent.append(key)
-            else:
-                by_site[site].append(key)
-        return by_site, absent
-
     async def scatter(self, data: Mapping[Key, Any], workers: Any, client: str, **how: Any) -> list[Key]:
         """Put a client's data at sites; ``how`` as for :func:`daskfed.hub.scattering.scatter`, ``mark`` beside it."""
         await self.hub.sessions.caught_up(client, how.pop("mark", 0))
@@ -197,13 +169,12 @@ class Gateway:
     # -- moving ------------------------------------------------------------------------------------------------------
 
     async def relay_fetch(self, comm: Comm, site: str, keys: Collection[Key], token: str) -> Status:
-        """Stream keys of one site to another that cannot reach it; each message is written before the next is read."""
+        """Stream keys of one site to another that cannot reach it, as fast as that one reads."""
         port = self.hub.ports.get(site)
         if port is None or not self.hub.trusts(token):
             await comm.write({"end": True, "error": f"site {site!r} is not connected to the hub"})
             return Status.dont_reply
-        async for message in port.stream_keys(keys, token):
-            await comm.write(message)
+        await Paced(comm).write_all(port.stream_keys(keys, token))
         return Status.dont_reply
 
 

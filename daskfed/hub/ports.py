@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -50,8 +50,8 @@ class SitePort(Protocol):
         """Call an RPC handler of the site's agent and return its reply, unopened."""
         ...
 
-    def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
-        """Yield the messages with these keys, up to the one that ends them."""
+    def stream_keys(self, keys: Collection[Key], token: str, checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the messages with these keys, up to the one that ends them; without checksums if not ``checked``."""
         ...
 
     async def close(self) -> None:
@@ -127,11 +127,13 @@ class RemoteSite:
             if not comm.closed():
                 await self.park(comm)
 
-    async def stream_keys(self, keys: Collection[Key], token: str) -> AsyncIterator[dict[str, Any]]:
+    async def stream_keys(
+        self, keys: Collection[Key], token: str, checked: bool = True
+    ) -> AsyncGenerator[dict[str, Any]]:
         """Yield the messages with these keys, up to the one that ends them; each is read when the last was taken."""
         channel = await self.take()
         try:
-            await channel.write({"op": "get_keys", "keys": keys, "token": token, "reply": False})
+            await channel.write({"op": "get_keys", "keys": keys, "token": token, "checked": checked, "reply": False})
             ended = False
             while not ended:
                 message = await channel.read()

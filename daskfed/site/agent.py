@@ -17,7 +17,7 @@ import hmac
 import logging
 import platform
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,6 +27,7 @@ from distributed.comm.core import Comm
 from distributed.core import Status
 
 from daskfed.comm.opaque import OpaqueServer
+from daskfed.comm.pacing import Paced
 from daskfed.ending import end_tasks
 from daskfed.errors import DaskfedError, TransferError
 from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
@@ -239,9 +240,9 @@ class Agent:
             raise ValueError(f"an agent has no {op!r}; there are {', '.join(self._handlers)}")
         return await self._handlers[op](**kwargs)
 
-    def stream_keys(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
-        """Yield the messages of a stream with ``keys``, for a site that cannot connect to this one."""
-        return self.session.stream_keys(keys)
+    def stream_keys(self, keys: Collection[Key], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the messages of a stream with ``keys``, for a site that cannot connect to this one, or for a client."""
+        return self.session.stream_keys(keys, checked)
 
     async def _gather(self, keys: Collection[Key]) -> dict[str, Any]:
         values = await self.session.gather_values(list(keys))
@@ -288,8 +289,7 @@ class Agent:
         if not trusted or site != self.name:
             await comm.write({"end": True, "error": f"this is site {self.name!r}, which does not know the caller"})
             return Status.dont_reply
-        async for message in self.stream_keys(keys):
-            await comm.write(message)
+        await Paced(comm).write_all(self.stream_keys(keys))
         return Status.dont_reply
 
     async def _get_import(self, key: Key, token: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
 from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, connect_opaque
+from daskfed.comm.pacing import Paced
 from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused, DaskfedError
 from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
@@ -62,7 +63,7 @@ class AgentSide(Protocol):
         """Call an RPC handler; raises what it raises."""
         ...
 
-    def stream_keys(self, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
+    def stream_keys(self, keys: list[Key], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
         """Yield the messages of a stream of this site's keys."""
         ...
 
@@ -253,8 +254,8 @@ class Channels:
         while self.received() < after:  # a connection that breaks meanwhile ends this channel too
             await asyncio.sleep(POLL_S)
         if op == "get_keys":
-            async for message in self.agent.stream_keys(list(request["keys"])):
-                await comm.write(message)
+            keys, checked = list(request["keys"]), bool(request.get("checked", True))
+            await Paced(comm).write_all(self.agent.stream_keys(keys, checked))
             return
         answer: Any
         try:

@@ -12,7 +12,7 @@ import pickle
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -350,9 +350,9 @@ class Session:
             return {}
         return dict(found)
 
-    def stream_keys(self, keys: Collection[Key]) -> AsyncIterator[dict[str, Any]]:
+    def stream_keys(self, keys: Collection[Key], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
         """Yield the messages of a stream with ``keys``; see :mod:`daskfed.data.parcels`."""
-        return self.source.stream(keys)
+        return self.source.stream(keys, checked)
 
     async def scatter(
         self, data: dict[Key, Any], broadcast: bool | int = False, workers: Collection[str] | None = None

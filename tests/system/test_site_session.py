@@ -67,7 +67,7 @@ class Elsewhere:
     async def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
         for key in keys:
             if key in self.values:
-                for message in pack(key, Parcel.of(Serialized(*serialize(self.values[key])))):
+                for message in pack({key: Parcel.of(Serialized(*serialize(self.values[key])))}):
                     yield message
         yield {"end": True, "error": "nobody has it"}
 

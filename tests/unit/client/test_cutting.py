@@ -239,7 +239,9 @@ def test_independent_parts_exchange_nothing(name: str) -> None:
     graph, keys = opened(collection)
     pieces = cut(graph, keys)
     assert not crossing(pieces)
-    assert len(pieces) == 16
+    assert len(pieces) == (16 if name == "transposed" else 20)
+    sizes = [len(piece.tasks) for piece in pieces]
+    assert max(sizes) <= 1.5 * min(sizes)  # 20 columns fall into 20 pieces, not into 16 of which some are double
 
 
 def test_what_uses_a_mean_stays_with_its_data() -> None:

@@ -163,7 +163,7 @@ def test_an_unknown_site_is_told() -> None:
 def test_a_stream_that_breaks_off_loses_only_what_had_not_come(address: str | None, who: str) -> None:
     async def check() -> None:
         north = NorthSite({"a": 1, "b": "x" * 3 * CHUNK_BYTES}, address)
-        north.break_after = 3
+        north.break_after = 2
         arrivals = await fetched(north, "a", "b")
         assert value(arrivals["a"]) == 1
         assert arrivals["b"].parcel is None and who in arrivals["b"].reason and "'north'" in arrivals["b"].reason
@@ -194,12 +194,37 @@ def test_small_keys_are_brought_together_and_large_ones_alone() -> None:
     assert list(grouped([])) == []
 
 
-def test_a_source_holds_one_group_of_values_at_a_time() -> None:
+def test_a_source_asks_for_one_group_of_values_while_another_is_taken() -> None:
+    async def check() -> None:
+        north = NorthSite({key: key for key in "abcd"})
+        north.source.size_of = lambda key: GROUP_BYTES
+        asked, messages = [], []
+        async for message in north.source.stream(["a", "b", "c", "d"]):
+            await asyncio.sleep(0.01)
+            asked.append(len(north.gathered))
+            messages.append(message)
+        assert north.gathered == [["a"], ["b"], ["c"], ["d"]] and asked == [2, 3, 4, 4]
+        assert [bool(message.get("end")) for message in messages] == [False, False, False, True]
+
+    asyncio.run(check())
+
+
+def test_a_stream_that_nobody_reads_any_more_asks_for_no_more() -> None:
     async def check() -> None:
         north = NorthSite({key: key for key in "abc"})
         north.source.size_of = lambda key: GROUP_BYTES
-        messages = [message async for message in north.source.stream(["a", "b", "c"])]
-        assert north.gathered == [["a"], ["b"], ["c"]]
-        assert len(messages) == 4 and messages[-1] == {"end": True}
+        messages = north.source.stream(["a", "b", "c"])
+        await anext(messages)
+        await messages.aclose()
+        assert len(north.gathered) <= 2 and [task.get_name() for task in asyncio.all_tasks()] == [
+            asyncio.current_task().get_name()  # type: ignore[union-attr]
+        ]
+
+    asyncio.run(check())
+
+
+def test_a_stream_of_no_keys_ends() -> None:
+    async def check() -> None:
+        assert [message async for message in NorthSite({}).source.stream([])] == [{"end": True}]
 
     asyncio.run(check())

@@ -1,0 +1,40 @@
+"""Writing no faster than the reader reads.
+
+``comm.write`` of Dask returns when a message is in a buffer, which has no bound. Who passes on large things would
+gather them all there; so a stream of values is written through a :class:`Paced` comm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any
+
+from distributed.comm.core import Comm
+
+
+class Paced:
+    """Writes messages to ``comm``, of which at most two wait to be sent: one leaves while the next is written."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+        self._sent: Awaitable[Any] | None = None  # done when the last message has left
+
+    async def write(self, message: Any) -> None:
+        """Write a message, and wait until the one before it has left; raises OSError where the connection broke."""
+        await self.comm.write(message)
+        before, self._sent = self._sent, _all_sent(self.comm)
+        if before is not None:
+            await before
+
+    async def write_all(self, messages: AsyncGenerator[Any]) -> None:
+        """Write messages as they come, each of which is asked for when there is room for it."""
+        async with aclosing(messages):
+            async for message in messages:
+                await self.write(message)
+
+
+def _all_sent(comm: Any) -> Awaitable[Any] | None:
+    """Return what is done when all that was written has left; None where nothing is buffered, as within a process."""
+    stream = getattr(comm, "stream", None)
+    return None if stream is None else stream.write(b"")
