@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from daskfed.dask_private import MAX_BUFFER_SIZE
 from daskfed.errors import ConfigurationError
 
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
+LOST_WORKER = "5m"
 DEFAULT_GRACE = "1h"
 DEFAULT_SITE_TIMEOUT = "5m"
 DEFAULT_HUB_MEMORY = "512 MiB"
@@ -87,6 +88,18 @@ def calm(**intervals: str) -> None:
         setting = f"distributed.admin.{name.replace('_', '-')}.interval"
         if dask.config.get(setting, STOCK_INTERVALS[name]) == STOCK_INTERVALS[name]:
             dask.config.set({setting: interval})
+
+
+@contextmanager
+def patient_clusters() -> Iterator[None]:
+    """Have the clusters of this process wait longer for lost workers, unless the user has set how long.
+
+    After Dask's 15 s they give one up for good, also if it is on its way: killed once, restarted, and killed once more.
+    """
+    setting, stock = "distributed.deploy.lost-worker-timeout", "15s"
+    longer = {setting: LOST_WORKER} if dask.config.get(setting, stock) == stock else {}
+    with dask.config.set(longer):
+        yield
 
 
 def check_listen(address: str, security: Any) -> None:

@@ -13,6 +13,7 @@ from daskfed.hub import events as ev
 from daskfed.hub import inspection
 from daskfed.hub.arrivals import Arrivals
 from daskfed.hub.cancelling import cancel_for, cancel_keys, give_up
+from daskfed.hub.desertion import Desertion
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.homes import Homes
 from daskfed.hub.ledger import AT_SITE, BlockState, KeyState, Ledger
@@ -53,6 +54,7 @@ class HubCore:
         self.ledger = Ledger(epoch)
         self.arrivals = Arrivals(self.ledger)
         self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
+        self.desertion = Desertion(self.ledger, self.dispatcher)
         self.poison = Poison(self.ledger)
         self.homes = Homes(self.ledger, self.dispatcher)
         self.recovery = Recovery(self.ledger, self.dispatcher, self.arrivals, awaited)
@@ -308,6 +310,7 @@ class HubCore:
         self.recovery.tick(self.ledger.now)
         if not self.recovery.may_place(self.ledger.now):
             return
+        self.desertion.tick()
         self.dispatcher.place()
         self.dispatcher.balance()
         self.dispatcher.hand_over()

@@ -58,6 +58,8 @@ class SiteState:
     copying: set[Key] = field(default_factory=set)  # keys that it hands over before it leaves
     leaving: bool = False  # it was told to close
     trials: set[str] = field(default_factory=set)  # blocks here of which all that is to be made is suspect
+    empty_since: float | None = None  # when it had blocks and no workers first, since it last had any
+    deserted: bool = False  # that is long ago: it gets no blocks while other sites may have them
     unclaimed: bool = False  # it holds, or works at, what nobody here knows, while clients are still awaited
 
     @property
@@ -202,6 +204,7 @@ class Dispatcher:
         queue = self.queues[where]
         deferred: list[tuple[Order, str]] = []
         sites = [site for site in self.eligible(where[0]) if not site.draining]
+        sites = [site for site in sites if not site.deserted] or sites
         while queue and sites and len(deferred) < LOOKAHEAD:
             block = self.ledger.blocks.get(queue[0][1])
             if block is None or block.phase is not BlockPhase.READY:
@@ -321,7 +324,7 @@ class Dispatcher:
         for site in self.sites.values():
             if site.draining:
                 self._recall_all(site)
-            elif site.recalled_for is None and len(site.blocks) < MIN_BLOCKS:
+            elif site.recalled_for is None and len(site.blocks) < MIN_BLOCKS and not site.deserted:
                 self._recall_for(site)
 
     def _recall_all(self, site: SiteState) -> None:

@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from distributed.security import Security
 from distributed.utils import import_term
 
 from daskfed import errors
-from daskfed.config import SiteOptions, hint_for
+from daskfed.config import SiteOptions, hint_for, patient_clusters
 from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
 
 PLAIN = (str, int, float, bool, type(None))
@@ -213,9 +213,11 @@ class InProcessCluster:
         self.security: Security | None = None
         self._cluster: Any = None
         self._ended = asyncio.Event()
+        self._settings = ExitStack()
 
     async def start(self) -> None:
         """Start scheduler and workers; raises SiteStartError."""
+        self._settings.enter_context(patient_clusters())
         self._cluster = await start_cluster(self.spec)
         self.scheduler_address = self._cluster.scheduler_address
         self.dashboard = self._cluster.dashboard_link or ""
@@ -234,6 +236,7 @@ class InProcessCluster:
         """End scheduler and workers."""
         if self._cluster is not None:
             await _settled(self._cluster.close())
+        self._settings.close()
         self._ended.set()
 
 

@@ -23,7 +23,7 @@ import warnings
 from contextlib import suppress
 from typing import Any, TextIO
 
-from daskfed.config import calm
+from daskfed.config import calm, patient_clusters
 from daskfed.errors import DaskfedError, SiteStartError
 from daskfed.site.clusters import ClusterSpec, call_cluster, credentials, start_cluster
 
@@ -37,7 +37,8 @@ def main() -> None:
     os.dup2(2, 1)
     warnings.filterwarnings("ignore", "Port .* is already in use")  # several sites of one machine, each a dashboard
     calm(tick="250ms")  # the monitor is for the site's dashboard
-    asyncio.run(_serve(replies))
+    with patient_clusters():
+        asyncio.run(_serve(replies))
     last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
     last_resort.daemon = True
     last_resort.start()

@@ -17,6 +17,8 @@ FAULTS = (
     "site crash",
     "site crash just after the last",
     "worker lost",
+    "all workers lost for long",
+    "block taken from a deserted site",
     "hub crash",
     "hub crash while it recovers",
     "client left",
@@ -45,6 +47,7 @@ class Plan:
     partitions: tuple[tuple[int, float, float], ...]  # (site, from, until)
     crashes: tuple[tuple[int, float, float | None], ...]  # (site, at, seconds until it is back; None: never)
     worker_losses: tuple[tuple[int, float, float], ...]  # (site, at, share of what it has that is lost)
+    desertions: tuple[tuple[int, float, float], ...]  # (site, at, seconds until it has workers again)
     hub_crashes: tuple[tuple[float, float], ...]  # (at, seconds until it is back)
     departures: tuple[tuple[int, float, bool], ...]  # (client, at, whether without a word)
     sleeps: tuple[tuple[int, float, float], ...]  # (client, at, seconds until its connection is up again)
@@ -58,6 +61,7 @@ class Plan:
         """When the last partition heals, the last worker is lost, the last site or client is there, gone or back."""
         drains = [at for at in self.drains_at if at is not None]
         healed = [until for _, _, until in self.partitions] + [at for _, at, _ in self.worker_losses]
+        healed += [at for _, at, _ in self.desertions]
         back = [at + (after or 0.0) for _, at, after in self.crashes] + [at + after for at, after in self.hub_crashes]
         clients = [at for _, at, _ in self.departures] + [at + after for _, at, after in self.sleeps]
         return max([*self.joins_at, *drains, *healed, *back, *clients, 0.0])
@@ -77,6 +81,7 @@ def random_plan(rng: Random) -> Plan:
         partitions=tuple(random_partition(rng, nsites) for _ in range(rng.choice([0, 1, 2]))),
         crashes=tuple(crash for _ in range(rng.choice([0, 1, 1, 2, 3])) for crash in random_crashes(rng, nsites)),
         worker_losses=losses,
+        desertions=random_desertions(rng, nsites),
         hub_crashes=random_hub_crashes(rng),
         departures=tuple(random_departure(rng) for _ in range(rng.choice([0, 0, 1, 2]))),
         sleeps=tuple(random_sleep(rng) for _ in range(rng.choice([0, 0, 1, 2]))),
@@ -130,6 +135,13 @@ def losses_before_drain(rng: Random, n: int, drains_at: float | None) -> list[tu
     if drains_at is None or rng.random() < 0.3:
         return []
     return [(n, max(0.5, drains_at - rng.uniform(0.0, 0.6)), rng.choice([0.2, 0.5])) for _ in range(rng.choice([1, 2]))]
+
+
+def random_desertions(rng: Random, nsites: int) -> tuple[tuple[int, float, float], ...]:
+    """Return which sites lose all their workers, when, and for how long: now and then for so long that work moves on."""
+    if rng.random() < 0.8:
+        return ()
+    return tuple((rng.randrange(nsites), rng.uniform(0.5, 8.0), rng.choice([20.0, 40.0, 90.0])) for _ in range(2))
 
 
 def random_hub_crashes(rng: Random) -> tuple[tuple[float, float], ...]:

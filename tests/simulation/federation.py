@@ -127,6 +127,8 @@ class Simulation:
             self.clock.call_at(at, self.crash_hub, back_after)
         for n, at, share in self.plan.worker_losses:
             self.clock.call_at(at, self._lose_worker, f"s{n}", share)
+        for n, at, seconds in self.plan.desertions:
+            self.clock.call_at(at, self._lose_all_workers, f"s{n}", seconds)
         for n, at, silently in self.plan.departures:
             self.clock.call_at(at, self.lose_client, f"c{n}", silently)
         for n, at, seconds in self.plan.sleeps:
@@ -140,6 +142,12 @@ class Simulation:
         if site.dialled and not site.stopped:
             self.count("worker lost")
             site.lose_worker(lambda: rng.random() < share)
+
+    def _lose_all_workers(self, name: str, seconds: float) -> None:
+        site = self.sites[name]
+        if site.dialled and not site.stopped:
+            self.count("all workers lost for long")
+            site.lose_all_workers(seconds)
 
     def _put_to_sleep(self, name: str, seconds: float) -> None:
         """A client's connection breaks, and is up again later; the hub waits for it."""

@@ -171,6 +171,8 @@ class HubNode:
             beside = self.stores.beside(message)["errors"]  # the payload itself is taken from the simulation's book
         elif isinstance(message, CancelBlock):
             self._cancelled.add((site, message.block, message.attempt))
+            if self.core.sites[site].deserted:
+                self.sim.count("block taken from a deserted site")
         elif isinstance(message, CloseSite):
             self._require_handed_over(site)
         self.links[site].ends[0].send(message, beside)

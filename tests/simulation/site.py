@@ -164,6 +164,15 @@ class SiteNode:
         self.scheduler.add_threads(-threads)
         self.sim.clock.call_later(WORKER_START_S, self._start_worker, threads)
 
+    def lose_all_workers(self, seconds: float) -> None:
+        """All workers die, with what they have, and none comes for so many seconds."""
+        self.log_fault("loses all workers")
+        self._excused_until = self.sim.clock.now + 4 * self._delay_s
+        self.scheduler.lose(lambda: True)
+        threads, self.threads = self.threads, 0
+        self.scheduler.add_threads(-threads)
+        self.sim.clock.call_later(seconds, self._start_worker, threads)
+
     def _start_worker(self, threads: int) -> None:
         self.threads += threads
         if not self.stopped:
@@ -221,7 +230,8 @@ class SiteNode:
 
     def _status(self) -> SiteStatus:
         queued = self._unfinished()
-        return SiteStatus(1, self.threads, 2**33, 2**20, 0, queued, self.draining, round_trip_s=self._round_trip_s)
+        workers = min(1, self.threads)
+        return SiteStatus(workers, self.threads, 2**33, 2**20, 0, queued, self.draining, round_trip_s=self._round_trip_s)
 
     def _learn(self) -> None:
         fresh = self.scheduler.settled - self._ran

@@ -892,7 +892,7 @@ def test_embedded_plugins(embedded: Client, tmp_path: Path) -> None:
 
 
 def test_embedded_restarts() -> None:
-    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}), Client(**options(2)) as client:
+    with Client(**options(2)) as client:
         pids = set(client.run(os.getpid).values())
         x = client.submit(operator.add, 1, 1)
         one, other = sorted(client.nthreads())
@@ -920,5 +920,4 @@ def test_embedded_asynchronously() -> None:
             assert await client.restart_workers([address], timeout=SOON_S) == {address: "OK"}
             assert list((await client.run(badges)).values()) == [["one"]]
 
-    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}):
-        asyncio.run(scenario())
+    asyncio.run(scenario())

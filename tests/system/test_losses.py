@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,3 +144,38 @@ def test_a_task_that_kills_workers_is_given_up_and_its_neighbours_finish(fed: Ki
             futures[13].result()
         with pytest.raises(KilledWorker):
             after.result(timeout=SOON_S)
+
+
+def kill_worker(client: Any, site: str) -> None:
+    """Kill the only worker of a site, once there is one."""
+    deadline = time.monotonic() + SOON_S
+    while not (pids := client.run(os.getpid, workers=site) if client.sites()[site]["workers"] else {}):
+        assert time.monotonic() < deadline, client.sites()
+        time.sleep(0.1)
+    os.kill(next(iter(pids.values())) if isinstance(pids, dict) else pids, signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_again_and_again_comes_back(tmp_path: Path) -> None:
+    """Dask looks 15 s after a loss whether the worker is back; so this one is killed shortly before."""
+    with killable(tmp_path, "north") as fed, fed.client() as client:
+        kill_worker(client, "north")
+        time.sleep(13.5)
+        kill_worker(client, "north")
+        time.sleep(5)
+        assert client.submit(slow_inc, 1, pure=False).result(timeout=SOON_S) == 2
+
+
+def test_work_leaves_a_site_that_gets_no_workers(fed: Killable) -> None:
+    with fed.client() as client:
+        client.wait_for_workers(2, timeout=SOON_S)
+        futures = client.map(slow_inc, range(100), pure=False)
+        bound = client.submit(slow_inc, 1, site="north", pure=False)
+        bound.result(timeout=SOON_S)
+        client.sync(client.scheduler.fed_cluster, site="north", method="scale", kwargs={"n": 0})
+        assert sum(client.gather(futures)) == sum(range(1, 101))
+        assert client.sites()["north"]["workers"] == 0
+        only_north = client.submit(slow_inc, 2, site="north", pure=False)
+        assert client.gather(client.map(slow_inc, range(4), pure=False)) == [1, 2, 3, 4]
+        assert only_north.status == "pending"
+        client.sync(client.scheduler.fed_cluster, site="north", method="scale", kwargs={"n": 1})
+        assert only_north.result(timeout=SOON_S) == 3
