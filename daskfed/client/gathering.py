@@ -30,8 +30,8 @@ class Stream:
         self.address = address
         self._pool = OpaquePool(limit=8, connection_args=dict(connection_args))
 
-    async def gather(self, keys: Collection[Key], **session: Any) -> dict[str, Any]:
-        """Return values as a scheduler's ``gather`` does, or which could not be had.
+    async def gather(self, keys: Collection[Key], **session: Any) -> dict[Key, Any]:
+        """Return the values of those of ``keys`` that can be had.
 
         ``session`` says who asks. Raises OpaqueError where the hub refuses, OSError where the connection breaks.
         """
@@ -40,14 +40,12 @@ class Stream:
         comm = await self._pool.connect(self.address)
         try:
             await comm.write({"op": "fed_gather", "keys": list(keys), **session})
-            values = await _received(comm)
+            return await _received(comm)
         except BaseException:
             comm.abort()  # a half-read stream is of no use to the next call
             raise
         finally:
             self._pool.reuse(self.address, comm)
-        missing = [key for key in keys if key not in values]
-        return {"status": "error", "keys": missing} if missing else {"status": "OK", "data": values}
 
     async def close(self) -> None:
         """End the connections."""

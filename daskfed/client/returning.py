@@ -27,6 +27,7 @@ from daskfed.data.spill import Spilled
 from daskfed.messages import COORDINATION, REQUEST, SESSION, BlockSpec, Key, encode
 
 NOTICED_S = 2.0  # within which a client notices that its hub is gone, after a call to it has failed
+ASK_AGAIN_S = (0.1, 0.3, 0.6, 1.0)  # pauses before a gather asks again for what could not be had
 PAUSE_S = (0.05, 2.0)  # first and longest pause between attempts to reach a hub that is gone
 
 
@@ -204,8 +205,20 @@ class PatientRPC:
         """Return values as a scheduler's ``gather`` does."""
         if self._stream is not None:
             with suppress(OpaqueError):  # asked in the plain way, the hub answers with an error that can be raised
-                return await self._patiently(self._stream.gather, {"keys": keys, **self._secret})
+                return await self._gather_streamed(self._stream, keys)
         return await self._patiently(self._rpc.gather, {"keys": keys, **how, **self._secret})
+
+    async def _gather_streamed(self, stream: Stream, keys: Collection[Key]) -> dict[str, Any]:
+        """Gather, and ask a few times for what could not be had: a site that is away may be back in a moment."""
+        values: dict[Key, Any] = {}
+        missing = list(keys)
+        for pause in ASK_AGAIN_S:
+            values |= await self._patiently(stream.gather, {"keys": missing, **self._secret})
+            missing = [key for key in keys if key not in values]
+            if not missing:
+                return {"status": "OK", "data": values}
+            await asyncio.sleep(pause)
+        return {"status": "error", "keys": missing}
 
     async def bring(self, copies: Mapping[Key, Any], client: str, timeout_s: float) -> None:
         """Put copies of data at a site, since the one that had it is gone."""
