@@ -121,7 +121,7 @@ class Client(Retrying, Observing, ActingClient):
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
             address = self.scheduler.address
             within = address.startswith("inproc:")  # where values are handed over as they are
-            stream = None if within else Stream(address, self.connection_args)
+            stream = None if within else Stream(address, self.connection_args, self._deserializers)
             rpc = self.scheduler
             self.scheduler = PatientRPC(rpc, self._standing, self._memory, self._mark, self._secret, stream)
         await super()._ensure_connected(timeout=timeout)

@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from daskfed import Client
+from daskfed.comm.opaque import connect_opaque
+from daskfed.data.parcels import CHUNK_BYTES
 from tests.system import commands
 
 pytestmark = pytest.mark.system
@@ -99,6 +101,53 @@ def test_a_gather_that_is_given_up_halfway_spoils_no_other(client: Client, hub: 
             assert len(await other.gather(there)) == 10
 
     asyncio.run(check())
+
+
+def test_calls_are_answered_while_many_clients_read_slowly(client: Client, hub: str) -> None:
+    future = client.submit(made, 64 * MB, 3, pure=False, site="north")
+    client.gather(client.submit(len, future))
+
+    async def check() -> None:
+        slow = [await connect_opaque(hub) for _ in range(12)]
+        try:
+            for comm in slow:
+                await comm.write({"op": "fed_gather", "keys": [future.key]})
+            await asyncio.sleep(2)
+            for _ in range(3):
+                assert await asyncio.wait_for(asyncio.to_thread(client.who_has, [future]), 15) != {future.key: ()}
+            counts = await asyncio.wait_for(asyncio.gather(*map(count_messages, slow)), 60)
+            assert min(counts) > 64 * MB / CHUNK_BYTES  # all were served in the end
+        finally:
+            for comm in slow:
+                comm.abort()
+
+    asyncio.run(check())
+    assert future.result().nbytes == 64 * MB
+
+
+async def count_messages(comm: Any) -> int:
+    """Read a stream to its end and return how many messages it had."""
+    count, ended = 0, False
+    while not ended:
+        ended, count = (await comm.read())["end"], count + 1
+    return count
+
+
+def test_what_is_refused_raises_as_ever(client: Client, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    future = client.submit(abs, -5, pure=False)
+    assert future.result() == 5
+    monkeypatch.setenv("LOGNAME", "alice")
+    with Client(hub, set_as_default=False) as alice, pytest.raises(PermissionError, match="not yours"):
+        alice.sync(alice.scheduler.gather, keys=[future.key])
+
+
+def test_values_are_opened_by_the_families_that_the_client_allows(client: Client, hub: str) -> None:
+    with Client(hub, set_as_default=False, deserializers=["dask", "msgpack", "error"]) as careful:
+        assert careful.submit(made, 10, 1).result().nbytes == 10
+        for nbytes in (1, MB):
+            future = careful.submit(lambda n: {Fragile: bytes(n)}, nbytes)
+            with pytest.raises(TypeError, match="pickle"):
+                future.result()
 
 
 def test_the_hub_holds_little_of_what_is_gathered(hub: str, client: Client) -> None:
