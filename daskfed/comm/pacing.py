@@ -7,6 +7,7 @@ gather them all there; so a stream of values is written through a :class:`Paced`
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any
@@ -43,3 +44,13 @@ def _all_sent(comm: Any) -> Awaitable[Any] | None:
     """Return what is done when all that was written has left; None where nothing is buffered, as within a process."""
     stream = getattr(comm, "stream", None)
     return None if stream is None else stream.write(b"")
+
+
+def allow_pauses(comm: Any) -> None:
+    """Keep a connection whose reader takes nothing for long, but is there; Dask has the system end it after 30 s.
+
+    For a writer that learns otherwise when the reader is gone.
+    """
+    option, stream = getattr(socket, "TCP_USER_TIMEOUT", None), getattr(comm, "stream", None)
+    if option is not None and stream is not None:
+        stream.socket.setsockopt(socket.IPPROTO_TCP, option, 0)

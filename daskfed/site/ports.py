@@ -23,7 +23,7 @@ from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
 from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, connect_opaque
-from daskfed.comm.pacing import Paced
+from daskfed.comm.pacing import Paced, allow_pauses
 from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused, DaskfedError
 from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
@@ -277,6 +277,7 @@ class Channels:
     async def _stream(self, comm: Comm, keys: list[Key], checked: bool) -> None:
         self._streaming += 1
         self.fill()
+        allow_pauses(comm)  # where many sites stream to one client, each waits for its turn
         try:
             await Paced(comm).write_all(self.agent.stream_keys(keys, checked))
         finally:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import dask
 import numpy as np
 import psutil
 import pytest
+from distributed.comm.core import Comm
 
 from daskfed import Client
-from daskfed.comm.opaque import connect_opaque
+from daskfed.comm.opaque import connect_opaque, listen_opaque
+from daskfed.dask_private import Serialized
 from daskfed.data.parcels import CHUNK_BYTES
+from daskfed.site.ports import Channels
 from tests.system import commands
 
 pytestmark = pytest.mark.system
@@ -129,7 +133,7 @@ async def count_messages(comm: Any) -> int:
     """Read a stream to its end and return how many messages it had."""
     count, ended = 0, False
     while not ended:
-        ended, count = (await comm.read())["end"], count + 1
+        ended, count = bool((await comm.read()).get("end")), count + 1
     return count
 
 
@@ -173,3 +177,40 @@ def listener(address: str) -> psutil.Process:
     port = int(address.rpartition(":")[2])
     found = {each.pid for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr[1] == port}
     return psutil.Process(found.pop())
+
+
+class Streaming:
+    """An agent that streams 200 MB, whatever is asked for."""
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        raise AssertionError(op)
+
+    async def stream_keys(self, keys: list[Any], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
+        for n in range(50):
+            yield {"part": Serialized({}, [bytes(CHUNK_BYTES)]), "end": n == 49}
+
+
+def test_a_hub_may_pause_while_it_reads_from_a_site() -> None:
+    async def check() -> None:
+        counts: asyncio.Queue[int] = asyncio.Queue()
+
+        async def serve(channel: Comm) -> None:
+            if not asked:
+                asked.append(channel)
+                await channel.write({"op": "get_keys", "keys": ["x"]})
+                await asyncio.sleep(15)
+                counts.put_nowait(await count_messages(channel))
+            await ended.wait()
+
+        asked: list[Comm] = []
+        ended = asyncio.Event()
+        listener = await listen_opaque("tcp://127.0.0.1:0", serve)
+        channels = Channels(lambda: connect_opaque(listener.contact_address), Streaming())
+        channels.fill()
+        assert await asyncio.wait_for(counts.get(), 60) == 50
+        await channels.close()
+        ended.set()
+        listener.stop()
+
+    with dask.config.set({"distributed.comm.timeouts.tcp": "11s"}):  # after which the system would end it
+        asyncio.run(check())
