@@ -140,7 +140,8 @@ def largest_message() -> int:
     """Return the most bytes that one message to a hub or an agent may have; its sender is cut off beyond.
 
     ``daskfed.comm.largest-message`` in Dask's configuration, by default half of the memory of the machine, which is
-    what Dask's own streams take. A result that is gathered through the hub is one message.
+    what Dask's own streams take. What a stock client gathers at once is one message; else values travel in pieces, and
+    none of them may be larger.
     """
     given = dask.config.get("daskfed.comm.largest-message", None)
     return int(MAX_BUFFER_SIZE) if given is None else int(parse_bytes(given))

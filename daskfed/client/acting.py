@@ -128,9 +128,14 @@ def _plain(workers: Any) -> list[Any]:
     return [workers] if isinstance(workers, str | int | float) else list(workers)
 
 
+def names_of(sites: Sites) -> set[str]:
+    """Return what sites may be called: their names, and their labels as ``name=value``."""
+    return set(sites) | {f"{name}={value}" for facts in sites.values() for name, value in facts["labels"].items()}
+
+
 def named_sites(workers: Iterable[Any], sites: Sites) -> list[str]:
     """Return those of ``workers`` that name a site or a label, without ``fed://``."""
-    known = set(sites) | {f"{name}={value}" for facts in sites.values() for name, value in facts["labels"].items()}
+    known = names_of(sites)
     bare = (str(worker).removeprefix(WORKER_SCHEME) for worker in workers)
     return [name for name in bare if name in known]
 

@@ -48,10 +48,9 @@ class CallsExpr(Expr):
         return {**tasks, **{key: DataNode(key, value) for key, value in self.operand("shared").items()}}
 
 
-def calls_of_submit(key: Key, func: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> Calls:
-    """Return one call; the keys of futures in its arguments, also in lists, tuples, sets and dicts, are its needs."""
-    task = Task(key, func, *map(parse_input, args), **{name: parse_input(value) for name, value in kwargs.items()})
-    expr = LLGExpr({key: task}, _determ_token=uuid.uuid4().hex)
+def call_of_submit(expr: Any) -> Calls:
+    """Return the call of an expression with one task, as ``submit`` makes it."""
+    ((key, task),) = expr.operand("dsk").items()
     return Calls(expr, (key,), frozenset(task.dependencies))
 
 

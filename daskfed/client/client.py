@@ -23,9 +23,9 @@ from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
 from daskfed.client import hooks, opening, progress
-from daskfed.client.acting import ActingClient
+from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
-from daskfed.client.calls import Calls, calls_of_map
+from daskfed.client.calls import Calls, call_of_submit, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
@@ -119,10 +119,9 @@ class Client(Retrying, Observing, ActingClient):
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):
-            address = self.scheduler.address
+            rpc, address = self.scheduler, self.scheduler.address
             within = address.startswith("inproc:")  # where values are handed over as they are
-            stream = None if within else Stream(address, self.connection_args)
-            rpc = self.scheduler
+            stream = None if within else Stream(address, self.connection_args, self._deserializers)
             self.scheduler = PatientRPC(rpc, self._standing, self._memory, self._mark, self._secret, stream)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
@@ -242,9 +241,7 @@ class Client(Retrying, Observing, ActingClient):
 
     async def fetch_progress(self, keys: Iterable[Key]) -> dict[str, dict[str, int]]:
         """Return ``all`` and ``remaining`` tasks behind keys of this client, per key prefix."""
-        asked: set[Key] = set()
-        for key in keys:
-            asked.update(self._assemblies[key][0].inputs if key in self._assemblies else (key,))
+        asked = {part for key in keys for part in self._part_keys(key)}
         return await self.scheduler.fed_progress(keys=list(asked))  # type: ignore[no-any-return]
 
     def open(self, function: Callable[..., Any], *args: Any, site: str, **kwargs: Any) -> Any:
@@ -295,7 +292,7 @@ class Client(Retrying, Observing, ActingClient):
         self._check_workers(annotations)
         if self._fixed_single:
             workers = self._workers_here(workers)
-        if self._fixed_single or (any_actors(actors) and not one_by_one(expr)):
+        if self._fixed_single or (_any_actors(actors) and not _one_by_one(expr)):
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
                 retries, fifo_timeout, actors,
@@ -303,26 +300,22 @@ class Client(Retrying, Observing, ActingClient):
         for key in set(keys):
             validate_key(key)
         with paused_collection():
-            return self._submit(expr, list(dict.fromkeys(keys)), annotations, any_actors(actors))
+            return self._submit(expr, list(dict.fromkeys(keys)), annotations, _any_actors(actors))
 
     def _submit(
         self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
     ) -> dict[Key, Future]:
-        if not isinstance(expr, MapExpr) and not one_by_one(expr):
-            graph = materialise(expr, keys, annotations)
-            self._know_sites_of(set(graph.constraints.values()))
+        if _one_by_one(expr):
+            calls = _calls_of(expr)
             with self._refcount_lock:
-                return self._submit_graph(graph, keys)
-        if isinstance(expr, MapExpr):
-            calls: Any = _calls_of_map(expr)
-        else:
-            ((key, task),) = expr.operand("dsk").items()
-            calls = [Calls(expr, (key,), frozenset(task.dependencies))]
+                return self._submit_calls(calls, keys, annotations, actors)
+        graph = materialise(expr, keys, annotations)
+        self._know_sites_of(set(graph.constraints.values()))
         with self._refcount_lock:
-            return self._submit_calls(calls, keys, annotations, actors)
+            return self._submit_graph(graph, keys)
 
     def _submit_calls(
-        self, calls: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
+        self, calls: Iterable[Calls], keys: list[Key], annotations: Mapping[str, Any], actors: bool
     ) -> dict[Key, Future]:
         constraint = self._bound(constraint_of(annotations))
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
@@ -544,12 +537,12 @@ def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any
     return {name: value for name, value in named.items() if value}
 
 
-def any_actors(actors: Any) -> bool:
+def _any_actors(actors: Any) -> bool:
     """Whether what a user gave as ``actors`` (a bool, a collection or several) asks for any."""
     return actors is not None and actors is not False
 
 
-def one_by_one(expr: Any) -> bool:
+def _one_by_one(expr: Any) -> bool:
     """Whether an expression is what ``submit`` or ``map`` make, calls that do not need each other."""
     if isinstance(expr, MapExpr):
         return True
@@ -557,7 +550,10 @@ def one_by_one(expr: Any) -> bool:
     return len(graph) == 1 and isinstance(next(iter(graph.values())), Task)
 
 
-def _calls_of_map(expr: Any) -> Any:
+def _calls_of(expr: Any) -> Iterable[Calls]:
+    """Return the batches of calls that an expression of ``submit`` or ``map`` makes."""
+    if not isinstance(expr, MapExpr):
+        return [call_of_submit(expr)]
     keys = list(expr.keys)
     size = max(1, min(MOST_CALLS, -(-len(keys) // FEWEST_BLOCKS)))
     return calls_of_map(expr.func, expr.iterables, keys, expr.kwargs, size=size)
@@ -565,7 +561,7 @@ def _calls_of_map(expr: Any) -> Any:
 
 def _unmet(constraint: Constraint, sites: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return what of a constraint no site has, in words."""
-    known = set(sites) | {f"{name}={value}" for facts in sites.values() for name, value in facts["labels"].items()}
+    known = names_of(sites)
     if constraint.sites and not known.intersection(constraint.sites):
         wanted = ", ".join(map(repr, constraint.sites))
         return f"no site or label {wanted} in this federation; there are {', '.join(sorted(known)) or 'no sites yet'}"

@@ -17,7 +17,7 @@ from distributed.security import Security
 from daskfed.client.launch import SiteProcess
 from daskfed.comm.opaque import OpaqueError
 from daskfed.config import SiteOptions, check_listen, site_options
-from daskfed.errors import ConfigurationError, SiteStartError
+from daskfed.errors import ConfigurationError, SiteStartError, TransferError
 from daskfed.hub.placement import POLICIES, Policy
 from daskfed.hub.server import Hub
 from daskfed.messages import Key, Message, SiteHello
@@ -233,8 +233,10 @@ class LocalHub:
         return await self.hub.handlers[op](**kwargs)
 
     def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
-        """Yield the messages of keys of another site, which come through the hub."""
-        return self.hub.ports[site].stream_keys(keys, self.federation)
+        """Yield the messages of keys of another site, which come through the hub; TransferError where it has left."""
+        if (port := self.hub.ports.get(site)) is None:
+            raise TransferError(f"site {site!r} is not connected to the hub")
+        return port.stream_keys(keys, self.federation)
 
 
 class LocalSite:

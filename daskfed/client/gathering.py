@@ -6,8 +6,9 @@ What has arrived is opened while the rest is on its way, large values in a threa
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from distributed.comm.core import Comm
@@ -22,12 +23,20 @@ from daskfed.messages import Key
 
 IN_LOOP = (2**16, 64)  # bytes and number of values that are opened at once without a thread
 
+Open = Callable[[dict[Key, Parcel]], dict[Key, Any]]
+
 
 class Stream:
-    """Gathers from the hub at ``address``, over connections of its own, which are kept for the next time."""
+    """Gathers from the hub at ``address``, over connections of its own, which are kept for the next time.
 
-    def __init__(self, address: str, connection_args: Mapping[str, Any]) -> None:
+    ``deserializers`` are the families that may open values, as for a ``distributed.Client``; None: all.
+    """
+
+    def __init__(
+        self, address: str, connection_args: Mapping[str, Any], deserializers: Collection[str] | None = None
+    ) -> None:
         self.address = address
+        self.open = functools.partial(_opened, deserializers)
         self._pool = OpaquePool(limit=8, connection_args=dict(connection_args))
 
     async def gather(self, keys: Collection[Key], **session: Any) -> dict[Key, Any]:
@@ -40,7 +49,7 @@ class Stream:
         comm = await self._pool.connect(self.address)
         try:
             await comm.write({"op": "fed_gather", "keys": list(keys), **session})
-            return await _received(comm)
+            return await _received(comm, self.open)
         except BaseException:
             comm.abort()  # a half-read stream is of no use to the next call
             raise
@@ -52,7 +61,7 @@ class Stream:
         await self._pool.close()
 
 
-async def _received(comm: Comm) -> dict[Key, Any]:
+async def _received(comm: Comm, open_all: Open) -> dict[Key, Any]:
     """Return the opened values that a stream brings."""
     unpackers: dict[str, Unpacker] = defaultdict(lambda: Unpacker(largest_message()))  # by site
     values: dict[Key, Any] = {}
@@ -65,9 +74,9 @@ async def _received(comm: Comm) -> dict[Key, Any]:
                 raise OpaqueError(message)
             parcels = unpackers[message.get("site", "")].take(message)
             if sum(parcel.nbytes for parcel in parcels.values()) <= IN_LOOP[0] and len(parcels) <= IN_LOOP[1]:
-                values |= _opened(parcels)
+                values |= open_all(parcels)
             else:
-                opening.append(asyncio.create_task(asyncio.to_thread(_opened, parcels)))
+                opening.append(asyncio.create_task(asyncio.to_thread(open_all, parcels)))
             ended = bool(message.get("end"))
         for each in await asyncio.gather(*opening):
             values |= each
@@ -76,10 +85,10 @@ async def _received(comm: Comm) -> dict[Key, Any]:
     return values
 
 
-def _opened(parcels: dict[Key, Parcel]) -> dict[Key, Any]:
+def _opened(deserializers: Collection[str] | None, parcels: dict[Key, Parcel]) -> dict[Key, Any]:
     """Return the values in parcels, which are emptied one by one."""
     values = {}
     while parcels:
         key, parcel = parcels.popitem()
-        values[key] = open_frames(parcel.header, parcel.frames)
+        values[key] = open_frames(parcel.header, parcel.frames, deserializers)
     return values

@@ -159,8 +159,7 @@ class FederatedReplay(ReplayTaskClient):
         failed = [each.key for each in distributed.futures_of(future) if each.status == "error"]
         if not failed:
             raise ValueError("No errored futures passed")
-        assemblies = self.client._assemblies
-        asked = [each for key in failed for each in (assemblies[key][0].inputs if key in assemblies else (key,))]
+        asked = [part for key in failed for part in self.client._part_keys(key)]
         cause = await self.scheduler.get_error_cause(keys=asked)
         if cause is None:
             raise ValueError(f"no site remembers why {failed[0]!r} failed: submit it again")

@@ -128,24 +128,18 @@ class Packing:
             else:
                 yield from self._even_parts(group)
 
-    def _even_parts(self, group: _Batch) -> list[_Batch]:
-        """Divide a group into as few parts of even size as fit in a piece, as far as its units allow."""
-        fewest = max(-(-group.size // self.goal), -(-group.openers // self.share))
-        for count in range(fewest, max(fewest, len(group.units)) + 1):
-            parts = list(self._divided(group, count))
-            if all(self._fits(part.size, part.openers) for part in parts):
-                break
-        return parts
-
-    def _divided(self, group: _Batch, count: int) -> Iterator[_Batch]:
+    def _even_parts(self, group: _Batch) -> Iterator[_Batch]:
+        """Divide a group into as few parts of even size as fit in a piece; only a single unit may be too large."""
+        count = max(-(-group.size // self.goal), -(-group.openers // self.share))
         part, done, parts = _Batch(), 0, 1
         for unit in group.units:
-            one = self._batch([unit])
-            if part.units and (done * count >= group.size * parts or part.size + one.size > self.limits.cap):
+            size, openers = self.of.size[unit], self.of.openers[unit]
+            full = done * count >= group.size * parts
+            if part.units and (full or not self._fits(part.size + size, part.openers + openers)):
                 yield part
                 part, parts = _Batch(), parts + 1
-            part.add(one)
-            done += one.size
+            part.add(_Batch([unit], size, openers))
+            done += size
         yield part
 
     def _batch(self, units: Iterable[int]) -> _Batch:

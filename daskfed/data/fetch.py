@@ -34,11 +34,11 @@ def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) ->
     return at_home(value)
 
 
-def open_frames(header: dict[str, Any], frames: Sequence[Any]) -> Any:
-    """Return the value in frames."""
+def open_frames(header: dict[str, Any], frames: Sequence[Any], deserializers: Any = None) -> Any:
+    """Return the value in frames; TypeError where it is of another family than ``deserializers`` (None: any)."""
     if any(header.get("compression") or ()):
         frames = decompress_frames(header, frames)
-    return merge_and_deserialize(header, frames)
+    return merge_and_deserialize(header, frames, deserializers=deserializers)
 
 
 def fetch_import(address: str, key: Any, token: str) -> Any:

@@ -160,7 +160,8 @@ class Unpacker:
         if self._key is not None:
             raise TransferError(f"{self._key!r} broke off in the middle")
         if (nbytes := sum(message["lengths"])) > self.largest:
-            raise TransferError(f"{message['key']!r} has {nbytes} bytes, more than the {self.largest} that are allowed")
+            limit = f"more than the {self.largest} that daskfed.comm.largest-message allows"
+            raise TransferError(f"{message['key']!r} has {nbytes} bytes, {limit}")
         self._key, self._head = message["key"], plain_header(message["head"].header)
         self._lengths, self._checksum = tuple(message["lengths"]), message["checksum"]
         self._data, self._filled = memoryview(host_array(nbytes)), 0

@@ -1,4 +1,4 @@
-"""RPCs of clients that need the sites: gather, scatter, identity and their like. Results pass unopened."""
+"""RPCs of clients that need the sites: scatter, identity and their like. Results pass unopened."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from distributed.comm.core import Comm
+from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Status
 
 from daskfed.comm.opaque import relays_errors
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from daskfed.hub.server import Hub
 
 
+STREAMS_PER_SITE = 8  # at a time, to all clients together: each takes memory of the site's agent
+
+
 class Gathering:
     """Answers to clients that gather."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
+        self._slots: dict[str, asyncio.Semaphore] = {}  # site -> how many streams may begin
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
@@ -71,8 +75,7 @@ class Gathering:
         if absent or not by_site:
             await comm.write({"missing": dict.fromkeys(absent, "no site has it"), "end": not by_site})
         paced, running, turn = Paced(comm), set(by_site), asyncio.Lock()
-        relays = (self._relay(paced, site, there, running, turn) for site, there in by_site.items())
-        tasks = [asyncio.create_task(relay) for relay in relays]
+        tasks = [asyncio.create_task(self._relay(paced, site, by_site[site], running, turn)) for site in by_site]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -81,14 +84,21 @@ class Gathering:
 
     async def _relay(self, paced: Paced, site: str, keys: list[Key], running: set[str], turn: asyncio.Lock) -> None:
         """Pass on the messages of one of the sites; whichever is the last of them says that all have ended."""
-        async with aclosing(self.hub.ports[site].stream_keys(keys, self.hub.secret, checked=False)) as messages:
-            ended = False
-            while not ended:
-                try:
-                    message = dict(await anext(messages))
-                except OSError as exc:
-                    message = {"error": f"site {site!r} broke off: {exc}", "end": True}
+        async with aclosing(self._messages(site, keys)) as messages:
+            async for message in messages:
                 async with turn:
-                    if ended := bool(message.get("end")):
+                    if message.get("end"):
                         running.discard(site)
                     await paced.write({**message, "site": site, "end": not running})
+
+    async def _messages(self, site: str, keys: list[Key]) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the messages of one site, up to one with ``end``, also where the site goes away."""
+        async with self._slots.setdefault(site, asyncio.Semaphore(STREAMS_PER_SITE)):
+            try:
+                if (port := self.hub.ports.get(site)) is None:
+                    raise CommClosedError("it has left")
+                async with aclosing(port.stream_keys(keys, self.hub.secret, checked=False)) as messages:
+                    async for message in messages:
+                        yield message
+            except OSError as exc:
+                yield {"error": f"site {site!r} broke off: {exc}", "end": True}

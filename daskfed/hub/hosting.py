@@ -39,7 +39,7 @@ class Task:
 
     @property
     def state(self) -> str:
-        """``memory``, ``erred`` or ``waiting``."""
+        """``memory``, ``erred``, ``waiting`` or ``released``."""
         return DASK_STATES[self.key.phase]
 
     @property

@@ -131,18 +131,18 @@ class RemoteSite:
         self, keys: Collection[Key], token: str, checked: bool = True
     ) -> AsyncGenerator[dict[str, Any]]:
         """Yield the messages with these keys, up to the one that ends them; each is read when the last was taken."""
-        channel = await self.take()
+        channel, ended = await self.take(), False
         try:
             await channel.write({"op": "get_keys", "keys": keys, "token": token, "checked": checked, "reply": False})
-            ended = False
             while not ended:
                 message = await channel.read()
                 ended = bool(message.get("end"))
                 yield message
-        except BaseException:
-            channel.abort()  # a half-read stream is of no use to the next call
-            raise
-        await self.park(channel)
+        finally:
+            if ended:
+                await self.park(channel)
+            else:
+                channel.abort()  # a half-read stream is of no use to the next call
 
     async def close(self) -> None:
         """End the control stream and all channels."""

@@ -2,8 +2,9 @@
 
 Clients speak the Dask client protocol (a stream and RPCs); sites dial a control stream and park channels. Everything a
 user pickled passes through unopened. The parts: :mod:`.clients` serves clients' streams, :mod:`.gateway` answers what
-needs the sites (gather, scatter ...), :mod:`.fanout` what needs their schedulers and workers, :mod:`.plugins` keeps the
-plugins that all sites have, :mod:`.stores` payloads, :mod:`.ports` reaches sites.
+needs the sites (scatter ...), :mod:`.gathering` gets values from them, :mod:`.fanout` asks their schedulers and
+workers, :mod:`.owners` says who may do what, :mod:`.plugins` keeps the plugins that all sites have, :mod:`.stores`
+payloads, :mod:`.ports` reaches sites.
 """
 
 from __future__ import annotations
@@ -425,7 +426,7 @@ class Hub(Hosting, OpaqueServer):
             async with self.nested.known(wanted, self.owners.at(site) if wanted else self.owners.mine):
                 return await self.coordination.serve_site(site, hub_op, owned, request)
         finally:
-            self.take(ev.KeysReleased(_announcer(site), _keys_named(kwargs)))
+            self.take(ev.KeysReleased(_announcer(site), _keys_put(kwargs)))
 
     def trusts(self, token: str) -> bool:
         """Say whether a caller knows the secret that the hub gave its sites."""
@@ -436,7 +437,7 @@ class Hub(Hosting, OpaqueServer):
             raise PermissionError("the token is not this federation's")
 
 
-def _keys_named(kwargs: Mapping[str, Any]) -> tuple[Key, ...]:
+def _keys_put(kwargs: Mapping[str, Any]) -> tuple[Key, ...]:
     """Return the keys of the futures that a coordination op puts where others see them."""
     one = kwargs.get("key")
     several = [key for keys in kwargs.get("keys") or () if isinstance(keys, list | tuple) for key in keys]

@@ -23,7 +23,7 @@ from distributed.core import error_message
 
 from daskfed.comm.control import ControlStream, Deliver
 from daskfed.comm.opaque import MOST_CALLS, OpaqueError, OpaquePool, connect_opaque
-from daskfed.comm.pacing import Paced
+from daskfed.comm.pacing import Paced, allow_pauses
 from daskfed.ending import end_tasks
 from daskfed.errors import ConnectionRefused, DaskfedError
 from daskfed.messages import Key, Message, SiteEnds, SiteHello, encode
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.002
 IDLE_CHANNELS = 2
-MOST_CHANNELS = 8
+MOST_CHANNELS = 8  # beside those over which keys are streamed, as slowly as their reader takes them
 CONNECT_TIMEOUT_S = 10.0
 ROUND_TRIP_EVERY_S = 10.0
 
@@ -204,8 +204,9 @@ class RemoteHub:
 
 
 class Channels:
-    """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number in all.
+    """Connections parked at the hub, on which it calls the agent: some always idle, a bounded number for calls.
 
+    How many streams there are is for the hub to say: no call waits for one.
     ``received`` counts the messages of the control stream: a call may ask to be served ``after`` some of them.
     """
 
@@ -217,10 +218,11 @@ class Channels:
         self.received = received
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = 0
+        self._streaming = 0
 
     def fill(self) -> None:
         """Open channels until enough are idle."""
-        while self._idle < IDLE_CHANNELS and len(self._tasks) < MOST_CHANNELS:
+        while self._idle < IDLE_CHANNELS and len(self._tasks) - self._streaming < MOST_CHANNELS:
             self._idle += 1
             task = asyncio.create_task(self._keep_one(), name="channel")
             self._tasks.add(task)
@@ -254,8 +256,7 @@ class Channels:
         while self.received() < after:  # a connection that breaks meanwhile ends this channel too
             await asyncio.sleep(POLL_S)
         if op == "get_keys":
-            keys, checked = list(request["keys"]), bool(request.get("checked", True))
-            await Paced(comm).write_all(self.agent.stream_keys(keys, checked))
+            await self._stream(comm, list(request["keys"]), bool(request.get("checked", True)))
             return
         answer: Any
         try:
@@ -272,3 +273,12 @@ class Channels:
             answer = error_message(exc, status="uncaught-error")
         if reply:
             await comm.write(answer)
+
+    async def _stream(self, comm: Comm, keys: list[Key], checked: bool) -> None:
+        self._streaming += 1
+        self.fill()
+        allow_pauses(comm)  # where many sites stream to one client, each waits for its turn
+        try:
+            await Paced(comm).write_all(self.agent.stream_keys(keys, checked))
+        finally:
+            self._streaming -= 1

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import dask
 import numpy as np
 import psutil
 import pytest
+from distributed.comm.core import Comm
 
 from daskfed import Client
+from daskfed.comm.opaque import connect_opaque, listen_opaque
+from daskfed.dask_private import Serialized
+from daskfed.data.parcels import CHUNK_BYTES
+from daskfed.site.ports import Channels
 from tests.system import commands
 
 pytestmark = pytest.mark.system
@@ -101,6 +107,53 @@ def test_a_gather_that_is_given_up_halfway_spoils_no_other(client: Client, hub: 
     asyncio.run(check())
 
 
+def test_calls_are_answered_while_many_clients_read_slowly(client: Client, hub: str) -> None:
+    future = client.submit(made, 64 * MB, 3, pure=False, site="north")
+    client.gather(client.submit(len, future))
+
+    async def check() -> None:
+        slow = [await connect_opaque(hub) for _ in range(12)]
+        try:
+            for comm in slow:
+                await comm.write({"op": "fed_gather", "keys": [future.key]})
+            await asyncio.sleep(2)
+            for _ in range(3):
+                assert await asyncio.wait_for(asyncio.to_thread(client.who_has, [future]), 15) != {future.key: ()}
+            counts = await asyncio.wait_for(asyncio.gather(*map(count_messages, slow)), 60)
+            assert min(counts) > 64 * MB / CHUNK_BYTES  # all were served in the end
+        finally:
+            for comm in slow:
+                comm.abort()
+
+    asyncio.run(check())
+    assert future.result().nbytes == 64 * MB
+
+
+async def count_messages(comm: Any) -> int:
+    """Read a stream to its end and return how many messages it had."""
+    count, ended = 0, False
+    while not ended:
+        ended, count = bool((await comm.read()).get("end")), count + 1
+    return count
+
+
+def test_what_is_refused_raises_as_ever(client: Client, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    future = client.submit(abs, -5, pure=False)
+    assert future.result() == 5
+    monkeypatch.setenv("LOGNAME", "alice")
+    with Client(hub, set_as_default=False) as alice, pytest.raises(PermissionError, match="not yours"):
+        alice.sync(alice.scheduler.gather, keys=[future.key])
+
+
+def test_values_are_opened_by_the_families_that_the_client_allows(client: Client, hub: str) -> None:
+    with Client(hub, set_as_default=False, deserializers=["dask", "msgpack", "error"]) as careful:
+        assert careful.submit(made, 10, 1).result().nbytes == 10
+        for nbytes in (1, MB):
+            future = careful.submit(lambda n: {Fragile: bytes(n)}, nbytes)
+            with pytest.raises(TypeError, match="pickle"):
+                future.result()
+
+
 def test_the_hub_holds_little_of_what_is_gathered(hub: str, client: Client) -> None:
     process, over = listener(hub), threading.Event()
     futures = client.map(made, [50 * MB] * 8, range(8))
@@ -124,3 +177,40 @@ def listener(address: str) -> psutil.Process:
     port = int(address.rpartition(":")[2])
     found = {each.pid for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr[1] == port}
     return psutil.Process(found.pop())
+
+
+class Streaming:
+    """An agent that streams 200 MB, whatever is asked for."""
+
+    async def call(self, op: str, /, **kwargs: Any) -> Any:
+        raise AssertionError(op)
+
+    async def stream_keys(self, keys: list[Any], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
+        for n in range(50):
+            yield {"part": Serialized({}, [bytes(CHUNK_BYTES)]), "end": n == 49}
+
+
+def test_a_hub_may_pause_while_it_reads_from_a_site() -> None:
+    async def check() -> None:
+        counts: asyncio.Queue[int] = asyncio.Queue()
+
+        async def serve(channel: Comm) -> None:
+            if not asked:
+                asked.append(channel)
+                await channel.write({"op": "get_keys", "keys": ["x"]})
+                await asyncio.sleep(15)
+                counts.put_nowait(await count_messages(channel))
+            await ended.wait()
+
+        asked: list[Comm] = []
+        ended = asyncio.Event()
+        listener = await listen_opaque("tcp://127.0.0.1:0", serve)
+        channels = Channels(lambda: connect_opaque(listener.contact_address), Streaming())
+        channels.fill()
+        assert await asyncio.wait_for(counts.get(), 60) == 50
+        await channels.close()
+        ended.set()
+        listener.stop()
+
+    with dask.config.set({"distributed.comm.timeouts.tcp": "11s"}):  # after which the system would end it
+        asyncio.run(check())

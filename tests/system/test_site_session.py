@@ -328,34 +328,22 @@ def test_a_task_that_failed_from_an_input_which_is_mended_now_runs_again() -> No
     check(story)
 
 
-def test_a_value_that_is_lost_while_an_input_of_it_has_failed_is_told_as_lost() -> None:
-    """Dask would neither make it again nor fail it."""
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_value_that_is_lost_while_what_it_came_from_has_failed_is_told_as_lost(steps: int) -> None:
+    """Dask would neither make it again nor fail it, however many steps away that was."""
 
     async def story(site: Site) -> None:
         runs.clear()
-        site.run({"x": (succeed_once,), "y": (operator.add, X, 1)})
-        await site.made("y")
+        graph = {"x": (succeed_once,), "y": (operator.add, X, 1), "z": (operator.add, Y, 1)}
+        last = list(graph)[steps]
+        site.run(dict(list(graph.items())[: steps + 1]), outputs=("x", last))
+        await site.made(last)
         await site.release("x")
         site.run({"x": (succeed_once,)})
         await site.failed("x")
         (worker,) = site.scheduler.workers
         await site.scheduler.remove_worker(worker, stimulus_id="test")
-        assert (await site.told_of(KeysLost)).keys == ("y",)
-
-    check(story)
-
-
-def test_a_value_is_told_as_lost_also_where_an_input_of_its_input_has_failed() -> None:
-    async def story(site: Site) -> None:
-        runs.clear()
-        site.run({"x": (succeed_once,), "y": (operator.add, X, 1), "z": (operator.add, Y, 1)}, outputs=("x", "z"))
-        await site.made("z")
-        await site.release("x")
-        site.run({"x": (succeed_once,)})
-        await site.failed("x")
-        (worker,) = site.scheduler.workers
-        await site.scheduler.remove_worker(worker, stimulus_id="test")
-        assert (await site.told_of(KeysLost)).keys == ("z",)
+        assert (await site.told_of(KeysLost)).keys == (last,)
 
     check(story)
 

@@ -11,7 +11,8 @@ import distributed
 import numpy as np
 import pytest
 
-from daskfed.client.calls import Calls, calls_of_map, calls_of_submit
+from daskfed.client.calls import Calls, call_of_submit, calls_of_map
+from daskfed.dask_private import LLGExpr, Task, parse_input
 
 Point = namedtuple("Point", "x y")
 
@@ -122,15 +123,10 @@ def test_two_maps_do_not_share_the_key_of_a_large_keyword_argument() -> None:
 
 def test_one_call() -> None:
     f = StandInFuture("f")
-    call = calls_of_submit("x", combine, [1, [f]], {"z": {"f": f}})
+    task = Task("x", combine, 1, parse_input([f]), z=parse_input({"f": f}))
+    call = call_of_submit(LLGExpr({"x": task}))
     assert call.keys == ("x",) and call.needs == {"f"}
     assert run([call], f=5) == {"x": ((1, [5]), {"z": {"f": 5}})}
-
-
-def test_arguments_that_stock_dask_has_parsed_already_stay_as_they_are() -> None:
-    task = dask._task_spec.Task("x", combine, dask._task_spec.Alias("f"), dask._task_spec.List(StandInFuture("g")))
-    call = calls_of_submit("x", task.func, task.args, task.kwargs)
-    assert call.needs == {"f", "g"}
 
 
 def test_a_stock_scheduler_opens_a_batch() -> None:

@@ -104,7 +104,7 @@ def test_a_lost_or_doubled_part_is_found() -> None:
         unpacked([head, first, first])
     with pytest.raises(TransferError, match="longer than announced"):
         unpacked([head, first, {"part": Serialized({}, [b"?" * (CHUNK_BYTES + 10_000)])}])
-    with pytest.raises(TransferError, match="has 16777217 bytes, more than the 16777216 that are allowed"):
+    with pytest.raises(TransferError, match="has 16777217 bytes, more than the 16777216 that"):
         unpacked([{**head, "lengths": [LARGEST + 1]}])
     with pytest.raises(TransferError, match="without its beginning"):
         unpacked([first])
