@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -30,6 +31,7 @@ from daskfed.client.constraints import constraint_of, set_sites_lookup, site_sel
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
@@ -295,7 +297,7 @@ class Client(Retrying, Observing, ActingClient):
         self._check_workers(annotations)
         if self._fixed_single:
             workers = self._workers_here(workers)
-        if self._fixed_single or (any_actors(actors) and not one_by_one(expr)):
+        if self._fixed_single:
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
                 retries, fifo_timeout, actors,
@@ -303,23 +305,25 @@ class Client(Retrying, Observing, ActingClient):
         for key in set(keys):
             validate_key(key)
         with paused_collection():
-            return self._submit(expr, list(dict.fromkeys(keys)), annotations, any_actors(actors))
+            return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
 
     def _submit(
-        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any
     ) -> dict[Key, Future]:
-        if not isinstance(expr, MapExpr) and not one_by_one(expr):
-            graph = materialise(expr, keys, annotations)
+        if not one_by_one(expr):
+            named = actor_keys(actors, keys)
+            graph = materialise(expr, keys, annotations, named)
+            _check_actors(named, graph.tasks)
             self._know_sites_of(set(graph.constraints.values()))
             with self._refcount_lock:
-                return self._submit_graph(graph, keys)
+                return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named)
         if isinstance(expr, MapExpr):
             calls: Any = _calls_of_map(expr)
         else:
             ((key, task),) = expr.operand("dsk").items()
             calls = [Calls(expr, (key,), frozenset(task.dependencies))]
         with self._refcount_lock:
-            return self._submit_calls(calls, keys, annotations, actors)
+            return self._submit_calls(calls, keys, annotations, bool(actor_keys(actors, keys)))
 
     def _submit_calls(
         self, calls: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
@@ -332,7 +336,9 @@ class Client(Retrying, Observing, ActingClient):
         self._send(submission, keys, held)
         return futures
 
-    def _submit_graph(self, graph: MaterialisedGraph, keys: list[Key]) -> dict[Key, Future]:
+    def _submit_graph(
+        self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset()
+    ) -> dict[Key, Future]:
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
         graph = self._without_known(graph)
@@ -340,7 +346,7 @@ class Client(Retrying, Observing, ActingClient):
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
-        submission = plan_graph(graph, self._block_ids())
+        submission = plan_graph(graph, self._block_ids(), actors)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}
         for key, assembly in assemblies.items():
@@ -544,9 +550,29 @@ def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any
     return {name: value for name, value in named.items() if value}
 
 
-def any_actors(actors: Any) -> bool:
-    """Whether what a user gave as ``actors`` (a bool, a collection or several) asks for any."""
-    return actors is not None and actors is not False
+def actor_keys(actors: Any, keys: Collection[Key]) -> frozenset[Key]:
+    """Return the keys that are to be actors: ``actors`` is True for ``keys``, or keys and collections, one or several.
+
+    In a dict, as Dask documents it, they are those whose value is true.
+    """
+    if actors is None or isinstance(actors, bool):
+        return frozenset(keys if actors else ())
+    if dask.is_dask_collection(actors):
+        return frozenset(flat_keys(actors.__dask_keys__()))
+    if isinstance(actors, dict):
+        return actor_keys([key for key, is_one in actors.items() if is_one], keys)
+    if isinstance(actors, list | set | frozenset) or (isinstance(actors, tuple) and actors not in keys):
+        return frozenset().union(*(actor_keys(each, keys) for each in actors))
+    return frozenset((actors,))
+
+
+def _check_actors(actors: Iterable[Key], tasks: Collection[Key]) -> None:
+    """Raise ValueError where what is to be an actor is no task."""
+    if unknown := [key for key in actors if key not in tasks]:
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))}: actors= names what is not computed here, or was joined with another "
+            "task; name collections or keys of what is computed, or try optimize_graph=False"
+        )
 
 
 def one_by_one(expr: Any) -> bool:
