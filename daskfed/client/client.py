@@ -93,6 +93,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-sites": self._handle_sites,
             "fed-refused": self._handle_refused,
             "fed-arrived": self._handle_arrived,
+            "fed-bound": self._memory.bound,
             "fed-forget": self._memory.forget,
             "fed-bring-data": self._handle_bring_data,
             "fed-drop-copies": self._handle_drop_copies,

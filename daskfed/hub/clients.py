@@ -31,6 +31,7 @@ FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client
 GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
 LAST_WORDS_S = 1.0  # for telling clients that the federation ends
 FLUSH_S = 0.002  # what is sent to a client within this time travels together
+POLL_S = 0.02
 HEARD_WITHIN_S = 2.0  # a client's stream that is further behind is not waited for
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 ASKING = ("client-desires-keys", "report-key", "update-graph")  # with another's key: answered, and not done
@@ -256,7 +257,7 @@ class ClientSessions:
         wait: bool = False,
     ) -> None:
         """A client submits blocks that it cut."""
-        specs, refused = await self.hub.fanout.bound(self._specs(client, blocks))
+        specs, refused = await self._bound(client, self._specs(client, blocks))
         made = {key for spec in specs for key in spec.outputs}
         inputs = (key for spec in specs for key in spec.inputs if key not in made)
         async with self.hub.nested.known(inputs, self.sessions[client].owner):
@@ -268,7 +269,38 @@ class ClientSessions:
             self.hub.stores.keep_payloads(specs, payloads)
             self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait, refused))
 
-    def back(
+    async def _bound(
+        self, client: str, specs: tuple[BlockSpec, ...]
+    ) -> tuple[tuple[BlockSpec, ...], tuple[tuple[str, str], ...]]:
+        """Bind blocks to the sites of the workers that they name; the client hears it, for a hub that starts anew.
+
+        Return the blocks, and (block, why) of those that name no worker, or one of several sites.
+        """
+        found, refused = await self.hub.fanout.bound(specs)
+        pairs = zip(found, specs, strict=True)
+        sites = {spec.id: list(spec.constraint.sites) for spec, given in pairs if spec is not given}
+        if sites:
+            self.tell_own(client, {"op": "fed-bound", "sites": sites})
+        return found, refused
+
+    async def _bound_again(
+        self, client: str, specs: tuple[BlockSpec, ...], arrivals: Collection[int]
+    ) -> tuple[tuple[BlockSpec, ...], tuple[tuple[str, str], ...]]:
+        """As :meth:`_bound`, of blocks that came to a hub before this one: those whose client did not hear it."""
+        unheard = tuple(
+            spec
+            for spec, arrival in zip(specs, arrivals, strict=True)
+            if spec.constraint.workers and not (arrival and spec.constraint.sites)
+        )
+        if not unheard:
+            return specs, ()
+        while not self.hub.core.recovery.sites_told:
+            await asyncio.sleep(POLL_S)
+        found, refused = await self._bound(client, unheard)
+        by_id = {spec.id: spec for spec in found}
+        return tuple(by_id.get(spec.id, spec) for spec in specs), refused
+
+    async def back(
         self,
         client: str,
         blocks: Collection[dict[str, Any]],
@@ -278,14 +310,14 @@ class ClientSessions:
         kept: Collection[Key] = (),
     ) -> None:
         """A client whose connection broke, or whose hub started anew, tells what it wants and how it is made."""
-        specs = self._specs(client, blocks)
+        specs, refused = await self._bound_again(client, self._specs(client, blocks), arrivals)
         known = tuple(zip(specs, arrivals, strict=True))
         if theirs := set(self._foreign(client, specs, wanted, kept)):
             self._refuse(self.sessions[client], theirs, theirs)
             known = tuple(each for each in known if theirs.isdisjoint((*each[0].inputs, *each[0].outputs)))
             wanted, kept = ([key for key in keys if key not in theirs] for keys in (wanted, kept))
         self.hub.stores.keep_payloads(specs, payloads)
-        self.hub.take(ev.ClientBack(client, self.sessions[client].owner, known, tuple(wanted), tuple(kept)))
+        self.hub.take(ev.ClientBack(client, self.sessions[client].owner, known, tuple(wanted), tuple(kept), refused))
         self.hub.coordination.client_back(client)
         logger.info("client %s is back with %d blocks", client, len(specs))
 

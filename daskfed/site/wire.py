@@ -115,9 +115,10 @@ class SchedulerWire:
 
         ``actors``: True where all of ``keys`` are to be actors, or key -> actors among the tasks that it takes.
         """
+        marked: Any = actors
         if isinstance(actors, Mapping):  # of what is not asked for there may be no task
-            actors = list(dict.fromkeys(actor for key in keys for actor in actors.get(key, ())))
-        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities, "actors": actors})
+            marked = list(dict.fromkeys(actor for key in keys for actor in actors.get(key, ())))
+        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities, "actors": marked})
 
     def submit_block(self, keys: Collection[Key], payload: Mapping[str, Any]) -> None:
         """Submit a block: its expression and priorities, or all fields of an ``update-graph`` message, or a claim."""
