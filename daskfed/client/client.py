@@ -119,6 +119,13 @@ class Client(Retrying, Observing, ActingClient):
             state.cancel(reason="client-closed", msg="the client has closed; submit the work with another one")
         self._memory.close()
 
+    async def _shutdown(self) -> None:
+        try:
+            await super()._shutdown()
+        except PermissionError:  # the hub goes on
+            await self._close()
+            raise
+
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
         if self.scheduler is not None and not isinstance(self.scheduler, PatientRPC):

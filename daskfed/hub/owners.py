@@ -195,6 +195,15 @@ class Owners:
         caller = current.get()
         return self.mine if caller is None else caller.owner
 
+    def rules(self) -> bool:
+        """Say whether the present caller may do what concerns everybody: it is the hub's own user, or root."""
+        return self.calling() in (self.mine, "root")
+
+    def check_rules(self, what: str) -> None:
+        """Raise PermissionError where the present caller may not do ``what``, which concerns everybody."""
+        if not self.rules():
+            raise PermissionError(f"{self.calling()!r} may not {what}: only {self.mine!r}, who runs the hub, may")
+
     # -- names -------------------------------------------------------------------------------------------------------
 
     def under_owner(self, op: str, owner: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:

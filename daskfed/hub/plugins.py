@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("scheduler", "worker", "nanny")
 JOURNALLED = "plugin"  # (kind, name) -> pickled
+OWNERS = "plugin-owner"  # (kind, name) -> whose it is, where that is not the hub's own user
 RETRY_S = 0.5  # pause before a site that could not be reached is told again
 
 PluginName: TypeAlias = tuple[str, str]
@@ -39,6 +40,7 @@ class Plugins:
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self.kept: dict[PluginName, bytes] = {}
+        self.owners: dict[PluginName, str] = {}  # of what is kept
         self._numbers: dict[PluginName, int] = {}  # of what is kept: another one for each change
         self._counter = itertools.count(1)
         self._taken: defaultdict[str, dict[PluginName, int]] = defaultdict(dict)  # incarnation of a site -> numbers
@@ -55,30 +57,52 @@ class Plugins:
 
     def restore(self) -> None:
         """Read back what an earlier hub kept."""
-        for (kind, name), plugin in self.hub.journal.things(JOURNALLED):
-            self._keep((kind, name), plugin)
+        owners = dict(self.hub.journal.things(OWNERS))
+        for plugin_name, plugin in self.hub.journal.things(JOURNALLED):
+            self._keep(plugin_name, plugin, owners.get(plugin_name, self.hub.owners.mine))
 
-    def _keep(self, plugin_name: PluginName, plugin: bytes) -> None:
+    def _keep(self, plugin_name: PluginName, plugin: bytes, owner: str) -> None:
+        self.owners[plugin_name] = owner
         self.kept.pop(plugin_name, None)  # the order is that of registration
         self.kept[plugin_name] = plugin
         self._numbers[plugin_name] = next(self._counter)
 
     def _forget(self, plugin_name: PluginName) -> None:
-        self.kept.pop(plugin_name, None)
-        self._numbers.pop(plugin_name, None)
-        self.hub.journal.forget(JOURNALLED, plugin_name)
+        for known in (self.kept, self.owners, self._numbers):
+            known.pop(plugin_name, None)
+        with self.hub.journal.together():
+            self.hub.journal.forget(JOURNALLED, plugin_name)
+            self.hub.journal.forget(OWNERS, plugin_name)
+
+    def _journal(self, plugin_name: PluginName, plugin: bytes, owner: str) -> None:
+        with self.hub.journal.together():
+            self.hub.journal.keep(JOURNALLED, plugin_name, plugin)
+            self.hub.journal.forget(OWNERS, plugin_name)
+            if owner != self.hub.owners.mine:
+                self.hub.journal.keep(OWNERS, plugin_name, owner)
+
+    def _check_owner(self, kind: str, name: str) -> None:
+        """Raise PermissionError where a plugin of this name is another's than the present caller's."""
+        theirs = self.owners.get((kind, name), self.hub.owners.calling())
+        if theirs != self.hub.owners.calling() and not self.hub.owners.rules():
+            raise PermissionError(
+                f"the {kind} plugin {name!r} belongs to {theirs!r}, and stays as it is: give yours another name"
+            )
 
     # -- for clients -------------------------------------------------------------------------------------------------
 
     async def register(self, kind: str, plugin: bytes, name: str, idempotent: bool = False) -> dict[str, Any] | None:
         """Keep a plugin and give it to all sites; returns worker -> reply, or None for one of schedulers.
 
-        Raises OpaqueError where the scheduler of a site cannot take it: then no site has it.
+        Raises PermissionError where another owner registered one of this name, OpaqueError where the scheduler of a
+        site cannot take it: then no site has it.
         """
+        self._check_owner(kind, name)
         if idempotent and (kind, name) in self.kept:
             return None if kind == "scheduler" else {}
-        self.hub.journal.keep(JOURNALLED, (kind, name), plugin)
-        self._keep((kind, name), plugin)
+        owner = self.hub.owners.calling()
+        self._journal((kind, name), plugin, owner)
+        self._keep((kind, name), plugin, owner)
         try:
             return await self._at_all_sites(kind, name, "register_plugin", plugin=plugin)
         except OpaqueError:
@@ -90,8 +114,9 @@ class Plugins:
     async def unregister(self, kind: str, name: str) -> dict[str, Any] | None:
         """Take a plugin away from all sites; returns worker -> reply, or None for one of schedulers.
 
-        Raises ValueError where no such plugin was registered.
+        Raises ValueError where no such plugin was registered, PermissionError where another owner did it.
         """
+        self._check_owner(kind, name)
         if (kind, name) not in self.kept:
             raise ValueError(f"The {kind} plugin {name} does not exist")
         self._forget((kind, name))

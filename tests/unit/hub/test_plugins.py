@@ -11,6 +11,7 @@ import pytest
 from distributed.core import error_message, rpc
 
 from daskfed.comm.opaque import OpaqueError
+from daskfed.hub.owners import Caller, current
 from daskfed.hub.server import Hub
 from daskfed.messages import Message, SiteHello, SiteStatus
 from tests.unit.hub.builders import hello
@@ -148,6 +149,28 @@ def test_a_plugin_that_a_scheduler_cannot_take_is_kept_nowhere() -> None:
         assert not hub.plugins.kept and not hub.journal.things("plugin")
 
     play(story)
+
+
+def test_whose_a_plugin_is_outlives_the_hub(tmp_path: Path) -> None:
+    async def before(hub: Hub, client: Any) -> None:
+        current.set(Caller("alice"))
+        await hub.plugins.register("worker", b"1", "a")
+        await hub.plugins.register("worker", b"2", "b")
+        current.set(None)
+        await client.register_worker_plugin(plugin=b"3", name="b", idempotent=False)  # of the hub's own user
+
+    async def after(hub: Hub, client: Any) -> None:
+        assert hub.plugins.owners == {("worker", "a"): "alice", ("worker", "b"): hub.owners.mine}
+        current.set(Caller("mallory"))
+        for name in ("a", "b"):
+            with pytest.raises(PermissionError, match=f"worker plugin '{name}' belongs to"):
+                await hub.plugins.unregister("worker", name)
+        current.set(Caller("alice"))
+        await hub.plugins.unregister("worker", "a")
+        assert list(hub.plugins.kept) == [("worker", "b")]
+
+    play(before, tmp_path)
+    play(after, tmp_path)
 
 
 def test_plugins_outlive_the_hub(tmp_path: Path) -> None:
