@@ -377,6 +377,11 @@ class Client(Retrying, Observing, ActingClient):
         """Say whether a future of this client stands for a key, so that it need not be made again."""
         return key in self.futures and self.futures[key].status in LIVE
 
+    def _inc_ref(self, key: Key) -> None:
+        if key not in self.futures:  # a hub that could not read one key would take none of those that come with it
+            validate_key(key)
+        super()._inc_ref(key)
+
     def _hold(self, keys: Iterable[Key]) -> list[Future]:
         """Keep keys that a graph needs from being released before the graph was sent."""
         return [Future(key, self) for key in dict.fromkeys(keys)]

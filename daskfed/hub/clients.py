@@ -19,7 +19,7 @@ from distributed.core import Status
 
 from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
-from daskfed.hub.owners import named_keys, not_yours, proof_of, reserved
+from daskfed.hub.owners import brief, is_key, named_keys, not_yours, proof_of, reserved
 from daskfed.messages import PROTOCOL_VERSION, BlockKind, BlockSpec, Constraint, Key, decode_block
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ HEARD_WITHIN_S = 2.0  # a client's stream that is further behind is not waited f
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 ASKING = ("client-desires-keys", "report-key", "update-graph")  # with another's key: answered, and not done
 CHANGING = ("cancel-keys",)  # with another's key: an error
+ENDING = ("client-releases-keys", "fed-no-copies")  # with another's key: nothing happens
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
 
 
@@ -162,10 +163,15 @@ class ClientSessions:
     async def _serve(self, comm: Comm, session: ClientSession, messages: Any) -> None:
         while True:
             for message in messages if isinstance(messages, (list, tuple)) else (messages,):
-                if message.get("op") in ("close-stream", "close-client"):
+                op = message.get("op") if isinstance(message, dict) else None
+                if not isinstance(op, str):
+                    problem = f"TypeError: {brief(message)} is no message: that is a dict with the name of an op"
+                    session.send({"op": "error", "exception": problem})
+                elif op in ("close-stream", "close-client"):
                     session.ended = True
                     return
-                await self._dispatch(session, dict(message))
+                else:
+                    await self._dispatch(session, dict(message))
             await asyncio.sleep(0)
             try:
                 messages = await comm.read()
@@ -193,11 +199,13 @@ class ClientSessions:
     def _may(self, session: ClientSession, op: str, message: dict[str, Any]) -> bool:
         """Say whether a client may do what it says, and take out of ``message`` the keys that it may not ask for.
 
-        Raises PermissionError where it would do something to another's keys.
+        Raises PermissionError where it would do something to another's keys, TypeError where something is no key.
         """
-        if op not in ASKING and op not in CHANGING:
+        if op not in (*ASKING, *CHANGING, *ENDING):
             return True
         keys = named_keys(op, message)
+        if op in ENDING:
+            return all(map(is_key, keys))
         theirs = self.hub.owners.foreign(keys, session.owner)
         if theirs and op in CHANGING:
             raise PermissionError(not_yours(theirs))

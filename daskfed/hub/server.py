@@ -173,7 +173,7 @@ class Hub(Hosting, OpaqueServer):
             self.sessions.forget(client)
 
     async def terminate(self) -> None:
-        """End the hub at a client's request, after the reply was written; PermissionError but for the hub's own user."""
+        """End the hub at its own user's request, after the reply was written; PermissionError for another's."""
         self.owners.check_rules("end the hub")
         asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(self.close()))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -99,6 +101,57 @@ def test_a_call_that_names_anothers_key_is_refused(address: str, alice: Client, 
 
     hostile(address, attack)
     still_there(alice, secret)
+
+
+NO_KEYS: dict[str, dict[str, Any]] = {
+    "client-desires-keys": {"keys": [{"no": "key"}]},
+    "client-releases-keys": {"keys": [{"no": "key"}]},
+    "cancel-keys": {"keys": [("a", {"no": "key"})]},
+    "report-key": {"key": {"no": "key"}},
+    "fed-no-copies": {"keys": [{"no": "key"}]},
+    "fed-back": {"blocks": [], "arrivals": [], "payloads": [], "wanted": [{"no": "key"}]},
+}
+
+
+@pytest.mark.parametrize("op", NO_KEYS)
+def test_what_cannot_be_a_key_is_an_error_and_the_rest_is_heard(address: str, op: str) -> None:
+    """Of one batch of messages; the connection stands."""
+
+    async def attack(raw: Raw) -> None:
+        await raw.say({"op": op, **NO_KEYS[op]}, {"op": "report-key", "key": "heard"})
+        told = await raw.hears(lambda message: message["op"] == "error")
+        assert "TypeError: {'no': 'key'} cannot be a key: it is a dict" in told["exception"]
+        await raw.hears(lambda message: "heard" in message.get("keys", ()))
+        await raw.settled()
+
+    hostile(address, attack)
+
+
+@pytest.mark.parametrize("message", [["no", "message"], {"op": ["no", "op"]}, {"op": {"no": "op"}}, {}, 1, None], ids=str)
+def test_what_is_no_message_is_an_error_and_the_rest_is_heard(address: str, message: Any) -> None:
+    async def attack(raw: Raw) -> None:
+        await raw.say(message, {"op": "report-key", "key": "heard"})
+        assert "is no message" in (await raw.hears(lambda message: message["op"] == "error"))["exception"]
+        await raw.hears(lambda message: "heard" in message.get("keys", ()))
+        await raw.settled()
+
+    hostile(address, attack)
+
+
+class Colour(Enum):
+    """What Python can hash, and what is nothing that a hub could know."""
+
+    RED = 1
+
+
+@pytest.mark.parametrize("key", [Colour.RED, ("a", Colour.RED), frozenset({1})], ids=str)
+def test_a_future_of_what_cannot_be_a_key(alice: Client, key: Any) -> None:
+    """It is an error at once: with its other futures, the client would bring it to the hub again and again."""
+    with pytest.raises(TypeError, match="(?i)unexpected key type"):
+        Future(key, alice)
+    gc.collect()
+    assert alice.submit(abs, -1, pure=False).result(timeout=60) == 1
+    assert key not in alice.futures and key not in alice.refcount
 
 
 def test_asking_for_all_keys_shows_ones_own(address: str, alice: Client, secret: Any) -> None:
