@@ -327,7 +327,7 @@ class Hub(Hosting, OpaqueServer):
         logger.info("site %s left", hello.site)
         self.coordination.site_gone(hello.site)
         self.actors.site_gone(hello.site)
-        self.plugins.site_left(hello.site)
+        self.plugins.site_left(hello)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
         self.sites_changed()
 

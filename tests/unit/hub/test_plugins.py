@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Site:
         self.plugins: dict[tuple[str, str], bytes] = {}
         self.away = False
         self.calls: list[str] = []
+        self.leaving: Callable[[], None] | None = None  # called while it is being told of a plugin
 
     @property
     def connected(self) -> bool:
@@ -45,6 +47,8 @@ class Site:
         if plugin == b"bad":
             raise OpaqueError(error_message(ZeroDivisionError("a bad plugin")))
         self.plugins[kind, name] = plugin
+        if self.leaving is not None:
+            self.leaving()
         return {f"tcp://{self.hello.site}:1": {"status": "OK"}}
 
     def unregister_plugin(self, kind: str, name: str) -> Any:
@@ -135,6 +139,32 @@ def test_a_site_that_was_away_is_told_when_it_is_back() -> None:
         south.away = False
         await until(lambda: south.plugins == north.plugins == {("worker", "b"): b"2"})
         assert north.calls.count("agree_on_plugins") == 0
+
+    play(story)
+
+
+def test_of_sites_that_are_gone_nothing_is_left() -> None:
+    """Also where one leaves while it is being told; one that comes back is told what there is."""
+    north = Site("north")
+
+    async def story(hub: Hub, client: Any) -> None:
+        for n in range(3):
+            site = Site("south")
+            site.hello = replace(site.hello, incarnation=f"south-{n}")
+            hub.add_site(site)
+            await client.register_worker_plugin(plugin=b"%d" % n, name="a", idempotent=False)
+            hub.remove_site(site.hello)
+        hub.add_site(north)
+        hub.from_site("north", STATUS)
+        north.leaving = lambda: hub.remove_site(north.hello)
+        await client.register_worker_plugin(plugin=b"last", name="a", idempotent=False)
+        assert not hub.plugins.told
+        north.leaving = None
+        hub.add_site(north)
+        hub.from_site("north", STATUS)
+        await until(lambda: hub.core.sites["north"].status == STATUS)
+        assert north.plugins == {("worker", "a"): b"last"}
+        assert list(hub.plugins.told) == [north.hello.incarnation]
 
     play(story)
 
