@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Dask's private names", ("dask_private.py",)),
     ("pure cores", (
         "backlog.py", "link.py",
-        "hub/arrivals.py", "hub/cancelling.py", "hub/core.py", "hub/dispatch.py", "hub/estimates.py",
+        "hub/arrivals.py", "hub/cancelling.py", "hub/core.py", "hub/desertion.py", "hub/dispatch.py", "hub/estimates.py",
         "hub/events.py", "hub/inspection.py",
         "hub/ledger.py", "hub/placement.py", "hub/homes.py", "hub/poison.py", "hub/recovery.py", "hub/states.py",
          "hub/merging.py", "hub/retrying.py", "hub/suspicion.py",

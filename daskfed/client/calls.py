@@ -25,6 +25,7 @@ class Calls:
     keys: tuple[Key, ...]
     needs: frozenset[Key]
     rows: tuple[frozenset[Key], ...] = ()  # what each call needs of them, where that differs
+    is_value: bool = False  # it calls nothing: its key stands for a value that other batches need
 
     def places(self, inputs: tuple[Key, ...]) -> tuple[tuple[int, ...], ...]:
         """Return for each call the places in ``inputs``, which are its needs in some order, of what it needs."""
@@ -71,7 +72,8 @@ def calls_of_map(
     fixed, large = _keywords(kwargs)
     if total > size:
         for key, value in large.items():
-            yield Calls(LLGExpr({key: DataNode(key, value)}, _determ_token=uuid.uuid4().hex), (key,), frozenset())
+            expr = LLGExpr({key: DataNode(key, value)}, _determ_token=uuid.uuid4().hex)
+            yield Calls(expr, (key,), frozenset(), is_value=True)
         large = {}
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))

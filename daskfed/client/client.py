@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -30,6 +31,7 @@ from daskfed.client.constraints import constraint_of, set_sites_lookup, site_sel
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
@@ -91,6 +93,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-sites": self._handle_sites,
             "fed-refused": self._handle_refused,
             "fed-arrived": self._handle_arrived,
+            "fed-bound": self._memory.bound,
             "fed-forget": self._memory.forget,
             "fed-bring-data": self._handle_bring_data,
             "fed-drop-copies": self._handle_drop_copies,
@@ -115,6 +118,13 @@ class Client(Retrying, Observing, ActingClient):
         for state in list(self.futures.values()):  # submitted while it closed
             state.cancel(reason="client-closed", msg="the client has closed; submit the work with another one")
         self._memory.close()
+
+    async def _shutdown(self) -> None:
+        try:
+            await super()._shutdown()
+        except PermissionError:  # the hub goes on
+            await self._close()
+            raise
 
     async def _ensure_connected(self, timeout: Any = None) -> None:
         fresh = self.scheduler_comm is None
@@ -292,7 +302,6 @@ class Client(Retrying, Observing, ActingClient):
         self._check_workers(annotations)
         if self._fixed_single:
             workers = self._workers_here(workers)
-        if self._fixed_single or (_any_actors(actors) and not _one_by_one(expr)):
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
                 retries, fifo_timeout, actors,
@@ -300,19 +309,21 @@ class Client(Retrying, Observing, ActingClient):
         for key in set(keys):
             validate_key(key)
         with paused_collection():
-            return self._submit(expr, list(dict.fromkeys(keys)), annotations, _any_actors(actors))
+            return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
 
     def _submit(
-        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any
     ) -> dict[Key, Future]:
         if _one_by_one(expr):
             calls = _calls_of(expr)
             with self._refcount_lock:
-                return self._submit_calls(calls, keys, annotations, actors)
-        graph = materialise(expr, keys, annotations)
+                return self._submit_calls(calls, keys, annotations, bool(actor_keys(actors, keys)))
+        named = actor_keys(actors, keys)
+        graph = materialise(expr, keys, annotations, named)
+        _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
         with self._refcount_lock:
-            return self._submit_graph(graph, keys)
+            return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named)
 
     def _submit_calls(
         self, calls: Iterable[Calls], keys: list[Key], annotations: Mapping[str, Any], actors: bool
@@ -325,7 +336,9 @@ class Client(Retrying, Observing, ActingClient):
         self._send(submission, keys, held)
         return futures
 
-    def _submit_graph(self, graph: MaterialisedGraph, keys: list[Key]) -> dict[Key, Future]:
+    def _submit_graph(
+        self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset()
+    ) -> dict[Key, Future]:
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
         graph = self._without_known(graph)
@@ -333,7 +346,7 @@ class Client(Retrying, Observing, ActingClient):
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
-        submission = plan_graph(graph, self._block_ids())
+        submission = plan_graph(graph, self._block_ids(), actors)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}
         for key, assembly in assemblies.items():
@@ -355,6 +368,11 @@ class Client(Retrying, Observing, ActingClient):
     def _is_live(self, key: Key) -> bool:
         """Say whether a future of this client stands for a key, so that it need not be made again."""
         return key in self.futures and self.futures[key].status in LIVE
+
+    def _inc_ref(self, key: Key) -> None:
+        if key not in self.futures:  # a hub that could not read one key would take none of those that come with it
+            validate_key(key)
+        super()._inc_ref(key)
 
     def _hold(self, keys: Iterable[Key]) -> list[Future]:
         """Keep keys that a graph needs from being released before the graph was sent."""
@@ -537,9 +555,29 @@ def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any
     return {name: value for name, value in named.items() if value}
 
 
-def _any_actors(actors: Any) -> bool:
-    """Whether what a user gave as ``actors`` (a bool, a collection or several) asks for any."""
-    return actors is not None and actors is not False
+def actor_keys(actors: Any, keys: Collection[Key]) -> frozenset[Key]:
+    """Return the keys that are to be actors: ``actors`` is True for ``keys``, or keys and collections, one or several.
+
+    In a dict, as Dask documents it, they are those whose value is true.
+    """
+    if actors is None or isinstance(actors, bool):
+        return frozenset(keys if actors else ())
+    if dask.is_dask_collection(actors):
+        return frozenset(flat_keys(actors.__dask_keys__()))
+    if isinstance(actors, dict):
+        return actor_keys([key for key, is_one in actors.items() if is_one], keys)
+    if isinstance(actors, list | set | frozenset) or (isinstance(actors, tuple) and actors not in keys):
+        return frozenset().union(*(actor_keys(each, keys) for each in actors))
+    return frozenset((actors,))
+
+
+def _check_actors(actors: Iterable[Key], tasks: Collection[Key]) -> None:
+    """Raise ValueError where what is to be an actor is no task."""
+    if unknown := [key for key in actors if key not in tasks]:
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))}: actors= names what is not computed here, or was joined with another "
+            "task; name collections or keys of what is computed, or try optimize_graph=False"
+        )
 
 
 def _one_by_one(expr: Any) -> bool:

@@ -62,15 +62,17 @@ class MaterialisedGraph:
         )
 
 
-def materialise(expr: Any, keys: Iterable[Key], annotations: Note | None = None) -> MaterialisedGraph:
+def materialise(
+    expr: Any, keys: Iterable[Key], annotations: Note | None = None, kept: Collection[Key] = ()
+) -> MaterialisedGraph:
     """Turn an optimised expression into tasks.
 
     ``keys`` are the wanted ones. ``annotations`` hold for every task, and give way to the annotations that a collection
-    got when it was built. Futures inside tasks become references to their keys.
+    got when it was built. Futures inside tasks become references to their keys. Tasks of the names ``kept`` keep them.
 
     Raises ConfigurationError where an annotation is of the wrong type, and what Dask raises for a broken expression.
     """
-    return without_annotations(_materialise, expr, set(keys), annotations or {})
+    return without_annotations(_materialise, expr, set(keys), annotations or {}, kept)
 
 
 def external_futures(graph: MaterialisedGraph) -> set[Key]:
@@ -123,12 +125,12 @@ class BlockExpr(LLGExpr):
         return found
 
 
-def _materialise(expr: Any, wanted: set[Key], given: Note) -> MaterialisedGraph:
+def _materialise(expr: Any, wanted: set[Key], given: Note, kept: Collection[Key]) -> MaterialisedGraph:
     expr = _with_own_optimisers(expr)
     graph = convert_legacy_graph(ensure_dict(expr.__dask_graph__()))
     tasks, notes = noted_tasks(with_plain_keys(cull(graph, wanted)))
     notes = _with_layer_notes(notes, expr.__dask_annotations__(), tasks)
-    tasks, notes = _without_aliases(tasks, notes, wanted)
+    tasks, notes = _without_aliases(tasks, notes, wanted.union(kept))
     tasks = {key: _plain(node, tasks) for key, node in tasks.items()}
     constraints, annotations = _sorted_out(tasks, notes, given)
     finals = frozenset(key for key in _final_keys(expr, wanted, tasks) if key in tasks)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed.comm.core import CommClosedError
@@ -110,6 +110,12 @@ class Memory:
         for n in range(count):
             if (kept := self.blocks.get(f"{stem}/{int(first) + n}")) is not None:
                 kept.arrival, kept.epoch = arrival + n, epoch
+
+    def bound(self, sites: Mapping[str, Collection[str]]) -> None:
+        """A hub has bound blocks, by name, to the sites of the workers that they name."""
+        for block, there in sites.items():
+            if (kept := self.blocks.get(block)) is not None:
+                kept.spec = replace(kept.spec, constraint=replace(kept.spec.constraint, sites=tuple(there)))
 
     def message(self, epoch: int, wanted: Collection[Key]) -> dict[str, Any]:
         """Return what a client says when it is back at a hub of this epoch."""

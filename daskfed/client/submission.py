@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,12 +42,19 @@ class Submission:
         return {"op": "fed-submit", "blocks": blocks, "payloads": self.payloads, "wanted": list(wanted), "wait": wait}
 
     def add(
-        self, block: BlockSpec, expr: Any, priorities: Mapping[Key, int] | None, actors: bool = False
+        self,
+        block: BlockSpec,
+        expr: Any,
+        priorities: Mapping[Key, int] | None,
+        actors: bool | Mapping[Key, Collection[Key]] = False,
     ) -> None:
-        """Append a block; raises TypeError where its tasks cannot be pickled."""
+        """Append a block; ``actors``: all outputs are, or output -> actors among the tasks that it takes.
+
+        Raises TypeError where its tasks cannot be pickled.
+        """
         self.blocks.append(block)
         payload = {"expr": pickled(expr), "priorities": dict(priorities) if priorities else None}
-        self.payloads.append({**payload, "actors": True} if actors else payload)
+        self.payloads.append({**payload, "actors": actors} if actors else payload)
 
 
 @contextmanager
@@ -63,13 +70,31 @@ def paused_collection() -> Iterator[None]:
         gc.enable()
 
 
-def plan_graph(graph: MaterialisedGraph, ids: Iterator[str]) -> Submission:
-    """Cut a graph and pickle each piece; raises TypeError where a task cannot be pickled."""
+def plan_graph(graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[Key] = ()) -> Submission:
+    """Cut a graph and pickle each piece; ``actors`` are the keys of tasks that make actors.
+
+    Raises TypeError where a task cannot be pickled.
+    """
     submission = Submission()
     for piece in cut(graph.tasks, graph.wanted, graph.constraints):
-        spec = _block_of(piece, next(ids))
-        submission.add(spec, block_payload(graph, piece.tasks), piece.priorities)
+        spec = replace(_block_of(piece, next(ids)), stateful=not set(actors).isdisjoint(piece.outputs))
+        submission.add(spec, block_payload(graph, piece.tasks), piece.priorities, _actors_behind(piece, actors))
     return submission
+
+
+def _actors_behind(piece: Piece, actors: Collection[Key]) -> dict[Key, list[Key]]:
+    """Return output -> actors among the tasks of the piece that it takes, itself included, where there are any."""
+    if not actors or piece.tasks.keys().isdisjoint(actors):
+        return {}
+    found = {}
+    for output in piece.outputs:
+        stack, seen = [output], {output}
+        while stack:
+            needs = (need for need in piece.tasks[stack.pop()].dependencies if need in piece.tasks)
+            stack += (new := set(needs) - seen)
+            seen |= new
+        found[output] = [key for key in piece.tasks if key in seen and key in actors]
+    return {output: behind for output, behind in found.items() if behind}
 
 
 def _block_of(piece: Piece, name: str) -> BlockSpec:
@@ -111,10 +136,10 @@ def plan_calls(
             prefixes=((key_split(each.keys[0]), len(each.keys)),),
             constraint=replace(constraint, python=PYTHON),
             label=label_of(each.keys),
-            stateful=actors,
+            stateful=(makes_actors := actors and not each.is_value),
             uses=each.places(tuple(each.needs)),
         )
-        submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None, actors)
+        submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None, makes_actors)
     return submission
 
 

@@ -19,7 +19,7 @@ from distributed.core import Status
 
 from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
-from daskfed.hub.owners import named_keys, not_yours, proof_of, reserved
+from daskfed.hub.owners import brief, is_key, named_keys, not_yours, proof_of, reserved
 from daskfed.messages import PROTOCOL_VERSION, BlockKind, BlockSpec, Constraint, Key, decode_block
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client
 GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
 LAST_WORDS_S = 1.0  # for telling clients that the federation ends
 FLUSH_S = 0.002  # what is sent to a client within this time travels together
+POLL_S = 0.02
 HEARD_WITHIN_S = 2.0  # a client's stream that is further behind is not waited for
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
 ASKING = ("client-desires-keys", "report-key", "update-graph")  # with another's key: answered, and not done
 CHANGING = ("cancel-keys",)  # with another's key: an error
+ENDING = ("client-releases-keys", "fed-no-copies")  # with another's key: nothing happens
 OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
 
 
@@ -161,10 +163,15 @@ class ClientSessions:
     async def _serve(self, comm: Comm, session: ClientSession, messages: Any) -> None:
         while True:
             for message in messages if isinstance(messages, (list, tuple)) else (messages,):
-                if message.get("op") in ("close-stream", "close-client"):
+                op = message.get("op") if isinstance(message, dict) else None
+                if not isinstance(op, str):
+                    problem = f"TypeError: {brief(message)} is no message: that is a dict with the name of an op"
+                    session.send({"op": "error", "exception": problem})
+                elif op in ("close-stream", "close-client"):
                     session.ended = True
                     return
-                await self._dispatch(session, dict(message))
+                else:
+                    await self._dispatch(session, dict(message))
             await asyncio.sleep(0)
             try:
                 messages = await comm.read()
@@ -192,11 +199,13 @@ class ClientSessions:
     def _may(self, session: ClientSession, op: str, message: dict[str, Any]) -> bool:
         """Say whether a client may do what it says, and take out of ``message`` the keys that it may not ask for.
 
-        Raises PermissionError where it would do something to another's keys.
+        Raises PermissionError where it would do something to another's keys, TypeError where something is no key.
         """
-        if op not in ASKING and op not in CHANGING:
+        if op not in (*ASKING, *CHANGING, *ENDING):
             return True
         keys = named_keys(op, message)
+        if op in ENDING:
+            return all(map(is_key, keys))
         theirs = self.hub.owners.foreign(keys, session.owner)
         if theirs and op in CHANGING:
             raise PermissionError(not_yours(theirs))
@@ -256,7 +265,7 @@ class ClientSessions:
         wait: bool = False,
     ) -> None:
         """A client submits blocks that it cut."""
-        specs, refused = await self.hub.fanout.bound(self._specs(client, blocks))
+        specs, refused = await self._bound(client, self._specs(client, blocks))
         made = {key for spec in specs for key in spec.outputs}
         inputs = (key for spec in specs for key in spec.inputs if key not in made)
         async with self.hub.nested.known(inputs, self.sessions[client].owner):
@@ -268,7 +277,38 @@ class ClientSessions:
             self.hub.stores.keep_payloads(specs, payloads)
             self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait, refused))
 
-    def back(
+    async def _bound(
+        self, client: str, specs: tuple[BlockSpec, ...]
+    ) -> tuple[tuple[BlockSpec, ...], tuple[tuple[str, str], ...]]:
+        """Bind blocks to the sites of the workers that they name; the client hears it, for a hub that starts anew.
+
+        Return the blocks, and (block, why) of those that name no worker, or one of several sites.
+        """
+        found, refused = await self.hub.fanout.bound(specs)
+        pairs = zip(found, specs, strict=True)
+        sites = {spec.id: list(spec.constraint.sites) for spec, given in pairs if spec is not given}
+        if sites:
+            self.tell_own(client, {"op": "fed-bound", "sites": sites})
+        return found, refused
+
+    async def _bound_again(
+        self, client: str, specs: tuple[BlockSpec, ...], arrivals: Collection[int]
+    ) -> tuple[tuple[BlockSpec, ...], tuple[tuple[str, str], ...]]:
+        """As :meth:`_bound`, of blocks that came to a hub before this one: those whose client did not hear it."""
+        unheard = tuple(
+            spec
+            for spec, arrival in zip(specs, arrivals, strict=True)
+            if spec.constraint.workers and not (arrival and spec.constraint.sites)
+        )
+        if not unheard:
+            return specs, ()
+        while not self.hub.core.recovery.sites_told:
+            await asyncio.sleep(POLL_S)
+        found, refused = await self._bound(client, unheard)
+        by_id = {spec.id: spec for spec in found}
+        return tuple(by_id.get(spec.id, spec) for spec in specs), refused
+
+    async def back(
         self,
         client: str,
         blocks: Collection[dict[str, Any]],
@@ -278,14 +318,14 @@ class ClientSessions:
         kept: Collection[Key] = (),
     ) -> None:
         """A client whose connection broke, or whose hub started anew, tells what it wants and how it is made."""
-        specs = self._specs(client, blocks)
+        specs, refused = await self._bound_again(client, self._specs(client, blocks), arrivals)
         known = tuple(zip(specs, arrivals, strict=True))
         if theirs := set(self._foreign(client, specs, wanted, kept)):
             self._refuse(self.sessions[client], theirs, theirs)
             known = tuple(each for each in known if theirs.isdisjoint((*each[0].inputs, *each[0].outputs)))
             wanted, kept = ([key for key in keys if key not in theirs] for keys in (wanted, kept))
         self.hub.stores.keep_payloads(specs, payloads)
-        self.hub.take(ev.ClientBack(client, self.sessions[client].owner, known, tuple(wanted), tuple(kept)))
+        self.hub.take(ev.ClientBack(client, self.sessions[client].owner, known, tuple(wanted), tuple(kept), refused))
         self.hub.coordination.client_back(client)
         logger.info("client %s is back with %d blocks", client, len(specs))
 

@@ -147,6 +147,7 @@ class HubCore:
                 self.ledger.command(ev.DropCopies(event.client, (key,)))
         self.ledger.unwant(event.client, stale)
         self._link(added)
+        self._fail_refused(event.refused)
         self.ledger.settle([*stale, *revived, *(key for block in added for key in block.spec.outputs)])
         self.recovery.client_back(event.client, self.ledger.now)
 
@@ -161,10 +162,13 @@ class HubCore:
         added = self.arrivals.submitted(event.client, event.blocks, event.wait)
         self._want(event.client, event.wanted)
         self._link(added)
-        for name, why in event.refused:
+        self._fail_refused(event.refused)
+        self.ledger.settle([key for block in added for key in block.spec.outputs])
+
+    def _fail_refused(self, refused: Iterable[tuple[str, str]]) -> None:
+        for name, why in refused:
             if (block := self.ledger.blocks.get(name)) is not None:
                 self.ledger.fail_block(block, "UnknownWorkerError", f"{block.spec.label or name}: {why}")
-        self.ledger.settle([key for block in added for key in block.spec.outputs])
 
     def _want(self, client: str, keys: Iterable[Key]) -> None:
         for key in keys:

@@ -46,7 +46,8 @@ class ClientBack:
     """A client is back after its connection broke or the hub started anew, and says all that it knows.
 
     ``blocks``: those that the hub does not know, with the arrival numbers that a hub gave them (0: none did).
-    ``wanted``: all keys that it wants; ``kept``: those of which it keeps a copy.
+    ``wanted``: all keys that it wants; ``kept``: those of which it keeps a copy; ``refused``: as for
+    :class:`BlocksSubmitted`.
     """
 
     client: str
@@ -54,6 +55,7 @@ class ClientBack:
     blocks: tuple[tuple[BlockSpec, int], ...]
     wanted: tuple[Key, ...]
     kept: tuple[Key, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()  # (block, why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def answers_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
             return await handler(*args, **kwargs)
         except OpaqueError as exc:
             return exc.reply()
-        except (DaskfedError, ValueError, TypeError) as exc:
+        except (DaskfedError, PermissionError, ValueError, TypeError) as exc:
             return error_message(exc, status="uncaught-error")
 
     return answering

@@ -127,7 +127,11 @@ class Gateway:
         return progress_of(self.hub.core.ledger, keys)
 
     async def fed_cluster(self, site: str, method: str, kwargs: Mapping[str, Any]) -> Any:
-        """Call ``scale``, ``adapt``, ``logs`` or ``drain`` of a site's cluster; raises UnknownSiteError."""
+        """Call ``scale``, ``adapt``, ``logs`` or ``drain`` of a site's cluster.
+
+        Raises PermissionError for all but the hub's own user, UnknownSiteError.
+        """
+        self.hub.owners.check_rules(f"call {method!r} of the cluster of site {site!r}")
         if site not in self.hub.ports:
             raise UnknownSiteError(f"no site {site!r}; sites are {sorted(self.hub.ports)}")
         return await self.hub.ports[site].call("cluster", method=method, kwargs=dict(kwargs))

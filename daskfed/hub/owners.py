@@ -52,6 +52,7 @@ OF_TASKS = (DESIRE, "proxy")  # what tasks do with keys that the hub knows, besi
 UNCHECKED = frozenset((*SITES, "register-client"))
 HELLO_S = 2.0  # how long a call waits for the hello of its client, which comes on another connection
 POLL_S = 0.005
+BRIEF = 80  # letters of something strange that an error shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,15 @@ class Owners:
         caller = current.get()
         return self.mine if caller is None else caller.owner
 
+    def rules(self) -> bool:
+        """Say whether the present caller may do what concerns everybody: it is the hub's own user, or root."""
+        return self.calling() in (self.mine, "root")
+
+    def check_rules(self, what: str) -> None:
+        """Raise PermissionError where the present caller may not do ``what``, which concerns everybody."""
+        if not self.rules():
+            raise PermissionError(f"{self.calling()!r} may not {what}: only {self.mine!r}, who runs the hub, may")
+
     # -- names -------------------------------------------------------------------------------------------------------
 
     def under_owner(self, op: str, owner: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +250,15 @@ def is_key(key: Any) -> bool:
         return True
     if isinstance(key, Real):  # numpy's, within one process
         return True
-    raise TypeError(f"a {type(key).__name__} cannot be a key: use a string, a number, bytes, or a tuple of such")
+    raise TypeError(
+        f"{brief(key)} cannot be a key: it is a {type(key).__name__}; use a string, a number, bytes, or a tuple of such"
+    )
+
+
+def brief(something: Any) -> str:
+    """Return what came over the wire in words, cut where it is long."""
+    words = repr(something)
+    return words if len(words) <= BRIEF else words[:BRIEF] + " ..."
 
 
 def proof_of(secret: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -28,9 +27,18 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("scheduler", "worker", "nanny")
 JOURNALLED = "plugin"  # (kind, name) -> pickled
+OWNERS = "plugin-owner"  # (kind, name) -> whose it is, where that is not the hub's own user
 RETRY_S = 0.5  # pause before a site that could not be reached is told again
 
 PluginName: TypeAlias = tuple[str, str]
+
+
+class Told:
+    """What a site was told; the lock is held while it is being told."""
+
+    def __init__(self) -> None:
+        self.taken: dict[PluginName, int] = {}  # numbers of the plugins that it has
+        self.lock = asyncio.Lock()
 
 
 class Plugins:
@@ -39,10 +47,10 @@ class Plugins:
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self.kept: dict[PluginName, bytes] = {}
+        self.owners: dict[PluginName, str] = {}  # of what is kept
         self._numbers: dict[PluginName, int] = {}  # of what is kept: another one for each change
         self._counter = itertools.count(1)
-        self._taken: defaultdict[str, dict[PluginName, int]] = defaultdict(dict)  # incarnation of a site -> numbers
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by incarnation
+        self.told: dict[str, Told] = {}  # by the incarnation of a site that is here
         self._joining: dict[str, SiteStatus | None] = {}  # site that has not taken all -> the status that waits for it
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
@@ -55,30 +63,52 @@ class Plugins:
 
     def restore(self) -> None:
         """Read back what an earlier hub kept."""
-        for (kind, name), plugin in self.hub.journal.things(JOURNALLED):
-            self._keep((kind, name), plugin)
+        owners = dict(self.hub.journal.things(OWNERS))
+        for plugin_name, plugin in self.hub.journal.things(JOURNALLED):
+            self._keep(plugin_name, plugin, owners.get(plugin_name, self.hub.owners.mine))
 
-    def _keep(self, plugin_name: PluginName, plugin: bytes) -> None:
+    def _keep(self, plugin_name: PluginName, plugin: bytes, owner: str) -> None:
+        self.owners[plugin_name] = owner
         self.kept.pop(plugin_name, None)  # the order is that of registration
         self.kept[plugin_name] = plugin
         self._numbers[plugin_name] = next(self._counter)
 
     def _forget(self, plugin_name: PluginName) -> None:
-        self.kept.pop(plugin_name, None)
-        self._numbers.pop(plugin_name, None)
-        self.hub.journal.forget(JOURNALLED, plugin_name)
+        for known in (self.kept, self.owners, self._numbers):
+            known.pop(plugin_name, None)
+        with self.hub.journal.together():
+            self.hub.journal.forget(JOURNALLED, plugin_name)
+            self.hub.journal.forget(OWNERS, plugin_name)
+
+    def _journal(self, plugin_name: PluginName, plugin: bytes, owner: str) -> None:
+        with self.hub.journal.together():
+            self.hub.journal.keep(JOURNALLED, plugin_name, plugin)
+            self.hub.journal.forget(OWNERS, plugin_name)
+            if owner != self.hub.owners.mine:
+                self.hub.journal.keep(OWNERS, plugin_name, owner)
+
+    def _check_owner(self, kind: str, name: str) -> None:
+        """Raise PermissionError where a plugin of this name is another's than the present caller's."""
+        theirs = self.owners.get((kind, name), self.hub.owners.calling())
+        if theirs != self.hub.owners.calling() and not self.hub.owners.rules():
+            raise PermissionError(
+                f"the {kind} plugin {name!r} belongs to {theirs!r}, and stays as it is: give yours another name"
+            )
 
     # -- for clients -------------------------------------------------------------------------------------------------
 
     async def register(self, kind: str, plugin: bytes, name: str, idempotent: bool = False) -> dict[str, Any] | None:
         """Keep a plugin and give it to all sites; returns worker -> reply, or None for one of schedulers.
 
-        Raises OpaqueError where the scheduler of a site cannot take it: then no site has it.
+        Raises PermissionError where another owner registered one of this name, OpaqueError where the scheduler of a
+        site cannot take it: then no site has it.
         """
+        self._check_owner(kind, name)
         if idempotent and (kind, name) in self.kept:
             return None if kind == "scheduler" else {}
-        self.hub.journal.keep(JOURNALLED, (kind, name), plugin)
-        self._keep((kind, name), plugin)
+        owner = self.hub.owners.calling()
+        self._journal((kind, name), plugin, owner)
+        self._keep((kind, name), plugin, owner)
         try:
             return await self._at_all_sites(kind, name, "register_plugin", plugin=plugin)
         except OpaqueError:
@@ -90,8 +120,9 @@ class Plugins:
     async def unregister(self, kind: str, name: str) -> dict[str, Any] | None:
         """Take a plugin away from all sites; returns worker -> reply, or None for one of schedulers.
 
-        Raises ValueError where no such plugin was registered.
+        Raises ValueError where no such plugin was registered, PermissionError where another owner did it.
         """
+        self._check_owner(kind, name)
         if (kind, name) not in self.kept:
             raise ValueError(f"The {kind} plugin {name} does not exist")
         self._forget((kind, name))
@@ -99,7 +130,8 @@ class Plugins:
 
     async def _at_all_sites(self, kind: str, name: str, op: str, **kwargs: Any) -> dict[str, Any] | None:
         ports = dict(self.hub.ports)
-        calls = [self._at_site(port, kind, name, op, kwargs) for port in ports.values()]
+        told = [self.told[port.hello.incarnation] for port in ports.values()]
+        calls = [self._at_site(*each, kind, name, op, kwargs) for each in zip(ports.values(), told, strict=True)]
         replies = await asyncio.gather(*calls, return_exceptions=True)
         for site, reply in zip(ports, replies, strict=True):
             if isinstance(reply, OSError):
@@ -111,27 +143,28 @@ class Plugins:
         answered = {site: reply for site, reply in zip(ports, replies, strict=True) if isinstance(reply, dict)}
         return self.hub.fanout.merged(answered)
 
-    async def _at_site(self, port: SitePort, kind: str, name: str, op: str, kwargs: dict[str, Any]) -> Any:
-        incarnation, number = port.hello.incarnation, self._numbers.get((kind, name))
-        async with self._locks[incarnation]:
+    async def _at_site(self, port: SitePort, told: Told, kind: str, name: str, op: str, kwargs: dict[str, Any]) -> Any:
+        number = self._numbers.get((kind, name))
+        async with told.lock:
             reply = await port.call(op, kind=kind, name=name, **kwargs)
-            taken = self._taken[incarnation]
-            taken.pop((kind, name), None)
+            told.taken.pop((kind, name), None)
             if number is not None:
-                taken[kind, name] = number
+                told.taken[kind, name] = number
         return reply
 
     # -- sites that join ---------------------------------------------------------------------------------------------
 
     def site_joined(self, hello: SiteHello) -> None:
         """A site is here: before it gets work, it gets the plugins."""
-        if self._numbers != self._taken[hello.incarnation]:
+        told = self.told.setdefault(hello.incarnation, Told())
+        if self._numbers != told.taken:
             self._joining[hello.site] = None
             self._tell_soon(hello.site)
 
-    def site_left(self, site: str) -> None:
-        """A site is gone for now."""
-        self._joining.pop(site, None)
+    def site_left(self, hello: SiteHello) -> None:
+        """A site is gone; if it comes back, it is told all, and has what it has."""
+        self._joining.pop(hello.site, None)
+        self.told.pop(hello.incarnation, None)
 
     def holds_back(self, site: str, status: SiteStatus) -> bool:
         """Whether the hub is not to know yet what a site has to offer; it is told once the site has the plugins."""
@@ -147,7 +180,7 @@ class Plugins:
         """Tell a site which plugins there are until it has them, or is gone."""
         incarnation = self.hub.ports[site].hello.incarnation if site in self.hub.ports else None
         while (port := self.hub.ports.get(site)) is not None and port.hello.incarnation == incarnation:
-            if self._numbers == self._taken[incarnation]:
+            if self._numbers == self.told[incarnation].taken:
                 break
             with suppress(OSError):
                 await self._agree(site)
@@ -160,12 +193,12 @@ class Plugins:
 
     async def _agree(self, site: str) -> None:
         port = self.hub.ports[site]
-        incarnation = port.hello.incarnation
-        async with self._locks[incarnation]:
+        told = self.told[port.hello.incarnation]
+        async with told.lock:
             numbers = dict(self._numbers)
             plugins = [(kind, name, plugin) for (kind, name), plugin in self.kept.items()]
             try:
                 await port.call("agree_on_plugins", plugins=plugins)
             except OpaqueError as exc:
                 logger.warning("site %s could not take the plugins: %s", site, exc)
-            self._taken[incarnation] = numbers
+            told.taken = numbers

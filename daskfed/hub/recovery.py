@@ -63,6 +63,11 @@ class Recovery:
         return self._settled
 
     @property
+    def sites_told(self) -> bool:
+        """Whether all sites that were there before are back, or had time enough for it."""
+        return not self.sites
+
+    @property
     def waits_for_clients(self) -> bool:
         """Whether a client may still come back that wants what nobody here knows."""
         return bool(self.clients)

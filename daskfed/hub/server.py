@@ -174,7 +174,8 @@ class Hub(Hosting, OpaqueServer):
             self.sessions.forget(client)
 
     async def terminate(self) -> None:
-        """End the hub at a client's request, after the reply was written."""
+        """End the hub at its own user's request, after the reply was written; PermissionError for another's."""
+        self.owners.check_rules("end the hub")
         asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(self.close()))
 
     async def close(self, timeout: float | None = None, reason: str = "") -> None:
@@ -327,7 +328,7 @@ class Hub(Hosting, OpaqueServer):
         logger.info("site %s left", hello.site)
         self.coordination.site_gone(hello.site)
         self.actors.site_gone(hello.site)
-        self.plugins.site_left(hello.site)
+        self.plugins.site_left(hello)
         self.take(ev.SiteLeft(hello.site, hello.incarnation))
         self.sites_changed()
 

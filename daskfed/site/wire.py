@@ -105,13 +105,20 @@ class SchedulerWire:
     # -- what can be asked of the scheduler --------------------------------------------------------------------------
 
     def submit(
-        self, keys: Collection[Key], expr: Any, priorities: Mapping[Key, int] | None = None, actors: Any = None
+        self,
+        keys: Collection[Key],
+        expr: Any,
+        priorities: Mapping[Key, int] | None = None,
+        actors: bool | Mapping[Key, Collection[Key]] | None = None,
     ) -> None:
         """Have the tasks of a pickled expression run and keep ``keys``; lower priorities run first.
 
-        ``actors``: True where all of ``keys`` are to be actors, or those of them that are.
+        ``actors``: True where all of ``keys`` are to be actors, or key -> actors among the tasks that it takes.
         """
-        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities, "actors": actors})
+        marked: Any = actors
+        if isinstance(actors, Mapping):  # of what is not asked for there may be no task
+            marked = list(dict.fromkeys(actor for key in keys for actor in actors.get(key, ())))
+        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities, "actors": marked})
 
     def submit_block(self, keys: Collection[Key], payload: Mapping[str, Any]) -> None:
         """Submit a block: its expression and priorities, or all fields of an ``update-graph`` message, or a claim."""

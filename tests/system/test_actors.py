@@ -9,6 +9,7 @@ import operator
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from distributed import ActorFuture, get_client, get_worker, wait
 from distributed.actor import Actor
 
-from daskfed import Client, Federation
+from daskfed import Client, Federation, at
 from tests.system import commands, namespaces
 from tests.system.commands import Command
 from tests.system.killable import killable
@@ -71,6 +72,16 @@ class Counter:
         return self.n
 
 
+class Holder:
+    """An actor that was given something large."""
+
+    def __init__(self, n: int, large: bytes) -> None:
+        self.large = large
+
+    def size(self) -> int:
+        return len(self.large)
+
+
 class Broken:
     """An actor that cannot be made."""
 
@@ -80,6 +91,14 @@ class Broken:
 
 def scheduler_here() -> str:
     return str(get_worker().scheduler.address)
+
+
+def scheduler_at(client: Client, site: str) -> str:
+    return str(client.submit(scheduler_here, site=site, pure=False).result(timeout=20))
+
+
+def worker_at(client: Client, site: str) -> str:
+    return next(each for each in client.scheduler_info()["workers"] if each.startswith(f"fed://{site}/"))
 
 
 def increment(actor: Any, by: int = 1) -> int:
@@ -159,6 +178,56 @@ class TestCalls:
         lazy = dask.delayed(Counter)(3)
         counter = client.compute(lazy, actors=lazy).result()
         assert counter.increment().result() == 4
+
+    @pytest.mark.parametrize("named", ["site", "a worker's address", "a site's name", "at"])
+    def test_a_map_is_bound_to_where_it_is_to_run(self, client: Client, site: str, named: str) -> None:
+        how: dict[str, Any] = {"site": site} if named == "site" else {}
+        if named == "a site's name":
+            how = {"workers": site}
+        elif named == "a worker's address":
+            how = {"workers": [worker_at(client, site)]}
+        with at(site) if named == "at" else nullcontext():
+            futures = client.map(Counter, range(20), actors=True, pure=False, **how)
+        counters = client.gather(futures)
+        assert {counter.where().result() for counter in counters} == {scheduler_at(client, site)}
+        assert [counter.increment().result() for counter in counters] == list(range(1, 21))
+
+    def test_a_map_with_a_large_argument_that_all_share(self, client: Client) -> None:
+        futures = client.map(Holder, range(20), large=b"x" * 200_000, actors=True, pure=False)
+        assert [holder.size().result() for holder in client.gather(futures)] == [200_000] * 20
+
+    @pytest.mark.parametrize("named", ["a worker's address", "a site's name", "at"])
+    def test_a_graph_is_bound_to_where_it_is_to_run(self, client: Client, site: str, named: str) -> None:
+        how: dict[str, Any] = {"a worker's address": {"workers": [worker_at(client, site)]}}.get(named, {})
+        if named == "a site's name":
+            how = {"workers": site}
+        with at(site) if named == "at" else nullcontext():
+            lazy = [dask.delayed(Counter, pure=False)(dask.delayed(operator.add, pure=False)(n, 0)) for n in range(4)]
+        counters = client.gather(client.compute(lazy, actors=tuple(lazy), **how))
+        assert {counter.where().result() for counter in counters} == {scheduler_at(client, site)}
+        assert [counter.increment().result() for counter in counters] == [1, 2, 3, 4]
+
+    def test_actors_of_one_graph_at_both_sites(self, client: Client) -> None:
+        lazy = []
+        for each in ("north", "south"):
+            with at(each):
+                lazy.append(dask.delayed(Counter, pure=False)(3))
+        counters = client.gather(client.compute(lazy, actors=True))
+        assert [counter.where().result() for counter in counters] == [
+            scheduler_at(client, each) for each in ("north", "south")
+        ]
+
+    def test_an_actor_that_only_the_graph_itself_uses(self, client: Client) -> None:
+        counter = dask.delayed(Counter, pure=False)(3)
+        calls = [dask.delayed(increment, pure=False)(counter) for _ in range(4)]
+        results = client.gather(client.compute(calls, actors=counter))
+        assert sorted(results) == [4, 5, 6, 7]
+
+    def test_actors_that_are_not_in_the_graph(self, client: Client) -> None:
+        lazy = dask.delayed(Counter, pure=False)(3)
+        with pytest.raises(ValueError, match="'elsewhere'.*actors="):
+            client.compute(lazy, actors="elsewhere")
+        assert client.compute(lazy, actors=()).result().increment() == 4  # a plain object, no actor
 
     def test_arguments_may_be_futures_at_another_site(self, client: Client) -> None:
         start = client.submit(operator.add, 1, 2, site="south")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from distributed import Lock, Queue, Semaphore, Variable, as_completed, fire_and_forget, get_worker
 
+from daskfed import Client
+from daskfed.client.returning import Kept
 from tests.system.killable import Killable, killable
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -121,6 +124,37 @@ def test_a_client_goes_on_hearing_its_topics(fed: Killable) -> None:
         fed.kill_hub()
         client.submit(say, "after", site="north").result()
         wait_until(lambda: heard == ["before", "after"])
+
+
+def waited_there(seconds: float) -> str:
+    """Wait, and return the address of the worker that did."""
+    time.sleep(seconds)
+    return str(get_worker().address)
+
+
+def there(before: str) -> tuple[str, str]:
+    """Return what ran before, and the address of this worker."""
+    return before, str(get_worker().address)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_worker_named_by_its_plain_address_is_still_meant(fed: Killable, heard: bool) -> None:
+    """Also where the hub was killed before the client heard to which site its task was bound."""
+
+    async def main() -> None:
+        async with Client(fed.address, asynchronous=True) as client:
+            north = await client.submit(waited_there, 0, site="north", pure=False)
+            first = client.submit(waited_there, 6, site="south", pure=False)
+            second = client.submit(there, first, workers=[north], pure=False)  # would run near its input
+            unbound = client._memory.blocks[next(reversed(client._memory.blocks))].spec
+            while (await client.explain(first))["phase"] != "pending" or (await client.explain(second)) is None:
+                await asyncio.sleep(0.05)
+            if not heard:
+                client._memory.blocks[unbound.id] = Kept(unbound)
+            await asyncio.to_thread(fed.kill_hub)
+            assert await asyncio.wait_for(second.result(), SOON_S) == (await first, north)
+
+    asyncio.run(main())
 
 
 def test_the_items_of_a_queue_come_out_once_and_in_order(fed: Killable) -> None:

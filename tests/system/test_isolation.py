@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from enum import Enum
 from typing import Any
 
 import pytest
 from distributed import Client as StockClient
-from distributed import Event, Future, Lock, Queue, Variable, get_client, wait
+from distributed import Event, Future, Lock, Queue, Variable, WorkerPlugin, get_client, wait
 
 from daskfed import Client
 from tests.system import commands
@@ -99,6 +101,57 @@ def test_a_call_that_names_anothers_key_is_refused(address: str, alice: Client, 
 
     hostile(address, attack)
     still_there(alice, secret)
+
+
+NO_KEYS: dict[str, dict[str, Any]] = {
+    "client-desires-keys": {"keys": [{"no": "key"}]},
+    "client-releases-keys": {"keys": [{"no": "key"}]},
+    "cancel-keys": {"keys": [("a", {"no": "key"})]},
+    "report-key": {"key": {"no": "key"}},
+    "fed-no-copies": {"keys": [{"no": "key"}]},
+    "fed-back": {"blocks": [], "arrivals": [], "payloads": [], "wanted": [{"no": "key"}]},
+}
+
+
+@pytest.mark.parametrize("op", NO_KEYS)
+def test_what_cannot_be_a_key_is_an_error_and_the_rest_is_heard(address: str, op: str) -> None:
+    """Of one batch of messages; the connection stands."""
+
+    async def attack(raw: Raw) -> None:
+        await raw.say({"op": op, **NO_KEYS[op]}, {"op": "report-key", "key": "heard"})
+        told = await raw.hears(lambda message: message["op"] == "error")
+        assert "TypeError: {'no': 'key'} cannot be a key: it is a dict" in told["exception"]
+        await raw.hears(lambda message: "heard" in message.get("keys", ()))
+        await raw.settled()
+
+    hostile(address, attack)
+
+
+@pytest.mark.parametrize("message", [["no", "message"], {"op": ["no", "op"]}, {"op": {"no": "op"}}, {}, 1, None], ids=str)
+def test_what_is_no_message_is_an_error_and_the_rest_is_heard(address: str, message: Any) -> None:
+    async def attack(raw: Raw) -> None:
+        await raw.say(message, {"op": "report-key", "key": "heard"})
+        assert "is no message" in (await raw.hears(lambda message: message["op"] == "error"))["exception"]
+        await raw.hears(lambda message: "heard" in message.get("keys", ()))
+        await raw.settled()
+
+    hostile(address, attack)
+
+
+class Colour(Enum):
+    """What Python can hash, and what is nothing that a hub could know."""
+
+    RED = 1
+
+
+@pytest.mark.parametrize("key", [Colour.RED, ("a", Colour.RED), frozenset({1})], ids=str)
+def test_a_future_of_what_cannot_be_a_key(alice: Client, key: Any) -> None:
+    """It is an error at once: with its other futures, the client would bring it to the hub again and again."""
+    with pytest.raises(TypeError, match="(?i)unexpected key type"):
+        Future(key, alice)
+    gc.collect()
+    assert alice.submit(abs, -1, pure=False).result(timeout=60) == 1
+    assert key not in alice.futures and key not in alice.refcount
 
 
 def test_asking_for_all_keys_shows_ones_own(address: str, alice: Client, secret: Any) -> None:
@@ -307,6 +360,69 @@ def test_what_a_task_made_is_its_owners(address: str, alice: Client, monkeypatch
         hostile(address, attack)
         assert mallory.submit(take, "nested-secret", site="south", pure=False).result(timeout=60) in LOST
     assert alice.submit(str.lower, inner, site="south").result(timeout=60) == "nested"
+
+
+class Named(WorkerPlugin):
+    """A plugin with a name that others may want to use."""
+
+    name = "the-plugin"
+
+    def __init__(self, whose: str) -> None:
+        self.whose = whose
+
+    def setup(self, worker: Any) -> None:
+        worker.whose_plugin = self.whose
+
+    def teardown(self, worker: Any) -> None:
+        worker.whose_plugin = None
+
+
+def whose_plugin(dask_worker: Any) -> Any:
+    return getattr(dask_worker, "whose_plugin", None)
+
+
+def test_a_plugin_is_its_owners(address: str, alice: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another owner can neither replace it nor take it away; the hub's own user can."""
+    alice.register_plugin(Named("alice"))
+    monkeypatch.setenv("LOGNAME", "mallory")
+    with Client(address, timeout=60, set_as_default=False) as mallory:
+        for idempotent in (False, True):
+            mine = Named("mallory")
+            mine.idempotent = idempotent
+            with pytest.raises(PermissionError, match="worker plugin 'the-plugin' belongs to 'alice'"):
+                mallory.register_plugin(mine)
+        with pytest.raises(PermissionError, match="'alice'"):
+            mallory.unregister_worker_plugin("the-plugin")
+        assert set(mallory.run(whose_plugin).values()) == {"alice"}
+    alice.register_plugin(Named("alice again"))
+    assert set(alice.run(whose_plugin).values()) == {"alice again"}
+    monkeypatch.delenv("LOGNAME")
+    with Client(address, timeout=60, set_as_default=False) as own:
+        own.register_plugin(Named("the hub's"))
+        with pytest.raises(PermissionError, match="the-plugin"):
+            alice.unregister_worker_plugin("the-plugin")
+        assert set(alice.run(whose_plugin).values()) == {"the hub's"}
+        own.unregister_worker_plugin("the-plugin")
+
+
+def test_only_the_hubs_own_user_ends_it_or_changes_its_sites(
+    address: str, alice: Client, secret: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, dict[str, Any]] = {"scale": {"n": 0}, "adapt": {}, "logs": {}, "drain": {}}
+    for method, kwargs in calls.items():
+        with pytest.raises(PermissionError, match=f"'alice' may not call '{method}' of the cluster of site 'north'"):
+            alice.sync(alice.scheduler.fed_cluster, site="north", method=method, kwargs=kwargs)
+    with pytest.raises(PermissionError, match="'alice' may not end the hub"):
+        alice.sync(alice.scheduler.terminate)
+    another = Client(address, timeout=60, set_as_default=False)
+    with pytest.raises(PermissionError, match="only .* may"):
+        another.shutdown()
+    assert another.status == "closed"
+    monkeypatch.delenv("LOGNAME")
+    with Client(address, timeout=60, set_as_default=False) as own:
+        assert own.sync(own.scheduler.fed_cluster, site="north", method="logs", kwargs={})
+    time.sleep(0.5)  # it would have ended
+    still_there(alice, secret)
 
 
 class Purse:

@@ -16,7 +16,7 @@ from distributed.protocol.serialize import Serialized
 from daskfed.client import returning
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses
 from daskfed.client.submission import Submission
-from daskfed.messages import REQUEST, BlockKind, BlockSpec
+from daskfed.messages import REQUEST, BlockKind, BlockSpec, decode_block
 
 
 def submission(*names: str) -> Submission:
@@ -46,6 +46,13 @@ class TestMemory:
         assert anew["arrivals"] == [7, 8, 0] and [each["expr"] for each in anew["payloads"]] == [
             "c/0/0", "c/0/1", "c/1/0",
         ]  # fmt: skip
+
+    def test_a_hub_that_starts_anew_is_told_to_which_sites_blocks_are_bound(self) -> None:
+        memory = Memory()
+        memory.keep(submission("c/0/0", "c/0/1"))
+        memory.bound({"c/0/1": ("north",), "c/9/9": ("south",)})
+        sites = [decode_block(block).constraint.sites for block in memory.message(2, [])["blocks"]]
+        assert sites == [(), ("north",)]
 
     def test_what_will_never_be_needed_is_forgotten(self) -> None:
         memory = Memory()

@@ -109,6 +109,8 @@ class TestKeys:
     def test_what_is_none(self, key: Any) -> None:
         with pytest.raises(TypeError, match="cannot be a key"):
             is_key(key)
+        with pytest.raises(TypeError, match=r"^\{.{79} \.\.\. cannot be a key: it is a dict"):
+            is_key({"a": "x" * 1000})
 
 
 class TestNames:

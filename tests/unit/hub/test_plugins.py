@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from distributed.core import error_message, rpc
 
 from daskfed.comm.opaque import OpaqueError
+from daskfed.hub.owners import Caller, current
 from daskfed.hub.server import Hub
 from daskfed.messages import Message, SiteHello, SiteStatus
 from tests.unit.hub.builders import hello
@@ -26,6 +28,7 @@ class Site:
         self.plugins: dict[tuple[str, str], bytes] = {}
         self.away = False
         self.calls: list[str] = []
+        self.leaving: Callable[[], None] | None = None  # called while it is being told of a plugin
 
     @property
     def connected(self) -> bool:
@@ -44,6 +47,8 @@ class Site:
         if plugin == b"bad":
             raise OpaqueError(error_message(ZeroDivisionError("a bad plugin")))
         self.plugins[kind, name] = plugin
+        if self.leaving is not None:
+            self.leaving()
         return {f"tcp://{self.hello.site}:1": {"status": "OK"}}
 
     def unregister_plugin(self, kind: str, name: str) -> Any:
@@ -138,6 +143,32 @@ def test_a_site_that_was_away_is_told_when_it_is_back() -> None:
     play(story)
 
 
+def test_of_sites_that_are_gone_nothing_is_left() -> None:
+    """Also where one leaves while it is being told; one that comes back is told what there is."""
+    north = Site("north")
+
+    async def story(hub: Hub, client: Any) -> None:
+        for n in range(3):
+            site = Site("south")
+            site.hello = replace(site.hello, incarnation=f"south-{n}")
+            hub.add_site(site)
+            await client.register_worker_plugin(plugin=b"%d" % n, name="a", idempotent=False)
+            hub.remove_site(site.hello)
+        hub.add_site(north)
+        hub.from_site("north", STATUS)
+        north.leaving = lambda: hub.remove_site(north.hello)
+        await client.register_worker_plugin(plugin=b"last", name="a", idempotent=False)
+        assert not hub.plugins.told
+        north.leaving = None
+        hub.add_site(north)
+        hub.from_site("north", STATUS)
+        await until(lambda: hub.core.sites["north"].status == STATUS)
+        assert north.plugins == {("worker", "a"): b"last"}
+        assert list(hub.plugins.told) == [north.hello.incarnation]
+
+    play(story)
+
+
 def test_a_plugin_that_a_scheduler_cannot_take_is_kept_nowhere() -> None:
     north = Site("north")
 
@@ -148,6 +179,28 @@ def test_a_plugin_that_a_scheduler_cannot_take_is_kept_nowhere() -> None:
         assert not hub.plugins.kept and not hub.journal.things("plugin")
 
     play(story)
+
+
+def test_whose_a_plugin_is_outlives_the_hub(tmp_path: Path) -> None:
+    async def before(hub: Hub, client: Any) -> None:
+        current.set(Caller("alice"))
+        await hub.plugins.register("worker", b"1", "a")
+        await hub.plugins.register("worker", b"2", "b")
+        current.set(None)
+        await client.register_worker_plugin(plugin=b"3", name="b", idempotent=False)  # of the hub's own user
+
+    async def after(hub: Hub, client: Any) -> None:
+        assert hub.plugins.owners == {("worker", "a"): "alice", ("worker", "b"): hub.owners.mine}
+        current.set(Caller("mallory"))
+        for name in ("a", "b"):
+            with pytest.raises(PermissionError, match=f"worker plugin '{name}' belongs to"):
+                await hub.plugins.unregister("worker", name)
+        current.set(Caller("alice"))
+        await hub.plugins.unregister("worker", "a")
+        assert list(hub.plugins.kept) == [("worker", "b")]
+
+    play(before, tmp_path)
+    play(after, tmp_path)
 
 
 def test_plugins_outlive_the_hub(tmp_path: Path) -> None:

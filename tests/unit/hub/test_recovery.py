@@ -78,6 +78,16 @@ def test_what_a_site_holds_is_not_made_again() -> None:
     assert stage.block("b").phase is BlockPhase.DONE
 
 
+def test_a_block_that_names_a_worker_that_is_not_there_any_more_fails() -> None:
+    stage = Anew("north")
+    stage.holds("north")
+    back = ev.ClientBack("c", "ann", ((block("b", "x"), 1),), ("x",), refused=(("b", "no worker 'w'"),))
+    commands = stage(back)
+    assert [each.outcome for each in commands if isinstance(each, ev.TellClient)] == [ev.Outcome.FAILED]
+    assert [each.kind for each in commands if isinstance(each, ev.FailKeys)] == ["UnknownWorkerError"]
+    assert sent(commands, RunBlock) == []
+
+
 def test_nothing_is_placed_before_all_are_back() -> None:
     stage = Anew("north", "south")
     stage.back(block("b", "x"), wanted="x")
