@@ -102,9 +102,15 @@ class Hosting:
         return str(self.owners.calling())
 
     def owner_at(self: Any, site: str, key: Key | None) -> str | None:
-        """Return the owner of a key; without one that is known, the owner of all clients, where they have but one."""
-        if (state := self.core.ledger.keys.get(key)) is not None:
+        """Return the owner of a key, also of one that ended lately: events may come after the result was released.
+
+        Without a key that is known, return the owner of all clients, where they have but one.
+        """
+        ledger = self.core.ledger
+        if (state := ledger.keys.get(key)) is not None:
             return str(state.owner)
+        if key in ledger.former:
+            return str(ledger.former[key])
         owners = {session.owner for session in self.sessions.sessions.values()}
         return owners.pop() if len(owners) == 1 else None
 

@@ -33,6 +33,7 @@ from daskfed.hub.suspicion import Suspicion
 from daskfed.messages import Attempt, BlockKind, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys, StopKeys
 
 STORY_LENGTH = 2000  # moves kept for explanations and errors
+MOST_FORMER = 2**14  # keys that ended lately and whose owner is still known
 FIRST_REST_S = 0.1  # a block whose second attempt failed rests so long, and twice as long after each further one
 LONGEST_REST_S = 5.0
 
@@ -148,6 +149,7 @@ class Ledger:
         self.crossing: dict[str, Crossing] = {}  # site that is to report its holdings -> what it was told since then
         self.patient = False  # somebody who is not back yet may bring what nobody can make
         self.keys: dict[Key, KeyState] = {}
+        self.former: dict[Key, str] = {}  # key that ended lately -> its owner: what a site says of it may come later
         self.blocks: dict[str, BlockState] = {}
         self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
         self.kept: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys of which it has a copy
@@ -635,12 +637,19 @@ class Ledger:
         self._release_everywhere(state)
         del self.keys[state.key]
         self._forgotten.append(state.key)
+        self._remember_owner(state)
         self._drop_copy(state)
         block = self.blocks.get(state.producer or "")
         if block is None:
             return ()
         block.live -= 1
         return self._end_if_idle(block)
+
+    def _remember_owner(self, state: KeyState) -> None:
+        self.former.pop(state.key, None)  # the order is that of their ends
+        self.former[state.key] = state.owner
+        if len(self.former) > MOST_FORMER:
+            del self.former[next(iter(self.former))]
 
     def _end_if_idle(self, block: BlockState) -> Iterable[Key]:
         """End a block of which nothing lives; let one rest of which nothing is to be made. Return what it needed."""

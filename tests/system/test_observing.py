@@ -75,6 +75,11 @@ def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
     return found
 
 
+def said(client: Client) -> None:
+    """Wait until the hub has heard what a client said on its stream; its calls may come sooner."""
+    client.submit(operator.neg, 1, pure=False).result()
+
+
 def spin(seconds: float) -> float:
     """Be busy."""
     end = time.monotonic() + seconds
@@ -270,6 +275,7 @@ def test_topics_belong_to_their_owner(client: Client, other: Client, capsys: pyt
     theirs: list[Any] = []
     client.subscribe_topic("mine", mine.append)
     other.subscribe_topic("mine", theirs.append)
+    said(client)
     client.log_event("mine", "from the client")
     client.submit(say, "mine", "mine", site="north", pure=False).result()
     other.submit(say, "theirs", "mine", site="north", pure=False).result()
@@ -280,6 +286,7 @@ def test_topics_belong_to_their_owner(client: Client, other: Client, capsys: pyt
     assert [event for _, event in other.get_events("mine")] == [event for _, event in theirs]
     assert "from the client" not in repr(other.get_events())
     client.unsubscribe_topic("mine")
+    said(client)
     other.log_event("mine", 1)
     client.log_event("mine", 2)
     until(lambda: len(theirs) == 3)
@@ -288,6 +295,23 @@ def test_topics_belong_to_their_owner(client: Client, other: Client, capsys: pyt
         client.unsubscribe_topic("nothing")
     with pytest.raises(TypeError, match="msgpack"):
         client.log_event("mine", object())
+
+
+def test_an_event_that_comes_after_its_key_was_released_is_its_owners(
+    federation: Federation, client: Client, other: Client
+) -> None:
+    """Events and results come from a site on different ways, and nobody waits for the events."""
+    hub = federation.hub
+    assert hub is not None
+    keys = {}
+    for each in (client, other):
+        future = each.submit(operator.neg, 1, site="north", pure=False)
+        future.result()
+        keys[future.key] = hub.owner_of(each.id)
+        del future
+    until(lambda: not any(key in hub.core.ledger.keys for key in keys))
+    assert {key: hub.owner_at("north", key) for key in keys} == keys and len(set(keys.values())) == 2
+    assert hub.owner_at("north", "nobody's") is None
 
 
 def test_a_stranger_reads_no_events(federation: Federation, other: Client) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from daskfed.errors import IllegalTransition
 from daskfed.hub import events as ev
+from daskfed.hub import ledger
 from daskfed.hub.ledger import Ledger
 from daskfed.hub.states import BLOCK_MOVES, KEY_MOVES, BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.messages import (
@@ -47,6 +48,17 @@ Phase = TypeVar("Phase", bound=Enum)
 @pytest.fixture
 def stage() -> Stage:
     return Stage("north", "south")
+
+
+def test_whose_a_key_was_is_known_for_a_while(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a site says of a key may come after its end; only so many are remembered."""
+    monkeypatch.setattr(ledger, "MOST_FORMER", 2)
+    for name in ("x", "y", "x", "z"):
+        stage.submit(block(f"b-{name}", name), wanted=name)
+        owner = stage.key(name).owner
+        stage.drop(name)
+        assert stage.core.ledger.former[name] == owner
+    assert list(stage.core.ledger.former) == ["x", "z"]
 
 
 class TestRelease:
