@@ -17,7 +17,7 @@ LINK = re.compile(r"\[[^\]\[]*\]\(\s*<?([^)<>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`[^`\n]*`")
-SKIP_PARTS = {".venv", ".git", "out", "build", "node_modules"}
+SKIP_PARTS = {".venv", ".venvs", ".git", "out", "build", "node_modules"}
 
 
 def markdown_files(root: Path) -> Iterator[Path]:

@@ -51,5 +51,6 @@ def test_the_newest_is_what_ci_installs_and_the_oldest_what_setup_asks_for() -> 
     """One place more to change with a release would be forgotten."""
     constraints = (ROOT / "ci" / "constraints.txt").read_text()
     assert f"dask=={TESTED[-1]}\n" in constraints and f"distributed=={TESTED[-1]}\n" in constraints
-    (asked,) = re.findall(r'"distributed>=([\d.]+)"', (ROOT / "setup.py").read_text())
-    assert tuple(map(int, asked.split("."))) <= tuple(map(int, TESTED[0].split(".")))
+    asked = re.findall(r'"(?:dask|dask\[.*\]|distributed)>=([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert len(asked) == 3 and len(set(asked)) == 1
+    assert tuple(map(int, asked[0].split("."))) <= tuple(map(int, TESTED[0].split(".")))
