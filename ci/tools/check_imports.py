@@ -25,8 +25,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Dask's private names", ("dask_private.py",)),
     ("pure cores", (
         "backlog.py", "link.py",
-        "hub/arrivals.py", "hub/cancelling.py", "hub/core.py", "hub/desertion.py", "hub/dispatch.py", "hub/estimates.py",
-        "hub/events.py", "hub/inspection.py",
+        "hub/arrivals.py", "hub/cancelling.py", "hub/core.py", "hub/desertion.py", "hub/dispatch.py",
+        "hub/estimates.py", "hub/events.py", "hub/inspection.py",
         "hub/ledger.py", "hub/placement.py", "hub/homes.py", "hub/poison.py", "hub/recovery.py", "hub/states.py",
          "hub/merging.py", "hub/retrying.py", "hub/suspicion.py",
         "site/budget.py", "site/core.py", "site/events.py", "site/inspection.py", "site/records.py", "site/states.py",
