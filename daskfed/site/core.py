@@ -61,6 +61,7 @@ from daskfed.site.states import (
 
 IMPORT_BUDGET = 256 * 2**20  # bytes of imports that may be on their way or in the agent's memory at once
 FETCH_TRIES = 3  # of an import from one source, before the hub is told that it failed
+AT_SCHEDULER = (KeyPhase.LANDING, KeyPhase.MAKING, KeyPhase.HELD, KeyPhase.FAILED)  # phases of keys that it knows
 STORY_LENGTH = 2000  # moves kept for errors
 
 
@@ -537,7 +538,7 @@ class SiteCore:
     def _keys_forgotten(self, event: ev.KeysForgotten) -> None:
         for key in event.keys:
             state = self.keys.get(key)
-            if state is not None and state.phase in (KeyPhase.LANDING, KeyPhase.MAKING, KeyPhase.HELD):
+            if state is not None and state.phase in AT_SCHEDULER:
                 self._lose_key(state, "lost", "the site's scheduler has lost it")
 
     def _keys_missing(self, event: ev.KeysMissing) -> None:

@@ -67,8 +67,11 @@ class Plan:
         return max([*self.joins_at, *drains, *healed, *back, *clients, 0.0])
 
 
-def random_plan(rng: Random) -> Plan:
-    """Return the faults of a history: some histories are calm, most have a few kinds of trouble at once."""
+def random_plan(rng: Random, seed: int) -> Plan:
+    """Return the faults of a history: some histories are calm, most have a few kinds of trouble at once.
+
+    What was thought of later is drawn from the ``seed`` alone: so histories without it are what they were before.
+    """
     nsites = rng.choice([3, 3, 3, 4, 5])
     losses = tuple(random_worker_loss(rng, nsites) for _ in range(rng.choice([0, 1, 2, 4, 6])))
     drains = tuple(random_drain(rng, n, losses) for n in range(nsites))
@@ -81,7 +84,7 @@ def random_plan(rng: Random) -> Plan:
         partitions=tuple(random_partition(rng, nsites) for _ in range(rng.choice([0, 1, 2]))),
         crashes=tuple(crash for _ in range(rng.choice([0, 1, 1, 2, 3])) for crash in random_crashes(rng, nsites)),
         worker_losses=losses,
-        desertions=random_desertions(rng, nsites),
+        desertions=random_desertions(Random(seed), nsites),
         hub_crashes=random_hub_crashes(rng),
         departures=tuple(random_departure(rng) for _ in range(rng.choice([0, 0, 1, 2]))),
         sleeps=tuple(random_sleep(rng) for _ in range(rng.choice([0, 0, 1, 2]))),

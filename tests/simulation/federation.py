@@ -89,7 +89,7 @@ class Simulation:
         self.given_up: dict[Key, None] = {}  # what the hub failed for that reason
         self.faults: Counter[str] = Counter()
         self.universe = random_universe(self.rng, NTASKS)
-        self.plan = random_plan(self.rng)
+        self.plan = random_plan(self.rng, seed)
         self.hub = HubNode(self, self.cores.hub(policy=self._policy()))
         self.sites = {f"s{n}": self._site(n) for n in range(len(self.plan.joins_at))}
         self.clients = {f"c{n}": self._client(f"c{n}") for n in range(self.rng.choice([1, 2, 3]))}
