@@ -61,7 +61,6 @@ from daskfed.site.states import (
 
 IMPORT_BUDGET = 256 * 2**20  # bytes of imports that may be on their way or in the agent's memory at once
 FETCH_TRIES = 3  # of an import from one source, before the hub is told that it failed
-AT_SCHEDULER = (KeyPhase.LANDING, KeyPhase.MAKING, KeyPhase.HELD, KeyPhase.FAILED)  # phases of keys that it knows
 STORY_LENGTH = 2000  # moves kept for errors
 
 

@@ -152,8 +152,9 @@ def test_a_killed_agent_takes_its_cluster_along(start: Callable[..., Any], share
     assert any(HOST in each for each in command.processes().values())
     command.process.kill()
     command.wait()
+    sites = json.loads(status(shared_hub, "--json"))
+    assert sites.get("north", {"status": "away"})["status"] == "away"  # on a busy machine it may be given up by now
     assert command.all_gone()
-    assert json.loads(status(shared_hub, "--json"))["north"]["status"] == "away"
     deadline = time.monotonic() + 30
     while "north" in json.loads(status(shared_hub, "--json")):
         assert time.monotonic() < deadline, "the hub waits for a site that does not come back"
