@@ -236,15 +236,32 @@ class SiteReporter(SchedulerPlugin):
         if client != self.client:
             return
         ended = self.importing.intersection(keys)
-        self.importing -= ended
         tasks = [task for key in ended if (task := self.scheduler.tasks.get(key)) is not None]
-        unused = [task.key for task in tasks if task.state in DORMANT and not (task.who_wants or task.waiters)]
-        self.scheduler.transitions(dict.fromkeys(unused, "forgotten"), "daskfed-import")
+        self.importing -= ended - {task.key for task in tasks if task.waiters}  # these may still fail
+        self._forget_fetch_tasks(tasks)
+
+    def _forget_fetch_tasks(self, tasks: Collection[Any]) -> None:
+        """Forget those fetch tasks that did not land and that nobody needs; what failed from them stays failed."""
+        unused = [task for task in tasks if task.state in DORMANT and not (task.who_wants or task.waiters)]
+        for task in unused:
+            if task.state == "erred":  # Dask's own way from there would have all that failed from it run again
+                for worker in self.scheduler.stream_comms.keys() & (task.erred_on or ()):
+                    freed = {"op": "free-keys", "keys": [task.key], "stimulus_id": "daskfed-import"}
+                    self.scheduler.worker_send(worker, freed)
+                task.exception_blame = task.erred_on = None
+                task.state = "released"
+        self.scheduler.transitions(dict.fromkeys((task.key for task in unused), "forgotten"), "daskfed-import")
 
     def renew(self, client: str) -> None:
-        """Let tasks that nobody asks for run again where they failed from an input that has not failed any more."""
+        """Let tasks that nobody asks for run again where they failed from an input that has not failed any more.
+
+        Imports that did not land, and that nobody asks for any more, are forgotten first.
+        """
         if client != self.client:
             return
+        known = self.scheduler.tasks
+        imports = [task for key in self.importing if (task := known.get(key)) is not None]
+        self._forget_fetch_tasks([task for task in imports if task.run_spec is not None])
         for task in self._failed_tasks():
             inherited = task.exception_blame is not task and all(each.state != "erred" for each in task.dependencies)
             if not inherited or task.who_wants or task.state != "erred":

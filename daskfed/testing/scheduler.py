@@ -280,7 +280,14 @@ class FakeScheduler:
             self.tasks[dep].dependents[task.key] = task
 
     def _renew(self) -> None:
-        """Let tasks run again that failed from an input which has not failed any more: the agent's plugin does that."""
+        """Let tasks run again that failed from an input which has not failed any more: the agent's plugin does that.
+
+        Imports that nobody wants and that did not land are forgotten first.
+        """
+        for task in list(self.tasks.values()):
+            if task.spec is not None and task.spec.fetch is not None:
+                self._strip(task)
+        self._transitions()
         stack, lineage = [(task, False) for task in self.tasks.values()], dict[Key, FakeTaskState]()
         while stack:
             task, expanded = stack.pop()

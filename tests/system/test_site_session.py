@@ -19,6 +19,7 @@ from distributed.protocol.serialize import serialize
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.dask_private import LLGExpr, Serialized, Task, TaskRef
 from daskfed.data.parcels import Parcel, pack
+from daskfed.errors import TransferError
 from daskfed.messages import (
     Attempt,
     BlockKind,
@@ -189,6 +190,12 @@ def fail() -> None:
 runs: list[None] = []
 
 
+def fail_to_arrive(after_s: float) -> None:
+    """What a fetch task does whose agent no longer has the value."""
+    time.sleep(after_s)
+    raise TransferError("dropped")
+
+
 def succeed_once() -> int:
     runs.append(None)
     return 1 // (len(runs) == 1)
@@ -324,6 +331,33 @@ def test_a_task_that_failed_from_an_input_which_is_mended_now_runs_again() -> No
             reporter.renew(client.id)
             (i,) = client.get({"x": (abs, -5), "i": (abs, "x")}, ["i"], sync=False)
             assert await i.result(timeout=10) == 5 and w.status == "error"
+
+    check(story)
+
+
+def test_an_import_that_was_let_go_of_while_a_task_waited_for_it_may_fail_and_is_made_here_next() -> None:
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, reporter):
+            known = site.scheduler.tasks
+            reporter.expect_imports(["x"], client.id)
+            (x,) = client.get({"x": (fail_to_arrive, 0.5)}, ["x"], sync=False)
+            graph = {"x": (operator.add, 1, 2), "y": (operator.add, X, 1), "z": (operator.neg, X)}
+            y, z = client.get(graph, ["y", "z"], sync=False)
+            while "x" not in known or len(known["x"].waiters) < 2:
+                await asyncio.sleep(0.01)
+            x.release()
+            while known["x"].who_wants:
+                await asyncio.sleep(0.01)
+            reporter.end_imports(["x"], client.id)
+            await wait([y, z])
+            assert reporter.failed_imports == {"x"}  # so it is told as what it is, and not as a fault of y
+            y.release()
+            while "y" in known:
+                await asyncio.sleep(0.01)
+            reporter.renew(client.id)
+            assert "x" not in known and known["z"].state == "erred"
+            (y,) = client.get(graph, ["y"], sync=False)
+            assert await y.result(timeout=10) == 4 and z.status == "error"
 
     check(story)
 

@@ -1,4 +1,4 @@
-"""The stand-in for a site's scheduler keeps Dask's rules; tests/contract compares it with the real one."""
+"""The stand-in for a site's scheduler keeps Dask's rules."""
 
 from __future__ import annotations
 
@@ -101,6 +101,19 @@ def test_an_import_is_forgotten_when_it_is_released_and_may_then_be_made_here() 
     assert site.run(A, wanted=("a",)) == [InMemory("a", 8)]
     site.scheduler.release(["a", "b"])
     assert site.scheduler.tasks == {}
+
+
+def test_an_import_that_fails_after_its_release_stands_in_the_way_of_no_later_graph() -> None:
+    site = Site()
+    fetch = FakeTask("a", seconds=1.0, fetch=lambda: Failure("a", transfer=True))
+    site.run(fetch, wanted=("a",), until=0.5)
+    site.run(A, B, FakeTask("d", deps=("a",)), wanted=("b", "d"), until=0.1)
+    site.scheduler.release(["a"])
+    site.clock.run_until(10.0)
+    assert site.scheduler.state_of("a") is State.ERRED and site.scheduler.state_of("d") is State.ERRED
+    site.scheduler.release(["b"])
+    assert InMemory("b", 8) in site.run(A, B, wanted=("b",))
+    assert site.scheduler.state_of("d") is State.ERRED  # whoever wants it has heard that
 
 
 def test_a_running_task_keeps_its_thread_after_release() -> None:
