@@ -111,6 +111,21 @@ class Arrivals:
     def _renumber(self, block: BlockState) -> None:
         block.order = (*block.order[:2], self._next(block.spec.client, block.spec.id))
 
+    def prefer_sound(self) -> None:
+        """Once all are back: what comes from a key that nobody can make is made by a block that can do without, if any.
+
+        A client may have missed that blocks of its were forgotten, and another client knows no more how to make what
+        these need: but those that were submitted later, instead of them, have all that they need.
+        """
+        makers = _all_makers(self.ledger)
+        sound = _sound_blocks(self.ledger, makers)
+        for state in list(self.ledger.keys.values()):
+            if state.producer in self.ledger.blocks and state.producer not in sound:
+                for name, block in makers[state.key].items():
+                    if name in sound:
+                        self.ledger.hand_over(state, block)
+                        break
+
     def straighten(self, blocks: Iterable[BlockState]) -> list[KeyState]:
         """Where one of ``blocks`` needs a later one, number all anew; return keys that nobody is to make any more.
 
@@ -141,10 +156,7 @@ class _Others:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._makers: dict[Key, dict[str, BlockState]] = {}
-        for name, block in ledger.blocks.items():
-            for key in block.spec.outputs:
-                self._makers.setdefault(key, {})[name] = block
+        self._makers = _all_makers(ledger)
 
     def take_over(self, states: Iterable[KeyState]) -> bool:
         """Have another block make one of these keys; returns False where there is none that was not tried."""
@@ -155,6 +167,43 @@ class _Others:
                 self.ledger.hand_over(state, next(iter(makers.values())))
                 return True
         return False
+
+
+def _all_makers(ledger: Ledger) -> dict[Key, dict[str, BlockState]]:
+    """Return for each key that blocks can make those blocks, by their names."""
+    makers: dict[Key, dict[str, BlockState]] = {}
+    for name, block in ledger.blocks.items():
+        for key in block.spec.outputs:
+            makers.setdefault(key, {})[name] = block
+    return makers
+
+
+def _sound_blocks(ledger: Ledger, makers: dict[Key, dict[str, BlockState]]) -> set[str]:
+    """Return the blocks that can run though all values are lost, but for data that a client has a copy of."""
+    made = {key for key, state in ledger.keys.items() if state.keeper is not None}
+    users: dict[Key, list[BlockState]] = {}
+    missing: dict[str, int] = {}
+    sound: set[str] = set()
+    ready: list[BlockState] = []
+    for name, block in ledger.blocks.items():
+        lacks = set(block.spec.inputs) - made
+        missing[name] = len(lacks)
+        for key in lacks:
+            users.setdefault(key, []).append(block)
+        if not lacks:
+            ready.append(block)
+    while ready:
+        block = ready.pop()
+        sound.add(block.spec.id)
+        for key in block.spec.outputs:
+            if key in made:
+                continue
+            made.add(key)
+            for user in users.get(key, ()):
+                missing[user.spec.id] -= 1
+                if not missing[user.spec.id]:
+                    ready.append(user)
+    return sound
 
 
 def _maker(ledger: Ledger, key: Key) -> BlockState | None:

@@ -112,6 +112,7 @@ class Recovery:
         for state in shielded:
             state.shielded = False
         self.ledger.settle([state.key for state in shielded])
+        self.arrivals.prefer_sound()
         self.give_up(list(self.ledger.keys.values()))
         self.give_up(self.arrivals.straighten(list(self.ledger.blocks.values())))
         self.ledger.rest_idle(())
