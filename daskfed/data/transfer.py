@@ -178,17 +178,24 @@ class Fetcher:
             self.forget(request.source)
             if known:  # it may have another address since it was asked for
                 return await self._direct(request)
-            self._unreachable[request.source] = time.monotonic() + UNREACHABLE_S
+            self._not_reached(request.source)
             return None
         return await self._receive_from(comm, address, request)
 
-    async def _receive_from(self, comm: Any, address: str, request: _Request) -> str:
+    def _not_reached(self, site: str) -> None:
+        self._unreachable[site] = time.monotonic() + UNREACHABLE_S
+
+    async def _receive_from(self, comm: Any, address: str, request: _Request) -> str | None:
         keys = list(request.pending)
         try:
             await comm.write(
                 {"op": "get_keys", "site": request.source, "keys": keys, "token": self.token, "reply": False}
             )
             return await self._receive(_messages(comm), request)
+        except _StrangerError:  # of two private networks, in which the same address is another machine
+            self.forget(request.source)
+            self._not_reached(request.source)
+            return None
         except OSError as exc:
             comm.abort()
             return f"the connection with site {request.source!r} broke: {exc}"
@@ -216,6 +223,8 @@ class Fetcher:
         """Deliver what a stream brings; returns why the rest is missing. Raises OSError where it breaks off."""
         unpacker = Unpacker(largest_message())
         async for message in _lively(messages):
+            if message.get("stranger"):
+                raise _StrangerError(message.get("error"))
             for key, parcel in unpacker.take(message).items():
                 self._arrived(request, key, parcel, "")
             for key, reason in message.get("missing", {}).items():
@@ -229,6 +238,10 @@ class Fetcher:
             del request.pending[key]
             seconds = request.lap()
             self.deliver(Arrival(key, request.source, parcel, reason, seconds, request.relayed, missing=bool(reason)))
+
+
+class _StrangerError(Exception):
+    """Another site answers, or one of another federation."""
 
 
 @dataclass(slots=True)

@@ -40,7 +40,8 @@ from daskfed.messages import (
     SiteStatus,
 )
 
-MAX_FAILURES = 10  # attempts of one block that end through no fault of its tasks
+MAX_FAILURES = 40  # attempts of one block that end through no fault of its tasks
+MAX_ALIKE = 10  # of them, that end for the same reason
 
 
 class HubCore:
@@ -422,7 +423,10 @@ class HubCore:
 
     def _again(self, block: BlockState, reason: str, blameless: bool = False) -> None:
         self.ledger.take_back(block, blameless)
-        if block.failures >= MAX_FAILURES:
+        if blameless:
+            return
+        alike = block.troubles[reason] = block.troubles.get(reason, 0) + 1
+        if alike >= MAX_ALIKE or block.failures >= MAX_FAILURES:
             why = f"{block.spec.label or block.spec.id}: given up after {block.failures} attempts: {reason}"
             self.ledger.fail_block(block, "TransferError", why)
 

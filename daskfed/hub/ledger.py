@@ -111,6 +111,7 @@ class BlockState:
     live: int = 0  # outputs that it is the producer of and that still live
     pending: int = 0  # those of them that are still to be made
     failures: int = 0  # attempts that ended through no fault of its tasks
+    troubles: dict[str, int] = field(default_factory=dict)  # what ended them -> how many
     rests_until: float = 0.0  # not to be placed again before, since it failed more than once
     expected_s: float = 0.0  # estimated seconds of one thread
     started: bool = False  # its tasks are with the site's scheduler

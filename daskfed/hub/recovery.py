@@ -113,9 +113,9 @@ class Recovery:
             state.shielded = False
         self.ledger.settle([state.key for state in shielded])
         self.arrivals.prefer_sound()
-        self.give_up(list(self.ledger.keys.values()))
-        self.give_up(self.arrivals.straighten(list(self.ledger.blocks.values())))
+        self.arrivals.straighten(list(self.ledger.blocks.values()))
         self.ledger.rest_idle(())
+        self.give_up(list(self.ledger.keys.values()))
 
     def give_up(self, states: Iterable[KeyState]) -> None:
         """End those of these keys that nobody makes and nobody will bring."""

@@ -287,7 +287,8 @@ class Agent:
     async def _get_keys(self, comm: Comm, keys: Collection[Key], token: str, site: str) -> Status:
         trusted = self._port is not None and hmac.compare_digest(token, self._port.federation)
         if not trusted or site != self.name:
-            await comm.write({"end": True, "error": f"this is site {self.name!r}, which does not know the caller"})
+            error = f"this is site {self.name!r}, which does not know the caller"
+            await comm.write({"end": True, "stranger": True, "error": error})
             return Status.dont_reply
         await Paced(comm).write_all(self.stream_keys(keys))
         return Status.dont_reply

@@ -433,6 +433,7 @@ class SiteCore:
         if state.phase is KeyPhase.FAILED and not state.makers:
             self._releases.append(key)  # the scheduler would answer with the old error
             self._move_key(state, "make")
+            state.hub = False  # it was the error that the hub wanted here
         elif state.phase is KeyPhase.ABSENT or state.phase in COMING:
             self.imports.unwant(key)
             self._move_key(state, "make")
@@ -538,7 +539,8 @@ class SiteCore:
         for key in event.keys:
             state = self.keys.get(key)
             if state is not None and state.phase in AT_SCHEDULER:
-                self._lose_key(state, "lost", "the site's scheduler has lost it")
+                move = "release" if state.phase is KeyPhase.FAILED else "lost"
+                self._lose_key(state, move, "the site's scheduler has lost it")
 
     def _keys_missing(self, event: ev.KeysMissing) -> None:
         """Give up keys that a worker took along and that do not come again; the hub has them made anew.

@@ -60,7 +60,6 @@ KEY_MOVES: dict[tuple[KeyPhase, str], KeyPhase] = {
     (KeyPhase.HELD, "lost"): KeyPhase.ABSENT,
     (KeyPhase.HELD, "release"): KeyPhase.ABSENT,
     (KeyPhase.FAILED, "make"): KeyPhase.MAKING,
-    (KeyPhase.FAILED, "lost"): KeyPhase.ABSENT,
     (KeyPhase.FAILED, "release"): KeyPhase.ABSENT,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from daskfed.data.fetch import open_import
 from daskfed.data.parcels import CHUNK_BYTES
 from daskfed.data.transfer import GROUP_BYTES, GROUP_KEYS, Arrival, Fetcher, Source, grouped
 from daskfed.messages import Key
+from daskfed.site.agent import Agent
 
 NOBODY = "tcp://127.0.0.1:1"
 
@@ -123,6 +125,25 @@ def test_a_site_that_cannot_be_dialled_is_reached_through_the_hub(address: str) 
         north = NorthSite({"a": 1}, address)
         arrival = (await fetched(north, "a"))["a"]
         assert value(arrival) == 1 and arrival.relayed and north.streams == 0
+
+    asyncio.run(check())
+
+
+def test_a_site_at_whose_address_another_one_answers_is_reached_through_the_hub() -> None:
+    """As in two private networks with the same addresses."""
+
+    async def check() -> None:
+        south = SimpleNamespace(name="south", _port=SimpleNamespace(federation="another secret"))
+        server = OpaqueServer({"get_keys": MethodType(Agent._get_keys, south)})
+        await server.listen("inproc://")
+        await server.start()
+        north = NorthSite({"a": 1, "b": 2}, server.address)
+        fetcher = Fetcher(north, "secret", lambda arrival: None)
+        for key in "ab":
+            arrival = (await fetched(north, key, fetcher=fetcher))[key]
+            assert value(arrival) == north.values[key] and arrival.relayed and north.asked == ["north"]
+        await fetcher.close()
+        await server.close()
 
     asyncio.run(check())
 

@@ -24,6 +24,7 @@ from tests.unit.hub.builders import (
     Stage,
     block,
     forget,
+    forget_block,
     hello,
     keys,
     lost_for_good,
@@ -204,3 +205,12 @@ def test_a_key_that_is_held_keeps_its_phase_while_a_client_is_away() -> None:
     stage.holds("north", "x", working("b", "", "x"))
     assert stage.key("x").phase is KeyPhase.HELD
     assert stage.leave("north") == [] and stage.key("x").phase is KeyPhase.PENDING
+
+
+def test_a_key_is_made_by_a_later_block_where_what_the_first_needs_cannot_be_made_any_more() -> None:
+    stage = Anew("north")
+    stage.back(block("old", "m", "gone"), block("new", "m"), block("use", "x", "m"), wanted="x")
+    commands = stage.holds("north", "gone")  # whoever made it has been told to forget how
+    assert stage.key("m").producer == "new"
+    assert [each.block.id for each in sent(commands, RunBlock) if isinstance(each, RunBlock)] == ["new"]
+    assert forget_block("old") in commands and forget("gone") in commands
