@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from daskfed.hub import events as ev
-from daskfed.hub.core import HubCore
+from daskfed.hub.core import MAX_FAILURES, HubCore
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import (
     Attempt,
@@ -482,6 +482,16 @@ class TestTrouble:
         ]  # fmt: skip
         assert stage.drop("x y") == [forget("y x"), forget_block("b")]
         assert stage.empty
+
+    def test_troubles_of_many_kinds_are_borne_longer_than_one(self, stage: Stage) -> None:
+        stage.submit(block("b", "x"), wanted="x")
+        commands: Commands = []
+        failures = 0
+        while not any(isinstance(each, ev.FailKeys) for each in commands):
+            failures += 1
+            commands = stage.lost("b", f"input {failures % 8} was lost")
+            stage.later(60.0)
+        assert failures == MAX_FAILURES > 10
 
     def test_an_import_that_fails_gives_back_what_waits_for_it(self, stage: Stage) -> None:
         stage.join("west")

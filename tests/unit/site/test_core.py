@@ -334,6 +334,13 @@ class TestImports:
         assert site(KeysErred(("y",))) == [TellHub(KeysFailed("b", FIRST, ("y",)))]
         assert site(ReleaseKeys(("x", "y"))) == [ReleaseAtScheduler(("x", "y"))]
 
+    def test_a_key_whose_error_was_brought_here_and_that_is_made_here_next_is_the_blocks_alone(self, site: Site) -> None:
+        site(run(block("b", ("y",), ("x",)), Import("x", "", 0, failed=True)), KeysErred(("x",)), KeysErred(("y",)))
+        site(run(block("a", ("x",))), ready("x"))
+        assert site.core.holds("x")
+        site(CancelBlock("b", FIRST))
+        assert ReleaseAtScheduler(("x",)) in site(CancelBlock("a", FIRST)) and "x" not in site.phases()
+
     def test_the_byte_budget_holds_imports_back(self) -> None:
         site = Site(import_budget=250_000)
         wanted = tuple(Import(key, "north", 100_000) for key in "abc")
