@@ -46,7 +46,7 @@ class Stream:
         self.submitted: dict[int, float] = {}  # task -> seconds since the start
         self.done: dict[int, float] = {}
         self.failed = 0
-        self._futures: list[Any] = []
+        self._futures: dict[int, Any] = {}  # those that are not done
         self._start = time.monotonic()
 
     @property
@@ -65,13 +65,15 @@ class Stream:
     def _submit(self, number: int) -> None:
         self.submitted[number] = self.now
         future = self.client.submit(task, number, self.diary.path, pure=False)
-        self._futures.append(future)
-        future.add_done_callback(lambda future: self._ended(number, future.status))
+        self._futures[number] = future
+        future.add_done_callback(lambda future: self._ended(number))
 
-    def _ended(self, number: int, status: str) -> None:
-        if status == "finished":
+    def _ended(self, number: int) -> None:
+        """Take the result at once, as a caller of a function does: what nobody holds need not be made again."""
+        try:
+            self._futures.pop(number).result()
             self.done[number] = self.now
-        else:
+        except Exception:
             self.failed += 1
 
     def latency_s(self, since: float, until: float) -> float:

@@ -73,6 +73,7 @@ class HubCore:
             ev.CopiesGone: self._copies_gone,
             ev.KeysNeeded: self._keys_needed,
             ev.SiteJoined: self._site_joined,
+            ev.SiteReach: self._site_reach,
             ev.SiteLeft: self._site_left,
             ev.FromSite: self._from_site,
             ev.Tick: self._tick,
@@ -280,6 +281,10 @@ class HubCore:
         self.ledger.reports[hello.site] = 0
         self.poison.site_joined(hello)
         self.homes.find()
+
+    def _site_reach(self, event: ev.SiteReach) -> None:
+        if (site := self.sites.get(event.site)) is not None:
+            site.away = event.away
 
     def _site_left(self, event: ev.SiteLeft) -> None:
         site = self.sites.get(event.site)

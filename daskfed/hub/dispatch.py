@@ -60,6 +60,7 @@ class SiteState:
     trials: set[str] = field(default_factory=set)  # blocks here of which all that is to be made is suspect
     empty_since: float | None = None  # when it had blocks and no workers first, since it last had any
     deserted: bool = False  # that is long ago: it gets no blocks while other sites may have them
+    away: bool = False  # the connection with it broke a moment ago: it gets no blocks until it is back
     unclaimed: bool = False  # it holds, or works at, what nobody here knows, while clients are still awaited
 
     @property
@@ -203,7 +204,7 @@ class Dispatcher:
     def _place_from(self, where: Where) -> None:
         queue = self.queues[where]
         deferred: list[tuple[Order, str]] = []
-        sites = [site for site in self.eligible(where[0]) if not site.draining]
+        sites = [site for site in self.eligible(where[0]) if not (site.draining or site.away)]
         sites = [site for site in sites if not site.deserted] or sites
         while queue and sites and len(deferred) < LOOKAHEAD:
             block = self.ledger.blocks.get(queue[0][1])
@@ -324,7 +325,7 @@ class Dispatcher:
         for site in self.sites.values():
             if site.draining:
                 self._recall_all(site)
-            elif site.recalled_for is None and len(site.blocks) < MIN_BLOCKS and not site.deserted:
+            elif site.recalled_for is None and len(site.blocks) < MIN_BLOCKS and not (site.deserted or site.away):
                 self._recall_for(site)
 
     def _recall_all(self, site: SiteState) -> None:
@@ -332,7 +333,8 @@ class Dispatcher:
             self._recall(self.ledger.blocks[name])
 
     def _recall_for(self, taker: SiteState) -> None:
-        donors = [site for site in self.sites.values() if site is not taker and len(site.blocks) >= MIN_BLOCKS]
+        others = [site for site in self.sites.values() if site is not taker and not site.away]
+        donors = [site for site in others if len(site.blocks) >= MIN_BLOCKS]
         for donor in sorted(donors, key=lambda site: -site.backlog_s / max(1, site.threads)):
             for name in reversed(donor.blocks):
                 block = self.ledger.blocks[name]

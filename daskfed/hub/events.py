@@ -135,6 +135,14 @@ class SiteJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteReach:
+    """The connection with a site broke, which may come back, or is there again."""
+
+    site: str
+    away: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SiteLeft:
     """A site is gone, with all it held."""
 
@@ -168,6 +176,7 @@ Event: TypeAlias = (
     | CopiesGone
     | KeysNeeded
     | SiteJoined
+    | SiteReach
     | SiteLeft
     | FromSite
     | Tick

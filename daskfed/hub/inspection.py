@@ -140,7 +140,7 @@ def _why_not_yet(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> s
     if (problem := unmet(block.spec.constraint, hellos)) is not None:
         return problem
     eligible = dispatcher.eligible(block.spec.constraint)
-    names = ", ".join(site.name for site in eligible)
+    names = ", ".join(f"{site.name} (away)" if site.away else site.name for site in eligible)
     return f"its block is ready; {names or 'no site'} may run it" + (" and is busy" if eligible else "")
 
 

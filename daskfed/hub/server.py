@@ -294,12 +294,15 @@ class Hub(Hosting, OpaqueServer):
 
     async def _serve_site(self, port: RemoteSite) -> None:
         port.stream.comm.name = f"Hub->Site {port.hello.site}"
+        self.take(ev.SiteReach(port.hello.site, away=False))
         try:
             await port.serve()
         finally:
             if port.ended or self.status is not Status.running:
                 self.remove_site(port.hello, port)
             else:
+                if self.ports.get(port.hello.site) is port:
+                    self.take(ev.SiteReach(port.hello.site, away=True))
                 self.loop.call_later(SITE_GRACE_S, self._give_up_site, port, port.stream.comm)
 
     def _give_up_site(self, port: RemoteSite, comm: Comm) -> None:

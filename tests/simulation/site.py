@@ -15,6 +15,7 @@ from itertools import groupby
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from daskfed.hub.events import SiteReach
 from daskfed.messages import (
     PROTOCOL_VERSION,
     Attempt,
@@ -188,12 +189,14 @@ class SiteNode:
         self.reachable = False
         if self.connection is not None:
             self.connection.cut()
+            self.sim.hub.handle(SiteReach(self.name, away=True))
 
     def mend(self) -> None:
         """End the partition."""
         self.reachable = True
         if self.connection is not None:
             self.connection.mend()
+            self.sim.hub.handle(SiteReach(self.name, away=False))
 
     def crash(self) -> None:
         """Stop without a word."""

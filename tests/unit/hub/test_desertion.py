@@ -1,4 +1,4 @@
-"""A site that has lost its workers for good: its blocks go to sites that have some, and what only it may do waits."""
+"""Sites that lost their workers for good, or their connection for a moment: who does what they were to do."""
 
 from __future__ import annotations
 
@@ -72,3 +72,13 @@ def test_a_deserted_site_is_tried_again_after_a_while() -> None:
     stage.later(PATIENCE_S + 1)
     stage.later(REST_S)
     assert run("north", block("B", "xB")) in stage.submit(block("B", "xB"), wanted="xB")
+
+
+def test_a_site_that_is_away_gets_no_blocks_until_it_is_back() -> None:
+    stage = Stage("north", policy=DataOnly())
+    a, b = block("A", "x", sites=("north",)), block("B", "y")
+    stage(ev.SiteReach("north", away=True))
+    assert stage.submit(a, b, wanted="x y") == []
+    assert "north (away) may run it" in stage.core.explain("x")["why"]
+    assert run("south", b) in stage.join("south")
+    assert run("north", a) in stage(ev.SiteReach("north", away=False))

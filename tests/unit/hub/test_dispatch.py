@@ -283,6 +283,12 @@ class TestRecall:
         assert busy(ev.Tick()) == []
         assert busy.made("d", "xd") == [told("xd")]
 
+    def test_nothing_is_recalled_from_a_site_that_is_away(self, busy: Stage) -> None:
+        busy(ev.SiteReach("north", away=True))
+        assert busy.join("south") == []
+        busy(ev.SiteReach("north", away=False))
+        assert busy(ev.FromSite("south", status())) == [recall("north", "d")]
+
     def test_a_block_that_ends_while_it_is_recalled_is_done(self, busy: Stage) -> None:
         busy.join("south")
         assert busy.made("d", "xd") == [told("xd")]
