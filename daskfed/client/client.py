@@ -241,12 +241,15 @@ class Client(Retrying, Observing, ActingClient):
         return {(source, target): dict(zip(names, values, strict=True)) for source, target, *values in rows}
 
     def explain(self, key: Any) -> Any:
-        """Return why a key (or future) waits, or where and why it ran: phase, why, sites, nbytes, block, site."""
+        """Return why a key (or future) waits, or where and why it ran: phase, why, sites, nbytes, block, site.
+
+        Of a block that waits for inputs, ``waits_for`` has the first of those that do not exist yet.
+        """
         return self.sync(self._explain, getattr(key, "key", key))
 
     async def _explain(self, key: Key) -> dict[str, Any]:
         facts = await self.scheduler.fed_explain(key=key)
-        listed = {name: list(facts[name]) for name in ("sites", "story") if name in facts}
+        listed = {name: list(facts[name]) for name in ("sites", "story", "waits_for") if name in facts}
         return {**facts, **listed}
 
     async def fetch_progress(self, keys: Iterable[Key]) -> dict[str, dict[str, int]]:

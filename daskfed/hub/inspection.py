@@ -11,6 +11,7 @@ from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import Key
 
 UNFINISHED = (BlockPhase.WAITING, BlockPhase.READY, *AT_SITE)
+WAITS_FOR = 8  # missing inputs that are told of
 
 
 def check(ledger: Ledger, dispatcher: Dispatcher) -> None:
@@ -96,7 +97,10 @@ def _check_block(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> N
 
 
 def explain(ledger: Ledger, dispatcher: Dispatcher, key: Key) -> dict[str, Any]:
-    """Return, for one key: ``phase``, ``why`` in words, ``sites`` that hold it, ``nbytes``, and its block's facts."""
+    """Return, for one key: ``phase``, ``why`` in words, ``sites`` that hold it, ``nbytes``, and its block's facts.
+
+    Among these are, of a block that waits, the first inputs that do not exist: ``waits_for``.
+    """
     state = ledger.keys.get(key)
     if state is None:
         return {"key": key, "phase": "unknown", "why": "no client wants this key and no block needs it", "sites": []}
@@ -111,6 +115,8 @@ def explain(ledger: Ledger, dispatcher: Dispatcher, key: Key) -> dict[str, Any]:
     if block is not None:
         facts = {"block": block.spec.id, "site": block.site, "tasks": block.spec.ntasks, "attempt": block.attempt.n}
         found |= facts | {"block_phase": block.phase.value, "story": ledger.story(block.spec.id)}
+        if block.phase is BlockPhase.WAITING:
+            found["waits_for"] = _missing(ledger, block)[:WAITS_FOR]
     return found
 
 
@@ -130,7 +136,7 @@ def _why(ledger: Ledger, dispatcher: Dispatcher, state: KeyState, block: BlockSt
 
 def _why_not_yet(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> str:
     if block.phase is BlockPhase.WAITING:
-        missing = [key for key in block.spec.inputs if ledger.keys[key].phase is KeyPhase.PENDING]
+        missing = _missing(ledger, block)
         return f"its block waits for {len(missing)} input(s), first {missing[0]!r}"
     if block.phase in AT_SITE:
         return f"its block is at {block.site}, {'with the scheduler' if block.started else 'not started yet'}"
@@ -142,6 +148,10 @@ def _why_not_yet(ledger: Ledger, dispatcher: Dispatcher, block: BlockState) -> s
     eligible = dispatcher.eligible(block.spec.constraint)
     names = ", ".join(f"{site.name} (away)" if site.away else site.name for site in eligible)
     return f"its block is ready; {names or 'no site'} may run it" + (" and is busy" if eligible else "")
+
+
+def _missing(ledger: Ledger, block: BlockState) -> list[Key]:
+    return [key for key in block.spec.inputs if ledger.keys[key].phase is KeyPhase.PENDING]
 
 
 def progress_of(ledger: Ledger, keys: Iterable[Key]) -> dict[str, dict[str, int]]:

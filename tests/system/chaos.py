@@ -227,7 +227,16 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
     lines = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(futures)}"]
     lines += [f"sites: {_asked(client._fetch_sites, client)}"]
     keys = [key for future in pending[:8] or futures for key in _parts(client, future.key)]
-    lines += [f"{key!r} {_state(client, key)}: {_asked(client._explain, client, key)}" for key in keys[:30]]
+    for key in keys[:30]:
+        facts = _asked(client._explain, client, key)
+        lines.append(f"{key!r} {_state(client, key)}: {facts}")
+        if isinstance(facts, dict):
+            keys += [each for each in facts.get("waits_for", ())[:2] if each not in keys]
+    for what in (client.processing, client.call_stack):
+        try:
+            lines.append(f"{what.__name__}: {what()}")
+        except Exception as exc:
+            lines.append(f"{what.__name__}: {exc!r}")
     return "\n".join([*lines, siege.logs()])
 
 

@@ -49,6 +49,7 @@ class TestExplain:
         stage.scatter("north", "a")
         stage.submit(block("p", "x z"), block("b", "y", "a x z"), wanted="y")
         assert why(stage, "y") == "its block waits for 2 input(s), first 'x'"
+        assert stage.core.explain("y")["waits_for"] == ["x", "z"]
 
     def test_a_block_that_no_site_may_run(self, stage: Stage) -> None:
         stage.submit(block("b", "x", sites=("west",)), wanted="x", wait=True)
