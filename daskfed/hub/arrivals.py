@@ -118,13 +118,12 @@ class Arrivals:
         these need: but those that were submitted later, instead of them, have all that they need.
         """
         makers = _all_makers(self.ledger)
-        sound = _sound_blocks(self.ledger, makers)
+        sound = _sound_blocks(self.ledger)
         for state in list(self.ledger.keys.values()):
             if state.producer in self.ledger.blocks and state.producer not in sound:
-                for name, block in makers[state.key].items():
-                    if name in sound:
-                        self.ledger.hand_over(state, block)
-                        break
+                other = next((block for name, block in makers[state.key].items() if name in sound), None)
+                if other is not None:
+                    self.ledger.hand_over(state, other)
 
     def straighten(self, blocks: Iterable[BlockState]) -> list[KeyState]:
         """Where one of ``blocks`` needs a later one, number all anew; return keys that nobody is to make any more.
@@ -178,7 +177,7 @@ def _all_makers(ledger: Ledger) -> dict[Key, dict[str, BlockState]]:
     return makers
 
 
-def _sound_blocks(ledger: Ledger, makers: dict[Key, dict[str, BlockState]]) -> set[str]:
+def _sound_blocks(ledger: Ledger) -> set[str]:
     """Return the blocks that can run though all values are lost, but for data that a client has a copy of."""
     made = {key for key, state in ledger.keys.items() if state.keeper is not None}
     users: dict[Key, list[BlockState]] = {}

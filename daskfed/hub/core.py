@@ -427,11 +427,8 @@ class HubCore:
                 self.ledger.release_at(site, key)
 
     def _again(self, block: BlockState, reason: str, blameless: bool = False) -> None:
-        self.ledger.take_back(block, blameless)
-        if blameless:
-            return
-        alike = block.troubles[reason] = block.troubles.get(reason, 0) + 1
-        if alike >= MAX_ALIKE or block.failures >= MAX_FAILURES:
+        self.ledger.take_back(block, "" if blameless else reason)
+        if block.failures >= MAX_FAILURES or block.troubles.get(reason, 0) >= MAX_ALIKE:
             why = f"{block.spec.label or block.spec.id}: given up after {block.failures} attempts: {reason}"
             self.ledger.fail_block(block, "TransferError", why)
 

@@ -42,7 +42,7 @@ class Desertion:
             block = self.ledger.blocks[name]
             others = self.dispatcher.eligible(block.spec.constraint)
             if block.spec.kind not in AT_ONCE and any(map(has_workers, others)):
-                self.ledger.take_back(block, blameless=True)
+                self.ledger.take_back(block)
         self.dispatcher.update()
 
 

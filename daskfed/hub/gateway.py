@@ -99,11 +99,7 @@ class Gateway:
         for state in self.hub.core.ledger.keys.values():
             for site in state.holders:
                 held[site] += state.nbytes
-        found = {name: site_info(site, held[name]) for name, site in self.hub.core.sites.items()}
-        for name, port in self.hub.ports.items():
-            if name in found and not port.connected:
-                found[name]["status"] = "away"
-        return found
+        return {name: site_info(site, held[name]) for name, site in self.hub.core.sites.items()}
 
     async def fed_sites(self) -> dict[str, Any]:
         """Return name -> facts of every site."""
@@ -202,7 +198,7 @@ def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:
     """Return what ``client.sites()`` shows of a site; sizes in bytes."""
     status = site.status
     found: dict[str, Any] = {
-        "status": "joining" if status is None else "draining" if site.draining else "running",
+        "status": _status(site),
         "labels": dict(site.hello.labels),
         "environments": list(site.hello.environments),
         "versions": dict(site.hello.versions),
@@ -212,3 +208,9 @@ def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:
     }
     names = ("workers", "threads", "memory_limit", "memory_used", "running", "queued")
     return found | {name: getattr(status, name) if status is not None else 0 for name in names}
+
+
+def _status(site: SiteState) -> str:
+    if site.away:
+        return "away"
+    return "joining" if site.status is None else "draining" if site.draining else "running"

@@ -110,13 +110,17 @@ class BlockState:
     open_outputs: set[Key] = field(default_factory=set)  # asked for in this attempt and not reported yet
     live: int = 0  # outputs that it is the producer of and that still live
     pending: int = 0  # those of them that are still to be made
-    failures: int = 0  # attempts that ended through no fault of its tasks
-    troubles: dict[str, int] = field(default_factory=dict)  # what ended them -> how many
+    troubles: dict[str, int] = field(default_factory=dict)  # what ended attempts, no fault of its tasks -> how many
     rests_until: float = 0.0  # not to be placed again before, since it failed more than once
     expected_s: float = 0.0  # estimated seconds of one thread
     started: bool = False  # its tasks are with the site's scheduler
     wait: bool = False  # wait where no site meets its constraint
     suspects: dict[Key, Suspicion] = field(default_factory=dict)  # outputs that may have killed workers or sites
+
+    @property
+    def failures(self) -> int:
+        """How many attempts ended through no fault of its tasks."""
+        return sum(self.troubles.values())
 
 
 @lru_cache(maxsize=1024)
@@ -495,13 +499,14 @@ class Ledger:
         else:
             self.settle(self._stand_down(block))
 
-    def take_back(self, block: BlockState, blameless: bool = False) -> None:
+    def take_back(self, block: BlockState, trouble: str = "") -> None:
         """Stop the present attempt of a placed block, through no fault of its tasks, and place it again.
 
-        ``blameless``: the trouble that ended it is over, so that it need not rest before the next attempt.
+        Without a ``trouble``, or where what ended it is over, it need not rest before the next attempt.
         """
         self.cancel_at(str(block.site), block.spec.id, block.attempt)
-        block.failures += not blameless
+        if trouble:
+            block.troubles[trouble] = block.troubles.get(trouble, 0) + 1
         if block.failures > 1:
             block.rests_until = self.now + min(FIRST_REST_S * 2 ** (block.failures - 2), LONGEST_REST_S)
         self.return_block(block, "site lost")

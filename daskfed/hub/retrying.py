@@ -23,7 +23,7 @@ def retry_keys(ledger: Ledger, keys: Iterable[Key]) -> None:
         ledger.inputs_missing(state)
     for block in _blocks(ledger, (name for state in states for name in state.consumers)):
         if block.phase in AT_SITE and block.pending:
-            ledger.take_back(block, blameless=True)  # it was told of the failure
+            ledger.take_back(block)  # it was told of the failure
     for block in _blocks(ledger, (str(state.producer) for state in states)):
         if block.phase is BlockPhase.DONE:
             ledger.move_block(block, "needed again")

@@ -51,6 +51,7 @@ from daskfed.site.records import BlockState, KeyState
 from daskfed.site.states import (
     AT_SCHEDULER,
     COMING,
+    LOSSES,
     RECALLABLE,
     UNFINISHED,
     BlockPhase,
@@ -385,7 +386,7 @@ class SiteCore:
             self._fetch(state)
         else:
             self.imports.discharge(event.key)
-            self._lose_key(state, "fetch failed", event.reason)
+            self._lose_key(state, event.reason)
 
     def _arrived(self, state: KeyState) -> None:
         """The scheduler knows this key from now on: blocks that need it may follow."""
@@ -469,12 +470,10 @@ class SiteCore:
 
     def _keys_erred(self, event: ev.KeysErred) -> None:
         states = [state for key in event.keys if (state := self.keys.get(key)) and state.phase in AT_SCHEDULER]
-        lost = {KeyPhase.HELD: "lost"}
-        if event.transfer:  # what had failed by itself has that error no more
-            lost |= {KeyPhase.LANDING: "lost", KeyPhase.MAKING: "lost", KeyPhase.FAILED: "release"}
+        lost = AT_SCHEDULER if event.transfer else {KeyPhase.HELD}  # what had failed by itself has that error no more
         for state in states:
             if state.phase in lost:
-                self._lose_key(state, lost[state.phase], "it was lost and could not be brought in or made again")
+                self._lose_key(state, "it was lost and could not be brought in or made again")
         reports: dict[str, list[Key]] = {}
         failed = [state for state in states if state.phase is not KeyPhase.ABSENT]
         for state in failed:
@@ -539,8 +538,7 @@ class SiteCore:
         for key in event.keys:
             state = self.keys.get(key)
             if state is not None and state.phase in AT_SCHEDULER:
-                move = "release" if state.phase is KeyPhase.FAILED else "lost"
-                self._lose_key(state, move, "the site's scheduler has lost it")
+                self._lose_key(state, "the site's scheduler has lost it")
 
     def _keys_missing(self, event: ev.KeysMissing) -> None:
         """Give up keys that a worker took along and that do not come again; the hub has them made anew.
@@ -549,7 +547,7 @@ class SiteCore:
         """
         for key in event.keys:
             if self.holds(key):
-                self._lose_key(self.keys[key], "lost", "its worker is lost, and no other has it")
+                self._lose_key(self.keys[key], "its worker is lost, and no other has it")
             elif key not in self.keys or self.keys[key].phase is not KeyPhase.FAILED:
                 self._tell(KeysLost((key,)))
 
@@ -563,13 +561,13 @@ class SiteCore:
 
     # -- the end of a key --------------------------------------------------------------------------------------------
 
-    def _lose_key(self, state: KeyState, move: str, reason: str) -> None:
+    def _lose_key(self, state: KeyState, reason: str) -> None:
         """A key is not here against the site's will: tell the hub, and give back the blocks that cannot go on."""
         if state.announce:
             self._tell(ImportFailed(state.key, state.source, reason, state.number))
         elif state.hub or state.made_by:
             self._tell(KeysLost((state.key,)))
-        self._remove_key(state, move)
+        self._remove_key(state, LOSSES[state.phase])
         self._lose_users(state, reason)
 
     def _lose_users(self, state: KeyState, reason: str) -> None:

@@ -83,6 +83,7 @@ BLOCK_MOVES: dict[tuple[BlockPhase, str], BlockPhase] = {
 
 COMING = frozenset({KeyPhase.WANTED, KeyPhase.FETCHING})  # a block that needs such a key has to wait
 AT_SCHEDULER = frozenset({KeyPhase.LANDING, KeyPhase.MAKING, KeyPhase.HELD, KeyPhase.FAILED})  # it knows the key
+LOSSES = dict.fromkeys(AT_SCHEDULER, "lost") | {KeyPhase.FETCHING: "fetch failed", KeyPhase.FAILED: "release"}
 RECALLABLE = frozenset({BlockPhase.WAITING, BlockPhase.QUEUED})
 UNFINISHED = frozenset({BlockPhase.WAITING, BlockPhase.QUEUED, BlockPhase.SUBMITTED})
 

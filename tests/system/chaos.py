@@ -6,6 +6,7 @@ system would. :func:`plan` draws from a seed which processes are killed when; :c
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -227,7 +228,7 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
     lines = [f"kills: {killer.story}", f"pending: {len(pending)} of {len(futures)}"]
     lines += [f"sites: {_asked(client._fetch_sites, client)}"]
     keys = [key for future in pending[:8] or futures for key in _parts(client, future.key)]
-    for key in keys[:30]:
+    for key in itertools.islice(keys, 30):  # what they wait for is added meanwhile
         facts = _asked(client._explain, client, key)
         lines.append(f"{key!r} {_state(client, key)}: {facts}")
         if isinstance(facts, dict):
