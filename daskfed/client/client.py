@@ -11,7 +11,6 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +39,7 @@ from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
-from daskfed.errors import ConfigurationError, ConnectionRefused, UnknownSiteError
+from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
 logger = logging.getLogger(__name__)
@@ -205,8 +204,18 @@ class Client(Retrying, Observing, ActingClient):
             self.loop.add_callback(self._bring_data, copies)
 
     async def _bring_data(self, copies: dict[Key, Any]) -> None:
-        with suppress(OSError):  # a hub that is gone will ask again
-            await self.scheduler.bring(copies, self.id, client_grace_s())
+        """Bring copies to the hub until a site has taken them, or nobody needs them any more."""
+        for pause in pauses():
+            try:
+                if copies:
+                    await self.scheduler.bring(copies, self.id, client_grace_s())
+                return
+            except (TimeoutError, TransferError) as exc:
+                logger.info("no site has taken data that was lost, it is brought again: %s", exc)
+                await asyncio.sleep(pause)
+                copies = self._memory.copies(copies)
+            except OSError:
+                return  # a hub that is gone will ask again
 
     def _handle_drop_copies(self, keys: Collection[Key]) -> None:
         """Nobody needs data any more that this client scattered, unless it has done so again meanwhile."""

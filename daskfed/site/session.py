@@ -46,7 +46,7 @@ from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
 from daskfed.site.reporting import SiteReporter
 from daskfed.site.states import KeyPhase
-from daskfed.site.wire import Report, SchedulerWire
+from daskfed.site.wire import POLL_S, Report, SchedulerWire
 
 logger = logging.getLogger(__name__)
 
@@ -359,11 +359,14 @@ class Session:
     ) -> dict[Key, int]:
         """Put data on workers (None: any), hold it, and return its sizes.
 
-        Raises TransferError where a key is being made here.
+        A key that is being made or imported here is waited for, be it that it comes or that it fails; raises
+        TransferError where that takes too long.
         """
-        busy = [key for key in data if key in self.core.keys and not self.core.holds(key)]
-        if busy:
-            raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
+        deadline = time.monotonic() + SCATTER_TIMEOUT_S
+        while busy := [key for key in data if key in self.core.keys and not self.core.holds(key)]:
+            if time.monotonic() > deadline:
+                raise TransferError(f"{busy[0]!r} cannot be scattered: it is being made or imported at this site")
+            await asyncio.sleep(POLL_S)
         await self.wire.quiet(data)
         await self._workers_released(data)
         how = {"workers": workers, "broadcast": broadcast, "timeout": SCATTER_TIMEOUT_S}

@@ -88,6 +88,20 @@ def test_scattered_data_is_brought_again_by_its_client(fed: Killable) -> None:
         assert site_of(client, data) == "south"
 
 
+def test_scattered_data_waits_for_a_site_that_can_take_it(fed: Killable) -> None:
+    with dask.config.set({"daskfed.client.grace": "1s"}), fed.client() as client:
+        data = client.scatter(np.arange(100_000), site="north")
+        total = client.submit(np.sum, data)
+        assert total.result(timeout=SOON_S) == sum(range(100_000))
+        total = client.submit(lambda x: x.size, data)  # submitted while its site is not gone yet
+        fed.kill_site("south")
+        fed.kill_site("north")
+        time.sleep(5)  # no site takes the data, and the hub says so more than once
+        fed.add("east")
+        assert total.result(timeout=SOON_S) == 100_000
+        assert site_of(client, data) == "east"
+
+
 def test_data_with_replicas_survives_without_its_client(fed: Killable) -> None:
     with fed.client() as reader:
         with fed.client() as writer:
