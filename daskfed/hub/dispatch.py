@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from daskfed.backlog import Backlog
-from daskfed.hub.estimates import FunctionBook, LinkBook
+from daskfed.hub.estimates import LANDING_S, FunctionBook, LinkBook
 from daskfed.hub.events import TellSite
 from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
 from daskfed.hub.placement import Candidate, Policy, finish_s, worth_moving
@@ -257,14 +257,14 @@ class Dispatcher:
 
     def bring(self, spec: BlockSpec, target: str) -> tuple[int, float]:
         """Return bytes and seconds to bring the inputs of a block that ``target`` lacks."""
-        per_source: dict[str, int] = {}
+        per_source: dict[str, list[int]] = {}
         for key in spec.inputs:
             state = self.ledger.keys[key]
             if state.holders and not state.present_at(target):
-                source = self.source_of(key, target)
-                per_source[source] = per_source.get(source, 0) + state.nbytes
-        seconds = sum(self.links.transfer_s(source, target, nbytes) for source, nbytes in per_source.items())
-        return sum(per_source.values()), seconds
+                per_source.setdefault(self.source_of(key, target), []).append(state.nbytes)
+        seconds = sum(self.links.transfer_s(source, target, sum(sizes)) for source, sizes in per_source.items())
+        landing_s = LANDING_S * sum(map(len, per_source.values())) / max(1, self.sites[target].threads)
+        return sum(map(sum, per_source.values())), seconds + landing_s
 
     def source_of(self, key: Key, target: str) -> str:
         """Return the site from which ``target`` gets a held key soonest."""

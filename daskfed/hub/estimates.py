@@ -9,6 +9,7 @@ from daskfed.messages import BlockSpec
 UNKNOWN_DURATION_S = 0.1  # of one task whose function never ran; only relative cost matters until then
 DEFAULT_BANDWIDTH_BPS = 100e6  # bytes a second, until a link was measured
 DEFAULT_LATENCY_S = 0.01
+LANDING_S = 0.004  # that a worker takes for each import, however small
 MIN_MEASURED_BYTES = 64 * 1024  # a smaller transfer tells the latency of a link, not its bandwidth
 MEMORY = 0.5  # weight of the newest observation
 

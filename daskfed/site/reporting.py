@@ -160,6 +160,8 @@ class SiteReporter(SchedulerPlugin):
             task = scheduler.tasks.get(key)
             if task is not None and task.state == "memory":
                 self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
+            elif task is not None and key in self.importing:
+                task._queueable = False  # the agent sees to it that they are not too many
         self._sweep(tasks, keys)
         left = [task for key in tasks if (task := scheduler.tasks.get(key)) is not None]
         if blamed := [task.key for task in left if task.exception_blame is not None]:

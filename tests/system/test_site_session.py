@@ -232,7 +232,9 @@ def test_an_import_does_not_wait_for_what_its_key_was_made_from_here_before() ->
 
 def test_an_import_does_not_wait_for_what_only_a_worker_remembers() -> None:
     async def story(site: Site) -> None:
-        site.run({"w": (operator.add, 1, 2), "x": (operator.neg, TaskRef("w")), "y": (slow_add, X, 10)}, outputs=("x", "y"))
+        site.run(
+            {"w": (operator.add, 1, 2), "x": (operator.neg, TaskRef("w")), "y": (slow_add, X, 10)}, outputs=("x", "y")
+        )
         await site.made("x")
         await site.release("x", "y")  # the worker goes on with y, and knows x until it ends
         site.world.values["x"] = -3
@@ -360,6 +362,25 @@ def test_an_import_that_was_let_go_of_while_a_task_waited_for_it_may_fail_and_is
             assert await y.result(timeout=10) == 4 and z.status == "error"
 
     check(story)
+
+
+def test_many_imports_go_to_workers_at_once() -> None:
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, reporter):
+            names = [("x", n) for n in range(20)]
+            reporter.expect_imports(names, client.id)
+            imports = client.get({name: (slow_abs, -7) for name in names}, names, sync=False)
+            while names[-1] not in site.scheduler.tasks:
+                await asyncio.sleep(0.01)
+            assert {site.scheduler.tasks[name].state for name in names} <= {"processing", "memory"}  # not queued
+            assert await client.gather(imports) == [7] * 20
+
+    check(story)
+
+
+def slow_abs(n: int) -> int:
+    time.sleep(0.05)
+    return abs(n)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -9,6 +9,7 @@ import pytest
 
 from daskfed.hub import events as ev
 from daskfed.hub.dispatch import LOOKAHEAD, matches, meets, unmet
+from daskfed.hub.estimates import LANDING_S
 from daskfed.hub.placement import Candidate, RoundRobin
 from daskfed.messages import (
     BlockKind,
@@ -91,8 +92,9 @@ class TestCandidates:
         assert policy.shown == [
             [
                 Candidate(
-                    "north", threads=4, backlog_s=0.0, bring_nbytes=4 * 10**6, bring_s=0.05, run_s=1.0, guessed=True,
-                    round_trip_s=0.1, cold_start_s=3.0, queue_wait_s=60.0, walltime_left_s=600.0,
+                    "north", threads=4, backlog_s=0.0, bring_nbytes=4 * 10**6, bring_s=0.05 + LANDING_S / 4,
+                    run_s=1.0, guessed=True, round_trip_s=0.1, cold_start_s=3.0, queue_wait_s=60.0,
+                    walltime_left_s=600.0,
                 ),
                 Candidate("south", threads=0, backlog_s=0.0, bring_nbytes=0, bring_s=0.0, run_s=1.0, guessed=True),
             ]
@@ -302,6 +304,13 @@ class TestRecall:
         stage = Stage("north")
         stage.scatter("north", "a", nbytes=10**9)  # 10 s away
         stage.submit(long("b", needs="a"), long("d", needs="a"), wanted="xb xd")
+        assert stage.join("south") == []
+
+    def test_nothing_is_recalled_whose_many_small_inputs_would_take_longer_to_land(self) -> None:
+        stage = Stage("north")
+        names = " ".join(f"a{n}" for n in range(int(4 / LANDING_S)))
+        stage.scatter("north", names)
+        stage.submit(long("b", needs=names), long("d", needs=names), wanted="xb xd")
         assert stage.join("south") == []
 
     def test_nothing_is_recalled_from_a_site_that_has_nothing_else(self) -> None:
