@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import sys
 import tempfile
 import threading
@@ -47,6 +48,7 @@ class Stream:
         self.done: dict[int, float] = {}
         self.failed = 0
         self._futures: dict[int, Any] = {}  # those that are not done
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._start = time.monotonic()
 
     @property
@@ -57,24 +59,31 @@ class Stream:
     def run(self) -> None:
         """Submit everything and wait for it."""
         self._start = time.monotonic()
-        for number in range(round(LENGTH_S * RATE)):
+        total = round(LENGTH_S * RATE)
+        collector = threading.Thread(target=self._collect, args=(total,), daemon=True)
+        collector.start()
+        for number in range(total):
             time.sleep(max(0.0, number / RATE - self.now))
             self._submit(number)
-        wait_for(lambda: len(self.done) + self.failed == len(self.submitted), "all tasks")
+        collector.join(timeout=120)
 
     def _submit(self, number: int) -> None:
         self.submitted[number] = self.now
         future = self.client.submit(task, number, self.diary.path, pure=False)
         self._futures[number] = future
-        future.add_done_callback(lambda future: self._ended(number))
+        future.add_done_callback(lambda future: self._ended.put(number))
 
-    def _ended(self, number: int) -> None:
-        """Take the result at once, as a caller of a function does: what nobody holds need not be made again."""
-        try:
-            self._futures.pop(number).result()
-            self.done[number] = self.now
-        except Exception:
-            self.failed += 1
+    def _collect(self, total: int) -> None:
+        """Get the results that there are, together, as often as some are: what nobody holds need not be made again."""
+        while len(self.done) + self.failed < total:
+            ended = [self._ended.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    ended.append(self._ended.get_nowait())
+            futures = [self._futures.pop(number) for number in ended]
+            numbers = self.client.gather([future for future in futures if future.status == "finished"])
+            self.failed += len(futures) - len(numbers)
+            self.done.update(dict.fromkeys(numbers, self.now))
 
     def latency_s(self, since: float, until: float) -> float:
         """Return the median latency of what was submitted in a window; infinite where something is not done."""

@@ -38,6 +38,7 @@ HORIZON_S = 0.5  # work that a site is given ahead, in seconds of all its thread
 MIN_BLOCKS = 2  # that a site may always have, however long they are
 TASKS_AHEAD = 4  # tasks per thread that a site may always have
 LOOKAHEAD = 16  # blocks of a queue that are looked at while the first ones wait for a better site
+LEAST_LEFT = 0.1  # of its expected time, that a backlog will still take, however long nothing has ended
 RECALL_GAIN = 0.8  # a recall must promise to finish in this share of the time or less
 EXISTING = (KeyPhase.HELD, KeyPhase.FAILED)
 AT_ONCE = (BlockKind.WHOLE, BlockKind.NESTED)  # must not be overtaken by releases of what the hub does not know
@@ -54,6 +55,7 @@ class SiteState:
     status: SiteStatus | None = None  # None until its first report
     blocks: dict[str, None] = field(default_factory=dict)  # placed here and unfinished, in order of placement
     backlog: Backlog = field(default_factory=Backlog)  # what those blocks are expected to take
+    since: float = 0.0  # when the last block ended here, or the first came
     recalled_for: str | None = None  # block that is being recalled for the sake of this site
     copying: set[Key] = field(default_factory=set)  # keys that it hands over before it leaves
     leaving: bool = False  # it was told to close
@@ -77,6 +79,10 @@ class SiteState:
     def backlog_s(self) -> float:
         """Seconds of one thread that its unfinished blocks are expected to take."""
         return self.backlog.total.seconds
+
+    def left_s(self, now: float) -> float:
+        """Return ``backlog_s`` without what it has probably done since a block ended here, but never nothing."""
+        return max(self.backlog_s - (now - self.since) * self.threads, LEAST_LEFT * self.backlog_s)
 
     @property
     def draining(self) -> bool:
@@ -174,6 +180,7 @@ class Dispatcher:
             del site.blocks[block.spec.id]
             site.trials.discard(block.spec.id)
             site.backlog.remove(*_work(block))
+            site.since = self.ledger.now
         self.recall_ended(block)
 
     def recall_ended(self, block: BlockState) -> None:
@@ -243,7 +250,7 @@ class Dispatcher:
         return Candidate(
             site=site.name,
             threads=site.threads,
-            backlog_s=site.backlog_s,
+            backlog_s=site.left_s(self.ledger.now),
             bring_nbytes=nbytes,
             bring_s=seconds,
             run_s=block.expected_s,
@@ -280,6 +287,8 @@ class Dispatcher:
         block.attempt = Attempt(ledger.epoch, block.attempt.n + 1)
         ledger.attempts = max(ledger.attempts, block.attempt.n)
         block.started = False
+        if not site.blocks:
+            site.since = ledger.now
         site.blocks[block.spec.id] = None
         site.backlog.add(*_work(block))
         imports = tuple(self._import(key, site.name) for key in block.spec.inputs if self._lacks(site.name, key))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from daskfed.hub import events as ev
-from daskfed.hub.dispatch import LOOKAHEAD, matches, meets, unmet
+from daskfed.hub.dispatch import LEAST_LEFT, LOOKAHEAD, matches, meets, unmet
 from daskfed.hub.estimates import LANDING_S
 from daskfed.hub.placement import Candidate, RoundRobin
 from daskfed.messages import (
@@ -129,6 +129,20 @@ class TestCandidates:
         stage.drop("xd")
         assert stage.core.sites["north"].backlog_s == 0.0
         assert [shown[0].backlog_s for shown in policy.shown] == [0.0, 1.0]
+
+    def test_what_was_probably_done_of_a_block_does_not_count(self) -> None:
+        stage = Stage("north", threads=1)
+        stage.later(7)
+        stage.submit(long("b"), long("d"), wanted="xb xd")
+        north, left = stage.core.sites["north"], []
+        for seconds in (0.0, 0.5, 0.25):
+            stage.later(seconds)
+            left.append(north.left_s(stage.now))
+        assert left == [2.0, 1.5, 1.25]
+        stage.made("b", "xb")
+        assert north.left_s(stage.now) == 1.0
+        stage.later(60)
+        assert north.left_s(stage.now) == LEAST_LEFT
 
     def test_a_policy_is_not_asked_where_there_is_no_choice(self) -> None:
         policy = Chooser("north")
