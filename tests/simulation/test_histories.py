@@ -17,7 +17,7 @@ from tests.simulation.faults import WIRE_FAULTS
 from tests.simulation.federation import Result, Simulation
 from tests.simulation.playing import play
 
-HISTORIES = int(os.environ.get("DASKFED_HISTORIES", "2500"))
+HISTORIES = int(os.environ.get("DASKFED_HISTORIES", "2000"))
 FIRST_SEED = int(os.environ.get("DASKFED_SEED", "0"))
 PROCESSES = 2
 
