@@ -9,14 +9,17 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from daskfed.config import DEFAULT_CLUSTER, SiteOptions, calm, check_listen, parse_labels, site_options
+from daskfed.config import DEFAULT_CLUSTER, calm, check_listen, parse_labels
 from daskfed.dask_private import warn_untested
 from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
+
+if TYPE_CHECKING:
+    from daskfed.profile import SiteOptions
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -234,6 +237,8 @@ def _checked_usage(check: Callable[[], None]) -> None:
 def _site_arguments(
     name: str, hub_address: str, cluster: str, options: str, labels: Any, environments: Any, directory: str | None
 ) -> tuple[str, str, SiteOptions]:
+    from daskfed.profile import site_options
+
     if not name or not hub_address:
         raise click.UsageError("a site needs --name and --hub")
     try:

@@ -16,11 +16,12 @@ from distributed.security import Security
 
 from daskfed.client.launch import SiteProcess
 from daskfed.comm.opaque import OpaqueError
-from daskfed.config import SiteOptions, check_listen, site_options
+from daskfed.config import check_listen
 from daskfed.errors import ConfigurationError, SiteStartError, TransferError
 from daskfed.hub.placement import POLICIES, Policy
 from daskfed.hub.server import Hub
 from daskfed.messages import Key, Message, SiteHello
+from daskfed.profile import SiteOptions, site_options
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import Any
 
 from daskfed import errors
-from daskfed.config import SiteOptions
 from daskfed.errors import SiteStartError
+from daskfed.profile import SiteOptions
 from daskfed.site.clusters import ClusterSpec, credentials
 
 CLOSE_TIMEOUT_S = 20.0

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cloudpickle
 from distributed import Scheduler
@@ -30,11 +30,15 @@ from distributed.security import Security
 from distributed.utils import import_term
 
 from daskfed import errors
-from daskfed.config import SiteOptions, hint_for, patient_clusters
+from daskfed.config import hint_for, patient_clusters
 from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
+
+if TYPE_CHECKING:
+    from daskfed.profile import SiteOptions
 
 PLAIN = (str, int, float, bool, type(None))
 SECRET = re.compile("pass|secret|token|key|credential|auth|env", re.IGNORECASE)  # options that errors do not show
+HOST = "from daskfed.site.host import main; main()"  # not by -m: processes that it spawns would import it again
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
 
@@ -266,7 +270,7 @@ class HostedCluster:
         """Start the host process and in it scheduler and workers; raises SiteStartError."""
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "daskfed.site.host",
+            sys.executable, "-c", HOST,
             stdin=pipe, stdout=pipe, cwd=self.spec.directory, env=_environment(), limit=2**24,
             process_group=0,  # Ctrl-C is for the agent, which ends the rest in order
         )  # fmt: skip

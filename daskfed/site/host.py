@@ -1,4 +1,4 @@
-"""The process that a site's Dask Cluster lives in: ``python -m daskfed.site.host``, a child of the agent.
+"""The process that a site's Dask Cluster lives in, a child of the agent, which runs :func:`main` in it.
 
 It reads lines of JSON on standard input and answers on standard output. The first line says what to start::
 
@@ -113,7 +113,3 @@ def _reply(replies: TextIO, message: dict[str, Any]) -> None:
     with suppress(OSError):
         replies.write(json.dumps(message) + "\n")
         replies.flush()
-
-
-if __name__ == "__main__":
-    main()

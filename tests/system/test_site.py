@@ -19,7 +19,6 @@ import pytest
 from distributed.protocol.serialize import Serialized, serialize
 
 from daskfed.comm.opaque import OpaqueError, connect_opaque
-from daskfed.config import SiteOptions
 from daskfed.errors import ConfigurationError, ConnectionRefused, SiteStartError
 from daskfed.messages import (
     BlockRecalled,
@@ -38,6 +37,7 @@ from daskfed.messages import (
     SiteHoldings,
     SiteStatus,
 )
+from daskfed.profile import SiteOptions
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 from tests.system.scripted_hub import Needs, ScriptedHub, SiteLink, opened
@@ -435,7 +435,7 @@ print("imported")
 """
 AGENT = """
 import asyncio, sys
-from daskfed.config import SiteOptions
+from daskfed.profile import SiteOptions
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 

@@ -8,9 +8,10 @@ from typing import Any
 import dask
 import pytest
 
-from daskfed.config import DEFAULT_CLUSTER, largest_message, parse_labels, site_options
+from daskfed.config import DEFAULT_CLUSTER, largest_message, parse_labels
 from daskfed.dask_private import MAX_BUFFER_SIZE
 from daskfed.errors import ConfigurationError
+from daskfed.profile import site_options
 
 
 class TestOptions:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from distributed import LocalCluster
 
-from daskfed.config import SiteOptions
 from daskfed.errors import ConfigurationError, SiteStartError
+from daskfed.profile import SiteOptions
 from daskfed.site.clusters import ClusterSpec, HostedCluster, InProcessCluster, call_cluster, resolve, start_cluster
 
 
