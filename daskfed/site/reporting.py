@@ -21,6 +21,7 @@ Dask remembers as failed, though the input that they failed from is mended or go
 
 from __future__ import annotations
 
+import heapq
 import pickle
 from collections import defaultdict
 from collections.abc import Collection
@@ -40,6 +41,7 @@ BUSY_S = 0.25
 PLENTY = 32  # unfinished tasks per thread that keep it busy for BUSY_S, unless they take less than 8 ms
 STATUS_S = 1.0
 LEARNED_S = 0.5
+SPREAD = 16  # workers among which imports that come together are spread
 SLOW_S = 2.0  # imports that take longer may wait for nothing
 UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
 DORMANT = frozenset({"released", "erred"})
@@ -115,7 +117,7 @@ class SiteReporter(SchedulerPlugin):
         task = self.scheduler.tasks[key]
         if key in self.importing:
             self.importing.discard(key)
-            task.run_spec = None  # from here on it is data, as if it had been scattered
+            task.run_spec = task.worker_restrictions = None  # from here on it is data, as if it had been scattered
         elif startstops:
             learned = self._learned[task.prefix.name]
             learned[0] += 1
@@ -160,12 +162,24 @@ class SiteReporter(SchedulerPlugin):
             task = scheduler.tasks.get(key)
             if task is not None and task.state == "memory":
                 self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
-            elif task is not None and key in self.importing:
-                task._queueable = False  # the agent sees to it that they are not too many
+        self._spread([task for key in self.importing.intersection(keys) if (task := scheduler.tasks.get(key))])
         self._sweep(tasks, keys)
         left = [task for key in tasks if (task := scheduler.tasks.get(key)) is not None]
         if blamed := [task.key for task in left if task.exception_blame is not None]:
             scheduler.loop.add_callback(self._fail_stuck, blamed)
+
+    def _spread(self, imports: Collection[Any]) -> None:
+        """Have fetch tasks go to workers at once, those that have least to do.
+
+        Left alone, Dask would queue them, and give each to a worker when another ends, in a message of its own: many
+        tasks without inputs might fill the memory. The agent sees to it that imports do not.
+        """
+        running = self.scheduler.running if imports else ()
+        idlest = heapq.nsmallest(SPREAD, running, key=lambda worker: worker.occupancy / max(1, worker.nthreads))
+        for task in imports:
+            if task.state == "released":
+                task.worker_restrictions = {worker.address for worker in idlest}
+                task.loose_restrictions = True
 
     def _see_to_failed_inputs(self, key: Key) -> None:
         """See to a task that an input has failed of, while its value was there: lost now, it would wait for ever."""

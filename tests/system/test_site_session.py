@@ -6,7 +6,7 @@ import asyncio
 import operator
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -364,16 +364,22 @@ def test_an_import_that_was_let_go_of_while_a_task_waited_for_it_may_fail_and_is
     check(story)
 
 
-def test_many_imports_go_to_workers_at_once() -> None:
+def test_many_imports_go_to_workers_at_once_and_to_all_alike() -> None:
     async def story(site: Site) -> None:
-        async with reported(site) as (client, reporter):
+        async with reported(site) as (client, reporter), Worker(site.scheduler.address, nthreads=1):
+            local = client.map(slow_abs, range(20), key=[("x", -n) for n in range(1, 21)])
+            await wait(local)
             names = [("x", n) for n in range(20)]
             reporter.expect_imports(names, client.id)
             imports = client.get({name: (slow_abs, -7) for name in names}, names, sync=False)
             while names[-1] not in site.scheduler.tasks:
                 await asyncio.sleep(0.01)
-            assert {site.scheduler.tasks[name].state for name in names} <= {"processing", "memory"}  # not queued
-            assert await client.gather(imports) == [7] * 20
+            tasks = [site.scheduler.tasks[name] for name in names]
+            assert {task.state for task in tasks} <= {"processing", "memory"}  # none is queued
+            await wait(imports)
+            places = Counter(worker.address for task in tasks for worker in task.who_has)
+            assert len(places) == 2 and min(places.values()) >= 5
+            assert not any(task.worker_restrictions for task in tasks)
 
     check(story)
 
