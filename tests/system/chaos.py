@@ -233,12 +233,32 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
         lines.append(f"{key!r} {_state(client, key)}: {facts}")
         if isinstance(facts, dict):
             keys += [each for each in facts.get("waits_for", ())[:2] if each not in keys]
-    for what in (client.processing, client.call_stack):
+    for what, *args in (
+        (client.processing,),
+        (client.call_stack,),
+        (client.run, stuck_at),
+        (client.run_on_scheduler, stuck_in),
+    ):
         try:
-            lines.append(f"{what.__name__}: {what()}")
+            lines.append(f"{what.__name__}: {what(*args)}")
         except Exception as exc:
             lines.append(f"{what.__name__}: {exc!r}")
     return "\n".join([*lines, siege.logs()])
+
+
+def stuck_at(dask_worker: Any) -> list[Any]:
+    """Return what a worker has not finished, with the end of its story of each such task; runs there."""
+    found = [task for task in dask_worker.state.tasks.values() if task.state not in ("memory", "released")][:6]
+    return [
+        (task, task.previous, task.next, [*task.dependencies], dask_worker.state.story(task.key)[-12:])
+        for task in found
+    ]
+
+
+def stuck_in(dask_scheduler: Any) -> list[Any]:
+    """Return what a scheduler's workers are to run, with the end of its story of each such task; runs there."""
+    found = [task for worker in dask_scheduler.workers.values() for task in worker.processing][:6]
+    return [(task, [*task.dependencies], dask_scheduler.story(task.key)[-12:]) for task in found]
 
 
 def _parts(client: Client, key: Any) -> list[Any]:
