@@ -110,6 +110,8 @@ class SiteReporter(SchedulerPlugin):
             self.importing.discard(key)
         elif finish == "released":
             self._released(key, start)
+        elif finish == "processing" and key in self.importing:
+            _unbind(self.scheduler.tasks[key])
         elif finish == "waiting" and self._failed:
             self._see_to_failed_inputs(key)
 
@@ -117,7 +119,7 @@ class SiteReporter(SchedulerPlugin):
         task = self.scheduler.tasks[key]
         if key in self.importing:
             self.importing.discard(key)
-            task.run_spec = task.worker_restrictions = None  # from here on it is data, as if it had been scattered
+            task.run_spec = None  # from here on it is data, as if it had been scattered
         elif startstops:
             learned = self._learned[task.prefix.name]
             learned[0] += 1
@@ -172,7 +174,8 @@ class SiteReporter(SchedulerPlugin):
         """Have fetch tasks go to workers at once, those that have least to do.
 
         Left alone, Dask would queue them, and give each to a worker when another ends, in a message of its own: many
-        tasks without inputs might fill the memory. The agent sees to it that imports do not.
+        tasks without inputs might fill the memory. The agent sees to it that imports do not. Where they are bound to
+        workers Dask chooses among these, and at once; then they may go elsewhere, should that worker end.
         """
         running = self.scheduler.running if imports else ()
         idlest = heapq.nsmallest(SPREAD, running, key=lambda worker: worker.occupancy / max(1, worker.nthreads))
@@ -387,6 +390,11 @@ class SiteReporter(SchedulerPlugin):
         durations = [(prefix, int(count), seconds) for prefix, (count, seconds, _) in learned.items()]
         sizes = [(prefix, int(count), int(nbytes)) for prefix, (count, _, nbytes) in learned.items()]
         self._send({"op": "fed-learned", "durations": durations, "sizes": sizes})
+
+
+def _unbind(task: Any) -> None:
+    """Let a task go to any worker, if it has to go to another."""
+    task.worker_restrictions, task.loose_restrictions = None, False
 
 
 def _is_useless(task: Any) -> bool:

@@ -384,6 +384,23 @@ def test_many_imports_go_to_workers_at_once_and_to_all_alike() -> None:
     check(story)
 
 
+def test_an_import_whose_worker_ends_goes_to_the_next_one() -> None:
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, reporter):
+            await client.retire_workers(list(site.scheduler.workers))
+            async with Worker(site.scheduler.address, nthreads=1) as doomed:
+                reporter.expect_imports(["x"], client.id)
+                (x,) = client.get({"x": (slow_abs, -7)}, ["x"], sync=False)
+                while "x" not in site.scheduler.tasks or site.scheduler.tasks["x"].state != "processing":
+                    await asyncio.sleep(0.001)
+                await site.scheduler.remove_worker(doomed.address, stimulus_id="test")
+                assert site.scheduler.tasks["x"].state in ("no-worker", "queued")
+            async with Worker(site.scheduler.address, nthreads=1):
+                assert await x.result(timeout=10) == 7
+
+    check(story)
+
+
 def slow_abs(n: int) -> int:
     time.sleep(0.05)
     return abs(n)
