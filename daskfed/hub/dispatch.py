@@ -174,6 +174,12 @@ class Dispatcher:
                 heapq.heappush(self.queues.setdefault(where, []), (order, name))
         self.ledger.unplaced, self.ledger.ready = [], []
 
+    def _put_on(self, site: SiteState, block: BlockState) -> None:
+        if not site.blocks:
+            site.since = self.ledger.now
+        site.blocks[block.spec.id] = None
+        site.backlog.add(*_work(block))
+
     def _take_off(self, name: str, block: BlockState) -> None:
         site = self.sites.get(name)
         if site is not None and block.spec.id in site.blocks:
@@ -287,10 +293,7 @@ class Dispatcher:
         block.attempt = Attempt(ledger.epoch, block.attempt.n + 1)
         ledger.attempts = max(ledger.attempts, block.attempt.n)
         block.started = False
-        if not site.blocks:
-            site.since = ledger.now
-        site.blocks[block.spec.id] = None
-        site.backlog.add(*_work(block))
+        self._put_on(site, block)
         imports = tuple(self._import(key, site.name) for key in block.spec.inputs if self._lacks(site.name, key))
         only = self._ask_for(block)
         ledger.command(TellSite(site.name, RunBlock(block.spec, block.attempt, imports, block.expected_s, only)))
@@ -301,8 +304,7 @@ class Dispatcher:
         block.site, block.attempt, block.started = site.name, attempt, True
         block.open_outputs = set(open_outputs)
         block.expected_s = self.functions.block_s(block.spec)
-        site.blocks[block.spec.id] = None
-        site.backlog.add(*_work(block))
+        self._put_on(site, block)
 
     def _ask_for(self, block: BlockState) -> tuple[Key, ...]:
         """Note which outputs this attempt is to make, and return them unless they are all."""

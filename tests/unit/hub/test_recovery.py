@@ -72,6 +72,13 @@ def test_a_block_that_a_site_works_at_goes_on_there() -> None:
     assert stage.says("north", KeysMade("b", Attempt(1, 1), (MadeKey("x", 8),))) == [told("x")]
 
 
+def test_of_a_block_that_goes_on_all_is_left_as_far_as_the_new_hub_knows() -> None:
+    stage = Anew("north")
+    stage.back(block("b", "x", ntasks=10, prefixes=(("f", 10),)), wanted="x")
+    stage.holds("north", "", working("b", "x"))
+    assert stage.core.sites["north"].left_s(stage.now) == 1.0
+
+
 def test_what_a_site_holds_is_not_made_again() -> None:
     stage = Anew("north")
     stage.back(block("b", "x y"), wanted="x y")
