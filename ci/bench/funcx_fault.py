@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -102,27 +102,35 @@ Facts: TypeAlias = dict[str, float]
 """What happened -> when, in seconds since the start."""
 
 
-def watch_workers(client: daskfed.Client, now: Callable[[], float], told: Facts) -> None:
-    """Note when the hub sees that the workers of the south are gone, and that they are there again."""
-    while "replaced" not in told:
-        if not client.sites()["south"]["workers"]:
-            told.setdefault("detected", now())
-        elif "detected" in told:
-            told["replaced"] = now()
-        time.sleep(0.02)
+def seen_of_workers(sites: dict[str, Any], told: Facts) -> Iterator[str]:
+    """Yield whether the hub sees that the workers of the south are gone, or that they are there again."""
+    if not sites["south"]["workers"]:
+        yield "detected"
+    elif "detected" in told:
+        yield "replaced"
 
 
-def watch_site(client: daskfed.Client, now: Callable[[], float], told: Facts) -> None:
-    """Note when the hub sees that a site is away, gives it up, and has its replacement."""
+def seen_of_site(sites: dict[str, Any], told: Facts) -> Iterator[str]:
+    """Yield whether the hub sees that the south is away, has given it up, or has its replacement."""
+    if "south" not in sites or sites["south"]["status"] == "away":
+        yield "noticed"
+    if "south" not in sites:
+        yield "detected"
+    if sites.get("spare", {}).get("workers"):
+        yield "replaced"
+
+
+def watch(
+    client: daskfed.Client,
+    now: Callable[[], float],
+    told: Facts,
+    seen: Callable[[dict[str, Any], Facts], Iterable[str]],
+) -> None:
+    """Note when the hub sees what ``seen`` yields first, until the replacement is there."""
     while "replaced" not in told:
-        sites = client.sites()
-        if "south" not in sites or sites["south"]["status"] == "away":
-            told.setdefault("noticed", now())
-        if "south" not in sites:
-            told.setdefault("detected", now())
-        if sites.get("spare", {}).get("workers"):
-            told["replaced"] = now()
-        time.sleep(0.02)
+        for what in seen(client.sites(), told):
+            told.setdefault(what, now())
+        time.sleep(0.02)  # between looks
 
 
 def measure(folder: Path, whole_site: bool) -> tuple[Stream, Facts]:
@@ -147,10 +155,9 @@ def measure(folder: Path, whole_site: bool) -> tuple[Stream, Facts]:
             if whole_site:
                 kill_tree(processes["south"])
                 stack.enter_context(running(*site_command("spare", address, threads_per_worker=WORKERS)))
-                watch_site(observer, lambda: stream.now, told)
             else:
                 workers.kill()
-                watch_workers(observer, lambda: stream.now, told)
+            watch(observer, lambda: stream.now, told, seen_of_site if whole_site else seen_of_workers)
 
         timer = threading.Timer(KILL_S, kill)
         timer.start()
@@ -181,7 +188,7 @@ def judge(what: str, whole_site: bool) -> list[bool]:
     print(
         f"{what} killed: latency {1000 * normal_s:.0f} ms, worst window {max(windows):.2f} s; {again} tasks ran again"
     )
-    print("since then: " + ", ".join(f"{what} {at - told['killed']:.2f} s" for what, at in told.items()))
+    print("since then: " + ", ".join(f"{each} {at - told['killed']:.2f} s" for each, at in told.items()))
     print(f"latency normal again {back - told['killed']:.2f} s after the kill")
     return [
         verdict(f"{what} killed, tasks lost", lost, 0),

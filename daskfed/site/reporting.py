@@ -179,10 +179,10 @@ class SiteReporter(SchedulerPlugin):
         """
         running = self.scheduler.running if imports else ()
         idlest = heapq.nsmallest(SPREAD, running, key=lambda worker: worker.occupancy / max(1, worker.nthreads))
+        addresses = {worker.address for worker in idlest}
         for task in imports:
             if task.state == "released":
-                task.worker_restrictions = {worker.address for worker in idlest}
-                task.loose_restrictions = True
+                task.worker_restrictions, task.loose_restrictions = addresses, True
 
     def _see_to_failed_inputs(self, key: Key) -> None:
         """See to a task that an input has failed of, while its value was there: lost now, it would wait for ever."""

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +234,17 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
         lines.append(f"{key!r} {_state(client, key)}: {facts}")
         if isinstance(facts, dict):
             keys += [each for each in facts.get("waits_for", ())[:2] if each not in keys]
-    for what, *args in (
-        (client.processing,),
-        (client.call_stack,),
-        (client.run, stuck_at),
-        (client.run_on_scheduler, stuck_in),
-    ):
+    probes: dict[str, Callable[[], Any]] = {
+        "processing": client.processing,
+        "call stack": client.call_stack,
+        "at workers": partial(client.run, stuck_at),
+        "in schedulers": partial(client.run_on_scheduler, stuck_in),
+    }
+    for name, probe in probes.items():
         try:
-            lines.append(f"{what.__name__}: {what(*args)}")
+            lines.append(f"{name}: {probe()}")
         except Exception as exc:
-            lines.append(f"{what.__name__}: {exc!r}")
+            lines.append(f"{name}: {exc!r}")
     return "\n".join([*lines, siege.logs()])
 
 

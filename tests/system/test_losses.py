@@ -88,7 +88,8 @@ def test_scattered_data_is_brought_again_by_its_client(fed: Killable) -> None:
         assert site_of(client, data) == "south"
 
 
-def test_scattered_data_waits_for_a_site_that_can_take_it(fed: Killable) -> None:
+def test_scattered_data_waits_for_a_site_that_can_take_it(fed: Killable, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "daskfed.client.client")
     with dask.config.set({"daskfed.client.grace": "1s"}), fed.client() as client:
         data = client.scatter(np.arange(100_000), site="north")
         total = client.submit(np.sum, data)
@@ -96,7 +97,10 @@ def test_scattered_data_waits_for_a_site_that_can_take_it(fed: Killable) -> None
         total = client.submit(lambda x: x.size, data)  # submitted while its site is not gone yet
         fed.kill_site("south")
         fed.kill_site("north")
-        time.sleep(5)  # no site takes the data, and the hub says so more than once
+        deadline = time.monotonic() + SOON_S
+        while caplog.text.count("no site has taken data that was lost") < 2:
+            assert time.monotonic() < deadline, "the hub did not refuse the data twice"
+            time.sleep(0.1)
         fed.add("east")
         assert total.result(timeout=SOON_S) == 100_000
         assert site_of(client, data) == "east"

@@ -367,7 +367,7 @@ def test_an_import_that_was_let_go_of_while_a_task_waited_for_it_may_fail_and_is
 def test_many_imports_go_to_workers_at_once_and_to_all_alike() -> None:
     async def story(site: Site) -> None:
         async with reported(site) as (client, reporter), Worker(site.scheduler.address, nthreads=1):
-            local = client.map(slow_abs, range(20), key=[("x", -n) for n in range(1, 21)])
+            local = client.map(abs, range(20), key=[("x", -n) for n in range(1, 21)])
             await wait(local)
             names = [("x", n) for n in range(20)]
             reporter.expect_imports(names, client.id)
@@ -390,7 +390,7 @@ def test_an_import_whose_worker_ends_goes_to_the_next_one() -> None:
             await client.retire_workers(list(site.scheduler.workers))
             async with Worker(site.scheduler.address, nthreads=1) as doomed:
                 reporter.expect_imports(["x"], client.id)
-                (x,) = client.get({"x": (slow_abs, -7)}, ["x"], sync=False)
+                (x,) = client.get({"x": (slow_add, 3, 4)}, ["x"], sync=False)
                 while "x" not in site.scheduler.tasks or site.scheduler.tasks["x"].state != "processing":
                     await asyncio.sleep(0.001)
                 await site.scheduler.remove_worker(doomed.address, stimulus_id="test")
