@@ -44,6 +44,7 @@ from daskfed.site import events as ev
 from daskfed.site import inspection
 from daskfed.site.core import SiteCore
 from daskfed.site.ports import HubPort
+from daskfed.site.quiet import QuietEnd
 from daskfed.site.reporting import SiteReporter
 from daskfed.site.states import KeyPhase
 from daskfed.site.wire import POLL_S, Report, SchedulerWire
@@ -121,15 +122,14 @@ class Session:
 
     async def register_plugin(self, plugin: Any) -> None:
         """Register a plugin at the scheduler, which opens it; raises OpaqueError where it refuses."""
-        await self.ask_scheduler(
-            "register_scheduler_plugin", plugin=dumps(plugin), name=plugin.name, idempotent=False
-        )
+        await self.ask_scheduler("register_scheduler_plugin", plugin=dumps(plugin), name=plugin.name, idempotent=False)
 
     async def prepare_workers(self) -> None:
-        """Have every worker, also those to come, know what to do with imports; raises OpaqueError, OSError."""
-        await self.ask_scheduler(
-            "register_worker_plugin", plugin=by_value(Homing()), name=Homing.name, idempotent=True
-        )
+        """Have every worker, also those to come, carry our plugins; raises OpaqueError, OSError."""
+        for plugin in (Homing(), QuietEnd()):
+            await self.ask_scheduler(
+                "register_worker_plugin", plugin=by_value(plugin), name=plugin.name, idempotent=True
+            )
 
     async def join(self, port: HubPort, directory: Any, connection_args: dict[str, Any] | None = None) -> None:
         """Begin to work for the hub behind ``port``, or tell one that started anew what goes on here.
