@@ -2,11 +2,13 @@
 
 The agent gives its scheduler a task under the key's own name; the task runs one of these functions on a worker. They
 are sent by value and need only distributed and the standard library, so daskfed need not be installed on the workers.
-One function is not for tasks: :func:`forget_inputs` mends what a worker remembers of such keys.
+Two functions are not for tasks: :func:`forget_inputs` mends what a worker remembers of such keys, and
+:func:`give_back` what it and its scheduler do not agree on.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zlib
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from distributed import get_worker
 from distributed.protocol.serialize import merge_and_deserialize
 
 from daskfed.dask_private import decompress_frames
+
+logger = logging.getLogger("distributed.worker")  # whose level and handlers the workers have
 
 
 def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) -> Any:
@@ -83,14 +87,47 @@ def forget_inputs(keys: Sequence[Any], dask_worker: Any) -> None:
         task = dask_worker.state.tasks.get(key)
         if task is None or task.state not in ("released", "waiting"):
             continue
-        for each in task.dependencies:
-            each.dependents.discard(task)
-            each.waiters.discard(task)
-        sought = [each.key for each in task.dependencies if each.state in ("fetch", "missing") and not each.dependents]
-        task.dependencies.clear()
-        dask_worker.stream_handlers["free-keys"](keys=sought, **tell)
+        _untie(task, list(task.dependencies), dask_worker)
         if task.state == "waiting":
             dask_worker.batched_send({"op": "reschedule", "key": key, **tell})
+
+
+def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
+    """Have a worker tell its scheduler what it does not run of ``keys``, and which of their inputs it does not have.
+
+    A task that waits for what the worker does not have forgets those inputs: they may be of another task that had its
+    name. The scheduler gives the task out again, with the inputs that it has now.
+    """
+    known = dask_worker.state.tasks
+    again: list[Any] = []
+    lacking: dict[Any, None] = {}
+    for key in keys:
+        task = known.get(key)
+        if task is None or task.state in ("released", "memory", "error"):
+            again.append(key)
+        elif task.state == "waiting":
+            absent = [each for each in task.dependencies if each.state in ("released", "missing") and not each.who_has]
+            if not absent and any(each.state != "memory" for each in task.waiting_for_data):
+                continue
+            again.append(key)
+            lacking.update(dict.fromkeys(each.key for each in absent))
+            _untie(task, absent, dask_worker)
+    for op, told in (("release-worker-data", lacking), ("reschedule", again)):
+        for key in told:
+            story = dask_worker.state.story(key)[-8:]
+            logger.warning("Scheduler and worker disagree about %r, which is made again (%s): %s", key, op, story)
+            dask_worker.batched_send({"op": op, "key": key, "stimulus_id": "daskfed-give-back"})
+
+
+def _untie(task: Any, inputs: Sequence[Any], dask_worker: Any) -> None:
+    """Have a task of a worker forget ``inputs``, and the worker those that it sought for it."""
+    for each in inputs:
+        each.dependents.discard(task)
+        each.waiters.discard(task)
+        task.dependencies.discard(each)
+        task.waiting_for_data.discard(each)
+    sought = [each.key for each in inputs if each.state in ("fetch", "missing") and not each.dependents]
+    dask_worker.stream_handlers["free-keys"](keys=sought, stimulus_id="daskfed-untie")
 
 
 def raise_import(exception: tuple[Any, Any], traceback: tuple[Any, Any] | None) -> Any:

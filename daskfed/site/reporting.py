@@ -58,6 +58,7 @@ class SiteReporter(SchedulerPlugin):
         """Begin to report; called by the scheduler."""
         self.scheduler = scheduler
         self.importing: set[Key] = set()
+        self._announced: set[Key] = set()  # imports whose fetch tasks the scheduler has not taken in yet
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
         self._failed = {key: None for key, task in scheduler.tasks.items() if task.state == "erred"}
         self._made_before: set[Key] = set()  # imports that are to come, of keys that were made here from others
@@ -157,6 +158,7 @@ class SiteReporter(SchedulerPlugin):
         """Tell the sizes of keys that were in memory before a graph asked for them, and sweep what it left useless."""
         if client != self.client:
             return
+        self._begin_imports(keys)
         if made_before := self._made_before.intersection(keys):
             self._made_before -= made_before
             scheduler.loop.add_callback(self._forget_at_workers, made_before)
@@ -230,6 +232,7 @@ class SiteReporter(SchedulerPlugin):
         """Prepare for fetch tasks under the names ``keys``, which the agent sends next."""
         if client != self.client:
             return
+        self._announced.update(keys)
         for key in keys:
             self.importing.add(key)
             task = self.scheduler.tasks.get(key)
@@ -237,6 +240,16 @@ class SiteReporter(SchedulerPlugin):
                 if task.dependencies:
                     self._made_before.add(key)
                 self._forget_lineage(task)
+
+    def _begin_imports(self, keys: Collection[Key]) -> None:
+        """Take those of ``keys`` for imports that were announced: what had the name since then may have ended."""
+        announced = self._announced.intersection(keys)
+        self._announced -= announced
+        for key in announced:
+            if self.scheduler.tasks[key].state == "memory":
+                self.importing.discard(key)
+            else:
+                self.importing.add(key)
 
     def _look_after_imports(self) -> None:
         """See to imports that should have landed long ago."""
@@ -254,6 +267,7 @@ class SiteReporter(SchedulerPlugin):
         """The agent let go of keys: a fetch task that Dask still knows among them must not run or fail again."""
         if client != self.client:
             return
+        self._announced.difference_update(keys)
         ended = self.importing.intersection(keys)
         tasks = [task for key in ended if (task := self.scheduler.tasks.get(key)) is not None]
         self.importing -= ended - {task.key for task in tasks if task.waiters}  # these may still fail

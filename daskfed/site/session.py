@@ -47,6 +47,7 @@ from daskfed.site.ports import HubPort
 from daskfed.site.quiet import QuietEnd
 from daskfed.site.reporting import SiteReporter
 from daskfed.site.states import KeyPhase
+from daskfed.site.stuck import StuckTasks
 from daskfed.site.wire import POLL_S, Report, SchedulerWire
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,8 @@ class Session:
         """Connect to the scheduler and have it report; raises OSError, SiteStartError."""
         await self.pool.start()
         await self.wire.connect()
-        await self.register_plugin(SiteReporter(self.client))
+        for plugin in (SiteReporter(self.client), StuckTasks(self.client)):
+            await self.register_plugin(plugin)
         await self.prepare_workers()
         try:
             await asyncio.wait_for(self._got_status.wait(), REPORT_TIMEOUT_S)

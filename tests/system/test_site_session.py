@@ -40,10 +40,17 @@ from daskfed.messages import (
     RunBlock,
     SiteStatus,
 )
+from daskfed.site import stuck
 from daskfed.site.reporting import SiteReporter
 from daskfed.site.session import Session
 
 pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the scheduler look for stuck tasks often."""
+    monkeypatch.setattr(stuck, "LOOK_S", 0.1)
 
 
 class Elsewhere:
@@ -558,3 +565,91 @@ def test_the_scheduler_forgets_everything_with_the_session() -> None:
                 await asyncio.sleep(0.01)
 
     check(story)
+
+
+def test_an_import_is_one_also_where_what_had_its_name_ends_while_the_scheduler_takes_it_in() -> None:
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, reporter):
+            former = client.submit(slow_add, 1, 2, key="x")
+            while "x" not in site.scheduler.tasks:
+                await asyncio.sleep(0.001)
+            reporter.expect_imports(["x"], client.id)
+            former.release()
+            while "x" in site.scheduler.tasks:
+                await asyncio.sleep(0.001)
+            (x,) = client.get({"x": (abs, -5)}, ["x"], sync=False)
+            assert await x.result(timeout=10) == 5
+            assert site.scheduler.tasks["x"].run_spec is None  # data: it is not fetched again
+            assert not reporter.importing
+
+    check(story)
+
+
+def worker_of(site: Site) -> Worker:
+    (address,) = site.scheduler.workers
+    return next(worker for worker in Worker._instances if worker.address == address)
+
+
+def test_a_task_that_a_worker_was_told_to_run_and_does_not_know_is_given_out_again(looks: None) -> None:
+    async def story(site: Site) -> None:
+        handlers = worker_of(site).stream_handlers
+        proper, lost = handlers["compute-task"], []
+        handlers["compute-task"] = lambda **message: lost.append(message)
+        site.run({"x": (operator.add, 1, 2)})
+        while not lost:
+            await asyncio.sleep(0.001)
+        handlers["compute-task"] = proper
+        await site.made("x")
+        assert await site.value("x") == 3
+
+    check(story)
+
+
+def test_a_result_that_only_the_scheduler_believes_in_is_made_again(looks: None) -> None:
+    """Its dependents wait at the worker, which asks for it again and again, and is told that it has it."""
+
+    async def story(site: Site) -> None:
+        site.run({"x": (operator.add, 1, 2)})
+        await site.made("x")
+        worker = worker_of(site)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(worker, "batched_send", lambda message: None)
+            worker.stream_handlers["free-keys"](keys=["x"], stimulus_id="test")
+        site.run({"y": (operator.mul, X, 10)})
+        await site.made("y")
+        assert await site.value("y") == 30 and await site.value("x") == 3
+
+    check(story)
+
+
+def test_a_task_that_waits_for_inputs_of_another_which_had_its_name_is_given_out_again(looks: None) -> None:
+    async def story(site: Site) -> None:
+        async with reported(site) as (client, _):
+            graph = {"w": (operator.add, 1, 2), "x": (operator.neg, "w"), "y": (slow_add, "x", 10)}
+            x, y = client.get(graph, ["x", "y"], sync=False)
+            await wait(x)
+            x.release()
+            y.release()  # the worker goes on with it, and knows x and what that was made from
+            while "x" in site.scheduler.tasks:
+                await asyncio.sleep(0.001)
+            again = client.submit(operator.add, 3, 4, key="x")
+            assert await again.result(timeout=10) == 7
+
+    check(story)
+
+
+def test_tasks_that_run_or_wait_their_turn_for_long_are_left_alone(looks: None) -> None:
+    async def story(site: Site) -> None:
+        runs.clear()
+        site.run({"w": (sleep_and_note, 1.5)}, outputs=("w",))
+        site.run({f"x{i}": (sleep_and_note, 0) for i in range(3)})
+        for key in ("w", "x0", "x1", "x2"):
+            await site.made(key)
+        assert len(runs) == 4
+
+    check(story)
+
+
+def sleep_and_note(seconds: float) -> None:
+    time.sleep(seconds)
+    runs.append(None)
