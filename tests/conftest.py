@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # 
 configuration.set_hypothesis_home_dir(ROOT / ".venv" / "cache" / "hypothesis")
 settings.register_profile("daskfed", derandomize=True, deadline=None, database=None)
 settings.load_profile("daskfed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: what tests start would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers in processes of their own find functions of test modules by name.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -11,7 +11,10 @@ again more often than most clusters, and one such task holds up all that is queu
 
 from __future__ import annotations
 
+import asyncio
 import pickle
+from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -22,6 +25,7 @@ from daskfed.data.fetch import by_value, give_back
 GIVE_BACK = by_value(give_back)
 LOOK_S = 2.0
 PATIENCE = 3  # looks without a change until a worker is asked; then it is asked after twice as many, and so on
+ASK_S = 10.0  # for an answer
 MOST_KEYS = 1000  # that a worker is asked for at a time
 
 
@@ -52,6 +56,7 @@ class StuckTasks(SchedulerPlugin):
     async def look(self) -> None:
         """Ask those workers whose tasks are the same as before for what they do not run."""
         former, self._unchanged = self._unchanged, {}
+        asked: list[Awaitable[None]] = []
         for address, worker in list(self.scheduler.workers.items()):
             waiting = [task for task in worker.processing if task not in worker.executing]
             runs = frozenset(task.run_id for task in waiting)
@@ -59,9 +64,11 @@ class StuckTasks(SchedulerPlugin):
             looks, due = (looks + 1, due) if runs == before else (1, PATIENCE)
             if waiting and looks > due:
                 due *= 2
-                await self._ask(address, [task.key for task in waiting[:MOST_KEYS]])
+                asked.append(self._ask(address, [task.key for task in waiting[:MOST_KEYS]]))
             self._unchanged[address] = (runs, looks, due)
+        await asyncio.gather(*asked)
 
     async def _ask(self, address: str, keys: list[Any]) -> None:
         message = {"op": "run", "function": GIVE_BACK, "args": pickle.dumps((keys,))}
-        await self.scheduler.broadcast(msg=message, workers=[address], on_error="ignore")
+        with suppress(TimeoutError):  # a worker that is busy is asked again
+            await asyncio.wait_for(self.scheduler.broadcast(msg=message, workers=[address], on_error="ignore"), ASK_S)
