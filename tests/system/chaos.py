@@ -182,6 +182,10 @@ class Siege:
         for command in self.commands:
             command.kill()
 
+    def said(self, words: str) -> list[str]:
+        """Return the lines with ``words`` in them of all that was ever started."""
+        return [line.rstrip() for command in self.commands for line in command.said if words in line]
+
     def logs(self) -> str:
         """Return the last lines of what the latest processes said."""
         named = [("hub", command) for command in self.hubs[-2:]]

@@ -55,6 +55,7 @@ def test_work_goes_on_whoever_is_killed(nsites: int, besiege: Callable[[int], Si
     assert not problems, "\n".join(problems)
     kills = ", ".join(f"{count} {kind}" for kind, count in sorted(siege.kills.items()))
     print(f"\n{nsites} sites: {len(rounds)} rounds in {time.monotonic() - start:.0f} s, {tasks} tasks, kills: {kills}")
+    print("scheduler and worker disagreed:", *siege.said("Scheduler and worker disagree"), sep="\n  ")
 
 
 def play(siege: Siege, client: Client, seed: int, folder: Path) -> int:
