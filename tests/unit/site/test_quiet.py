@@ -17,9 +17,10 @@ from daskfed.site.quiet import LOGGER, QuietEnd
 
 @pytest.fixture
 def logger() -> Any:
-    """Yield the logger of workers, which has its own filters again afterwards."""
+    """Yield the logger of workers without filters, which workers of other tests may have left; it has them back then."""
     found = logging.getLogger(LOGGER)
     before = list(found.filters)
+    found.filters.clear()
     yield found
     found.filters[:] = before
 
