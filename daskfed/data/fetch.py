@@ -82,14 +82,13 @@ def forget_inputs(keys: Sequence[Any], dask_worker: Any) -> None:
     A worker that knows dependents of a key remembers the inputs that it made the key from, and where a task without
     inputs comes under that name, it waits for those: for ever, if nobody makes them again.
     """
-    tell = {"stimulus_id": "daskfed-forget-inputs"}
     for key in keys:
         task = dask_worker.state.tasks.get(key)
         if task is None or task.state not in ("released", "waiting"):
             continue
         _untie(task, list(task.dependencies), dask_worker)
         if task.state == "waiting":
-            dask_worker.batched_send({"op": "reschedule", "key": key, **tell})
+            dask_worker.batched_send({"op": "reschedule", "key": key, "stimulus_id": "daskfed-forget-inputs"})
 
 
 def give_back(keys: Sequence[Any], dask_worker: Any) -> None:

@@ -22,18 +22,16 @@ Dask remembers as failed, though the input that they failed from is mended or go
 from __future__ import annotations
 
 import heapq
-import pickle
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
 from distributed.comm.core import CommClosedError
-from distributed.diagnostics.plugin import SchedulerPlugin
-from tornado.ioloop import PeriodicCallback
 
 from daskfed.data.fetch import by_value, forget_inputs
 from daskfed.messages import Key
+from daskfed.site.attached import Attached
 
 FORGET_INPUTS = by_value(forget_inputs)
 LOAD_S = 0.05
@@ -47,16 +45,13 @@ UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
 DORMANT = frozenset({"released", "erred"})
 
 
-class SiteReporter(SchedulerPlugin):
+class SiteReporter(Attached):
     """Reports to the client ``client`` of the scheduler that it is registered at, until that client goes."""
 
-    def __init__(self, client: str) -> None:
-        self.client = client
-        self.name = f"daskfed-reporter-{client}"
+    kind = "reporter"
 
     async def start(self, scheduler: Any) -> None:
         """Begin to report; called by the scheduler."""
-        self.scheduler = scheduler
         self.importing: set[Key] = set()
         self._announced: set[Key] = set()  # imports whose fetch tasks the scheduler has not taken in yet
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
@@ -73,25 +68,13 @@ class SiteReporter(SchedulerPlugin):
         scheduler.stream_handlers["fed-claim"] = self.claim
         scheduler.handlers["fed-find"] = self.find
         timers = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._look_after_imports, SLOW_S))
-        self._callbacks = [PeriodicCallback(tell, seconds * 1000) for tell, seconds in timers]
-        for callback in self._callbacks:
-            callback.start()
+        self.begin(scheduler, *timers)
         self._tell_status()
         self._tell_load()
 
-    async def close(self) -> None:
-        """Stop reporting; called by the scheduler when it ends."""
-        self._stop_timers()
-
-    def remove_client(self, scheduler: Any, client: str) -> None:
-        """End with the agent's client; called by the scheduler."""
-        if client == self.client:
-            self._stop_timers()
-            scheduler.remove_plugin(self.name)
-
-    def _stop_timers(self) -> None:
-        for callback in self._callbacks:
-            callback.stop()
+    def stop(self) -> None:
+        """Stop reporting."""
+        super().stop()
         self._unplan_load()
 
     # -- called by the scheduler at each change ----------------------------------------------------------------------
@@ -260,8 +243,7 @@ class SiteReporter(SchedulerPlugin):
 
     async def _forget_at_workers(self, keys: Collection[Key]) -> None:
         """Have workers forget what they made the keys from before."""
-        message = {"op": "run", "function": FORGET_INPUTS, "args": pickle.dumps((list(keys),))}
-        await self.scheduler.broadcast(msg=message, on_error="ignore")
+        await self.at_workers(FORGET_INPUTS, keys)
 
     def end_imports(self, keys: Collection[Key], client: str) -> None:
         """The agent let go of keys: a fetch task that Dask still knows among them must not run or fail again."""

@@ -12,15 +12,12 @@ again more often than most clusters, and one such task holds up all that is queu
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
-from distributed.diagnostics.plugin import SchedulerPlugin
-from tornado.ioloop import PeriodicCallback
-
 from daskfed.data.fetch import by_value, give_back
+from daskfed.site.attached import Attached
 
 GIVE_BACK = by_value(give_back)
 LOOK_S = 2.0
@@ -29,29 +26,15 @@ ASK_S = 10.0  # for an answer
 MOST_KEYS = 1000  # that a worker is asked for at a time
 
 
-class StuckTasks(SchedulerPlugin):
+class StuckTasks(Attached):
     """Looks after the tasks of a scheduler as long as the agent's ``client`` is there."""
 
-    def __init__(self, client: str) -> None:
-        self.client = client
-        self.name = f"daskfed-stuck-{client}"
+    kind = "stuck"
 
     async def start(self, scheduler: Any) -> None:
         """Begin to look; called by the scheduler."""
-        self.scheduler = scheduler
         self._unchanged: dict[str, tuple[frozenset[int], int, int]] = {}  # worker -> runs, looks, when to ask
-        self._callback = PeriodicCallback(self.look, LOOK_S * 1000)
-        self._callback.start()
-
-    async def close(self) -> None:
-        """Stop looking; called by the scheduler when it ends."""
-        self._callback.stop()
-
-    def remove_client(self, scheduler: Any, client: str) -> None:
-        """End with the agent's client; called by the scheduler."""
-        if client == self.client:
-            self._callback.stop()
-            scheduler.remove_plugin(self.name)
+        self.begin(scheduler, (self.look, LOOK_S))
 
     async def look(self) -> None:
         """Ask those workers whose tasks are the same as before for what they do not run."""
@@ -69,6 +52,5 @@ class StuckTasks(SchedulerPlugin):
         await asyncio.gather(*asked)
 
     async def _ask(self, address: str, keys: list[Any]) -> None:
-        message = {"op": "run", "function": GIVE_BACK, "args": pickle.dumps((keys,))}
         with suppress(TimeoutError):  # a worker that is busy is asked again
-            await asyncio.wait_for(self.scheduler.broadcast(msg=message, workers=[address], on_error="ignore"), ASK_S)
+            await asyncio.wait_for(self.at_workers(GIVE_BACK, keys, [address]), ASK_S)
