@@ -1,22 +1,31 @@
-"""What a worker does with imported values that refer to other things: futures, and actors at other sites.
+"""What a worker does with imported values: it takes small ones over at once, and mends those that refer to others.
 
-Both are of little use as they come out of a pickle: a future is bound to no client, and an actor would be called at an
-address that may belong to another worker here. :class:`Homing` is sent to workers by value, and needs only distributed.
+A future is of little use as it comes out of a pickle, bound to no client, and so is an actor, which would be called at
+an address that may belong to another worker here. :class:`Homing` is sent to workers by value, and needs only
+distributed.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from distributed import Future, WorkerPlugin, get_client
 from distributed.actor import Actor, ProxyRPC
+from distributed.core import Status
+from distributed.worker_state_machine import UpdateDataEvent
+
+INLINE = "daskfed-inline-import"  # annotation of a task whose value came with it, and is small
 
 MOST_ITEMS = 1000  # containers with more are not searched for futures
 DEPTH = 3  # of containers that are
 
 
 class Homing(WorkerPlugin):
-    """Gives a worker :func:`at_home`, which :func:`daskfed.data.fetch.open_import` calls with each imported value."""
+    """Gives a worker :func:`at_home`, which :func:`daskfed.data.fetch.open_import` calls with each imported value.
+
+    It also has the worker take over small imports as they come, see :func:`land`.
+    """
 
     name = "daskfed-homing"
     idempotent = True
@@ -24,6 +33,31 @@ class Homing(WorkerPlugin):
     def setup(self, worker: Any) -> None:
         """Begin; called by the worker."""
         worker.daskfed_at_home = at_home
+        worker.stream_handlers["compute-task"] = partial(land, worker, worker.stream_handlers["compute-task"])
+
+
+def land(worker: Any, compute: Any, **message: Any) -> None:
+    """Take the value of a small import over without a thread; any other task goes its way, to ``compute``.
+
+    A thread takes some milliseconds for a task, however short, and a shuffle over two sites has an import for each
+    pair of partitions. Dask opens what comes from another worker on its event loop as well. A worker that is asked for
+    what it has already says so: that is the scheduler's answer. What cannot be opened fails as a task does.
+    """
+    if (message.get("annotations") or {}).get(INLINE) and _is_free(worker, message["key"]):
+        try:
+            value = message["run_spec"]()
+            plain = not isinstance(value, Actor) and not futures_in(value)
+        except Exception:
+            plain = False
+        if plain:
+            worker.handle_stimulus(UpdateDataEvent(data={message["key"]: value}, stimulus_id=message["stimulus_id"]))
+    compute(**message)
+
+
+def _is_free(worker: Any, key: Any) -> bool:
+    """Say whether the worker has room, and nothing under the name that might be in the way."""
+    task = worker.state.tasks.get(key)
+    return worker.status is Status.running and (task is None or (task.state == "released" and not task.dependencies))
 
 
 def at_home(value: Any) -> Any:

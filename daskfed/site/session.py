@@ -23,7 +23,7 @@ from distributed.protocol.serialize import Serialized, serialize
 from daskfed.comm.opaque import OpaquePool
 from daskfed.dask_private import LLGExpr, Task, gather_from_workers
 from daskfed.data.fetch import by_value, fetch_import, open_import, raise_import
-from daskfed.data.homing import Homing
+from daskfed.data.homing import INLINE, Homing
 from daskfed.data.parcels import Parcel
 from daskfed.data.transfer import Arrival, Fetcher, Source
 from daskfed.errors import SiteStartError, TransferError
@@ -288,11 +288,15 @@ class Session:
 
     def _submit_imports(self) -> None:
         imports, self._imports = self._imports, []
-        if imports:
-            graph = {each.key: self._fetch_task(each) for each in imports}
-            expr = LLGExpr(graph, _determ_token=secrets.token_hex(8))
-            pickled = Serialized(*serialize(expr, on_error="raise"))
-            self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY)
+        for small in (True, False):
+            if graph := {each.key: self._fetch_task(each) for each in imports if self._is_small(each) is small}:
+                expr = LLGExpr(graph, _determ_token=secrets.token_hex(8))
+                pickled = Serialized(*serialize(expr, on_error="raise"))
+                self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY, {INLINE: True} if small else {})
+
+    def _is_small(self, wanted: ev.SubmitImport) -> bool:
+        """Say whether an import travels inside its fetch task."""
+        return not wanted.failed and self.parcels[wanted.key].nbytes <= INLINE_BYTES
 
     def _fetch_task(self, wanted: ev.SubmitImport) -> Task:
         """Return the task that brings an import to a worker, or raises the error that it failed with."""
@@ -300,7 +304,7 @@ class Session:
             error = self._failures[wanted.key] = self._errors.pop(wanted.key)
             return _by_value_task(wanted.key, raise_import, *map(_framed, (error["exception"], error["traceback"])))
         parcel = self.parcels[wanted.key]
-        if parcel.nbytes <= INLINE_BYTES:
+        if self._is_small(wanted):
             frames = [bytes(frame) for frame in parcel.frames]
             return _by_value_task(wanted.key, open_import, parcel.header, frames, parcel.checksum)
         return _by_value_task(wanted.key, fetch_import, self.door_address, wanted.key, self.door_token)

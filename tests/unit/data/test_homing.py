@@ -1,0 +1,158 @@
+"""A worker takes small imports over without a thread, unless something speaks against it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, Scheduler, Status, Worker
+from distributed.actor import Actor
+from distributed.protocol.serialize import serialize
+
+from daskfed.dask_private import Serialized, Task
+from daskfed.data.fetch import by_value, open_import
+from daskfed.data.homing import INLINE, ActorElsewhere, Homing
+from daskfed.data.parcels import Parcel
+
+
+@dataclass
+class Place:
+    """A worker with the plugin, its scheduler and a client."""
+
+    scheduler: Scheduler
+    worker: Worker
+    client: Any
+
+    def bring(self, key: str, value: Any, checksum: int | None = None) -> Any:
+        """Submit a small import, as an agent does, and return its future."""
+        parcel = Parcel.of(value)
+        frames = [bytes(frame) for frame in parcel.frames]
+        found = parcel.checksum if checksum is None else checksum
+        with dask.annotate(**{INLINE: True}):
+            return self.client.submit(open_import, parcel.header, frames, found, key=key)
+
+    def was_executed(self, key: str) -> bool:
+        """Say whether a thread of the worker had the task."""
+        return any("executing" in entry for entry in self.worker.state.story(key))
+
+
+@asynccontextmanager
+async def place() -> AsyncIterator[Place]:
+    async with Scheduler(port=0, dashboard_address=":0", host="127.0.0.1") as scheduler:
+        async with Worker(scheduler.address, host="127.0.0.1", nthreads=1) as worker:
+            async with Client(scheduler.address, asynchronous=True) as client:
+                await client.register_plugin(Homing())
+                yield Place(scheduler, worker, client)
+
+
+def in_a_place(check: Callable[[Place], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with place() as found:
+            await asyncio.wait_for(check(found), 30)
+
+    asyncio.run(run())
+
+
+def serialized(value: Any) -> Any:
+    """Return a value as it leaves its worker."""
+    return Serialized(*serialize(value))
+
+
+def test_a_small_import_lands_without_a_thread_and_counts_as_any_result() -> None:
+    async def check(place: Place) -> None:
+        future = place.bring("x", serialized([1, 2]))
+        assert await place.client.submit(sum, future, key="y") == 3
+        assert await future == [1, 2]
+        assert not place.was_executed("x")
+        assert place.was_executed("y")
+        assert place.scheduler.tasks["x"].nbytes > 0
+        future.release()
+        while "x" in place.worker.data or "x" in place.scheduler.tasks:
+            await asyncio.sleep(0.01)
+
+    in_a_place(check)
+
+
+def test_a_task_that_is_no_small_import_goes_to_a_thread() -> None:
+    async def check(place: Place) -> None:
+        assert await place.client.submit(sum, [1, 2], key="x") == 3
+        assert place.was_executed("x")
+
+    in_a_place(check)
+
+
+def test_one_that_does_not_open_fails_as_a_task_does() -> None:
+    async def check(place: Place) -> None:
+        future = place.bring("x", serialized([1, 2]), checksum=17)
+        with pytest.raises(Exception, match="damaged"):
+            await future
+        assert place.was_executed("x")
+
+    in_a_place(check)
+
+
+def test_what_refers_to_other_things_is_brought_home_in_a_thread() -> None:
+    async def check(place: Place) -> None:
+        inner = place.client.submit(sum, [1, 2], key="inner")
+        await inner
+        future = place.bring("x", serialized([inner]))
+        assert await place.client.submit(lambda found: found[0].result(), future, key="y") == 3
+        assert place.was_executed("x")
+
+    in_a_place(check)
+
+
+def test_an_actor_of_another_site_is_called_there() -> None:
+    async def check(place: Place) -> None:
+        counter = await place.client.submit(Counter, actor=True, key="counter")
+        future = place.bring("x", serialized(counter))
+        kind = await place.client.submit(lambda actor: type(actor).__name__, future, key="y")
+        assert isinstance(counter, Actor)
+        assert kind == ActorElsewhere.__name__
+
+    in_a_place(check)
+
+
+class Counter:
+    """Something to be an actor."""
+
+
+def test_a_paused_worker_takes_nothing_over() -> None:
+    async def check(place: Place) -> None:
+        place.worker.status = Status.paused
+        landed = Parcel.of(serialized([1, 2]))
+        message = {
+            "key": "x", "run_id": 1, "who_has": {}, "nbytes": {}, "priority": (0,), "resource_restrictions": {},
+            "actor": False, "annotations": {INLINE: True}, "span_id": None, "stimulus_id": "test",
+            "run_spec": Task("x", open_import, landed.header, list(landed.frames), landed.checksum),
+        }  # fmt: skip
+        place.worker.stream_handlers["compute-task"](**message)
+        assert place.worker.state.tasks["x"].state == "ready"
+
+    in_a_place(check)
+
+
+def test_a_value_that_is_there_stays() -> None:
+    async def check(place: Place) -> None:
+        place.worker.update_data({"x": [3, 4]}, stimulus_id="before")
+        future = place.bring("x", serialized([1, 2]))
+        assert await future == [3, 4]  # as in Dask: a worker does not make again what it has
+
+    in_a_place(check)
+
+
+def test_it_opens_where_daskfed_is_not_installed() -> None:
+    code = (
+        "import pickle, sys; sys.modules['daskfed'] = None; from distributed import WorkerPlugin; "
+        "plugin = pickle.loads(sys.stdin.buffer.read()); assert isinstance(plugin, WorkerPlugin); "
+        "worker = type('Fake', (), {})(); worker.stream_handlers = {'compute-task': dict}; plugin.setup(worker); "
+        "worker.stream_handlers['compute-task'](key=1)"
+    )
+    subprocess.run([sys.executable, "-c", code], input=by_value(Homing()), check=True, timeout=60)
