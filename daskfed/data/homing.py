@@ -7,6 +7,7 @@ distributed.
 
 from __future__ import annotations
 
+from contextvars import Context
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ def land(worker: Any, compute: Any, **message: Any) -> None:
     """
     if (message.get("annotations") or {}).get(INLINE) and _is_free(worker, message["key"]):
         try:
-            value = message["run_spec"]()
+            value = Context().run(message["run_spec"])  # in which no worker is current, so it comes as it was pickled
             plain = not isinstance(value, Actor) and not futures_in(value)
         except Exception:
             plain = False
