@@ -12,6 +12,7 @@ import logging
 import pickle
 import zlib
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import cloudpickle
@@ -40,6 +41,8 @@ def open_import(header: dict[str, Any], frames: Sequence[Any], checksum: int) ->
 
 def open_frames(header: dict[str, Any], frames: Sequence[Any], deserializers: Any = None) -> Any:
     """Return the value in frames; TypeError where it is of another family than ``deserializers`` (None: any)."""
+    if "is-collection" in header:
+        header = deepcopy(header)  # which Dask takes apart as it opens a dict
     if any(header.get("compression") or ()):
         frames = decompress_frames(header, frames)
     return merge_and_deserialize(header, frames, deserializers=deserializers)

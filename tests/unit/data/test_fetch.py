@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed.core import error_message
 from distributed.protocol.serialize import serialize
@@ -51,6 +52,13 @@ def test_an_error_without_a_traceback_or_with_one_that_does_not_open_is_still_th
 def test_what_is_no_exception_is_raised_as_a_text() -> None:
     with pytest.raises(RuntimeError, match="just words"):
         raise_import(framed(Serialized(*serialize("just words"))), None)
+
+
+def test_a_value_can_be_opened_more_than_once() -> None:
+    parcel = Parcel.of(Serialized(*serialize({"a": [np.arange(3)], "b": 1})))
+    for _ in range(2):
+        value = open_import(parcel.header, parcel.frames, parcel.checksum)
+        assert value["b"] == 1 and value["a"][0].tolist() == [0, 1, 2]
 
 
 SCRIPT = """

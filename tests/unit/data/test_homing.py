@@ -102,8 +102,8 @@ def test_what_refers_to_other_things_is_brought_home_in_a_thread() -> None:
     async def check(place: Place) -> None:
         inner = place.client.submit(sum, [1, 2], key="inner")
         await inner
-        future = place.bring("x", serialized([inner]))
-        assert await place.client.submit(lambda found: found[0].result(), future, key="y") == 3
+        future = place.bring("x", serialized({"all": [inner]}))
+        assert await place.client.submit(lambda found: found["all"][0].result(), future, key="y") == 3
         assert place.was_executed("x")
 
     in_a_place(check)
