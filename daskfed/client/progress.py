@@ -57,7 +57,14 @@ async def _response(bar: Any, client: Any, seen: dict[str, int]) -> dict[str, An
     failed = next((state for state in states if state.status == "error"), None)
     if failed is not None:
         return response | {"status": "error", "key": failed.key, "exception": failed.exception, "traceback": None}
-    return response | {"status": "finished" if all(state.done() for state in states) else "running"}
+    if not all(state.done() for state in states):
+        return response | {"status": "running"}
+    return response | {"status": "finished", "remaining": none_of(response["remaining"])}  # the last ended since asked
+
+
+def none_of(remaining: Any) -> Any:
+    """Return that nothing remains, in the form in which a bar counts: a number, or one for each prefix."""
+    return dict.fromkeys(remaining, 0) if isinstance(remaining, dict) else 0
 
 
 def completed(counts: dict[str, dict[str, int]], seen: dict[str, int]) -> dict[str, dict[str, int]]:
