@@ -120,6 +120,9 @@ from distributed.client import _MapExpr as MapExpr  # what Client.map sends
 from distributed.client import _handle_print as handle_print
 from distributed.client import _handle_warn as handle_warn
 
+# -- data/homing.py: a value that a worker takes over without running a task -----------------------------------------
+from distributed.worker_state_machine import UpdateDataEvent as UpdateDataEvent
+
 # -- site/session.py: getting values from the workers of a site ------------------------------------------------------
 from distributed.utils_comm import gather_from_workers as gather_from_workers
 

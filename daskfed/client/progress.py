@@ -52,19 +52,15 @@ async def _response(bar: Any, client: Any, seen: dict[str, int]) -> dict[str, An
     asked = asyncio.run_coroutine_threadsafe(client.fetch_progress(bar.keys), client.loop.asyncio_loop)
     counts = await asyncio.wrap_future(asked)  # the bar may run on an event loop of its own
     response: dict[str, Any] = completed(counts, seen)
+    failed = next((state for state in states if state.status == "error"), None)
+    finished = failed is None and all(state.done() for state in states)
+    if finished:  # perhaps only since the hub was asked
+        response["remaining"] = dict.fromkeys(response["remaining"], 0)
     if not isinstance(bar, MultiProgressBar):
         response = {name: sum(each.values()) for name, each in response.items()}
-    failed = next((state for state in states if state.status == "error"), None)
     if failed is not None:
         return response | {"status": "error", "key": failed.key, "exception": failed.exception, "traceback": None}
-    if not all(state.done() for state in states):
-        return response | {"status": "running"}
-    return response | {"status": "finished", "remaining": none_of(response["remaining"])}  # the last ended since asked
-
-
-def none_of(remaining: Any) -> Any:
-    """Return that nothing remains, in the form in which a bar counts: a number, or one for each prefix."""
-    return dict.fromkeys(remaining, 0) if isinstance(remaining, dict) else 0
+    return response | {"status": "finished" if finished else "running"}
 
 
 def completed(counts: dict[str, dict[str, int]], seen: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -14,7 +14,8 @@ from typing import Any
 from distributed import Future, WorkerPlugin, get_client
 from distributed.actor import Actor, ProxyRPC
 from distributed.core import Status
-from distributed.worker_state_machine import UpdateDataEvent
+
+from daskfed.dask_private import UpdateDataEvent
 
 INLINE = "daskfed-inline-import"  # annotation of a task whose value came with it, and is small
 

@@ -288,26 +288,27 @@ class Session:
 
     def _submit_imports(self) -> None:
         imports, self._imports = self._imports, []
-        for small in (True, False):
-            if graph := {each.key: self._fetch_task(each) for each in imports if self._is_small(each) is small}:
+        inline: dict[Key, Task] = {}
+        others: dict[Key, Task] = {}
+        for wanted in imports:
+            key = wanted.key
+            if wanted.failed:
+                others[key] = self._failing_task(key)
+            elif (parcel := self.parcels[key]).nbytes <= INLINE_BYTES:
+                frames = [bytes(frame) for frame in parcel.frames]
+                inline[key] = _by_value_task(key, open_import, parcel.header, frames, parcel.checksum)
+            else:
+                others[key] = _by_value_task(key, fetch_import, self.door_address, key, self.door_token)
+        for graph, notes in ((inline, {INLINE: True}), (others, {})):
+            if graph:
                 expr = LLGExpr(graph, _determ_token=secrets.token_hex(8))
                 pickled = Serialized(*serialize(expr, on_error="raise"))
-                self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY, {INLINE: True} if small else {})
+                self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY, notes)
 
-    def _is_small(self, wanted: ev.SubmitImport) -> bool:
-        """Say whether an import travels inside its fetch task."""
-        return not wanted.failed and self.parcels[wanted.key].nbytes <= INLINE_BYTES
-
-    def _fetch_task(self, wanted: ev.SubmitImport) -> Task:
-        """Return the task that brings an import to a worker, or raises the error that it failed with."""
-        if wanted.failed:
-            error = self._failures[wanted.key] = self._errors.pop(wanted.key)
-            return _by_value_task(wanted.key, raise_import, *map(_framed, (error["exception"], error["traceback"])))
-        parcel = self.parcels[wanted.key]
-        if self._is_small(wanted):
-            frames = [bytes(frame) for frame in parcel.frames]
-            return _by_value_task(wanted.key, open_import, parcel.header, frames, parcel.checksum)
-        return _by_value_task(wanted.key, fetch_import, self.door_address, wanted.key, self.door_token)
+    def _failing_task(self, key: Key) -> Task:
+        """Return the task that raises the error that an import failed with at its source."""
+        error = self._failures[key] = self._errors.pop(key)
+        return _by_value_task(key, raise_import, *map(_framed, (error["exception"], error["traceback"])))
 
     # -- data --------------------------------------------------------------------------------------------------------
 

@@ -132,14 +132,11 @@ class SchedulerWire:
             self.submit(keys, payload["expr"], payload.get("priorities"), payload.get("actors"))
         self._send(self._reading.mark(submitted=1))
 
-    def submit_imports(
-        self, keys: Collection[Key], expr: Any, priority: int, annotations: Mapping[str, Any] | None = None
-    ) -> None:
+    def submit_imports(self, keys: Collection[Key], expr: Any, priority: int, annotations: Mapping[str, Any]) -> None:
         """Submit fetch tasks under the names ``keys``; a higher ``priority`` runs earlier, as everywhere in Dask."""
         self._send({"op": "fed-import", "keys": list(keys)})
-        order: dict[str, Any] = {"internal_priority": dict.fromkeys(keys, 0), "user_priority": priority}
-        about = {"annotations": ToPickle(dict(annotations or {}))}
-        self.update_graph({"expr_ser": expr, "keys": set(keys), **order, **about})
+        order = {"internal_priority": dict.fromkeys(keys, 0), "user_priority": priority}
+        self.update_graph({"expr_ser": expr, "keys": set(keys), **order, "annotations": ToPickle(annotations)})
 
     def update_graph(self, fields: Mapping[str, Any]) -> None:
         """Send an ``update-graph`` message; fields that are not given are as a plain client sends them."""
