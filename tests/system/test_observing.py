@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,12 +177,16 @@ def test_performance_report_of_the_sites(client: Client, tmp_path: Path) -> None
     """One page with the report of each site in a frame of its own, which has the code escaped."""
     client.get_task_stream()  # from then on sites record the tasks that run
     start = time.time()
-    at_both(client)
+    futures = at_both(client)
     how = {"start": start, "last_count": 0, "code": "x < y"}
     page = client.sync(client.scheduler.performance_report, **how)
     assert page.count("<iframe") == 2 and page.count('sandbox="allow-scripts') == 2
     assert 'href="#site-0">north</a>' in page and 'href="#site-1">south</a>' in page
-    assert "number of tasks: 1" in page, re.findall(r"number of tasks: .*", page)
+    since = client.get_task_stream(start=start)  # and what ended before, as far as the clocks of workers are not known
+    assert {future.key for future in futures} <= {record["key"] for record in since}
+    counts = Counter(record["worker"].split("/")[2] for record in since)
+    told = re.findall(r"number of tasks: (\d+)", page)
+    assert told == [str(counts[site]) for site in SITES for _ in range(len(told) // 2)]
 
 
 def test_dump_cluster_state(client: Client, tmp_path: Path) -> None:
