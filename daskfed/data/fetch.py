@@ -2,8 +2,8 @@
 
 The agent gives its scheduler a task under the key's own name; the task runs one of these functions on a worker. They
 are sent by value and need only distributed and the standard library, so daskfed need not be installed on the workers.
-Two functions are not for tasks: :func:`forget_inputs` mends what a worker remembers of such keys, and
-:func:`give_back` what it and its scheduler do not agree on.
+Two functions are not for tasks: :func:`untie` mends what a worker remembers of such keys, and :func:`give_back` what it
+and its scheduler do not agree on.
 """
 
 from __future__ import annotations
@@ -79,21 +79,6 @@ async def _ask_agent(worker: Any, address: str, key: Any, token: str) -> Any:
         pool.reuse(address, comm)
 
 
-def forget_inputs(keys: Sequence[Any], dask_worker: Any) -> None:
-    """Have a worker forget what it made ``keys`` from, which come from elsewhere now, and ask for them once more.
-
-    A worker that knows dependents of a key remembers the inputs that it made the key from, and where a task without
-    inputs comes under that name, it waits for those: for ever, if nobody makes them again.
-    """
-    for key in keys:
-        task = dask_worker.state.tasks.get(key)
-        if task is None or task.state not in ("released", "waiting"):
-            continue
-        _untie(task, list(task.dependencies), dask_worker)
-        if task.state == "waiting":
-            dask_worker.batched_send({"op": "reschedule", "key": key, "stimulus_id": "daskfed-forget-inputs"})
-
-
 def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
     """Have a worker tell its scheduler what it does not run of ``keys``, and which of their inputs it does not have.
 
@@ -105,7 +90,7 @@ def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
     lacking: dict[Any, None] = {}
     for key in keys:
         task = known.get(key)
-        if task is None or task.state in ("released", "memory", "error"):
+        if task is None or task.state in ("released", "memory", "error", "missing"):
             again.append(key)
         elif task.state == "waiting":
             absent = [each for each in task.dependencies if each.state in ("released", "missing") and not each.who_has]
@@ -113,7 +98,7 @@ def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
                 continue
             again.append(key)
             lacking.update(dict.fromkeys(each.key for each in absent))
-            _untie(task, absent, dask_worker)
+            untie(task, absent, dask_worker)
     for op, told in (("release-worker-data", lacking), ("reschedule", again)):
         for key in told:
             story = dask_worker.state.story(key)[-8:]
@@ -121,7 +106,7 @@ def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
             dask_worker.batched_send({"op": op, "key": key, "stimulus_id": "daskfed-give-back"})
 
 
-def _untie(task: Any, inputs: Sequence[Any], dask_worker: Any) -> None:
+def untie(task: Any, inputs: Sequence[Any], dask_worker: Any) -> None:
     """Have a task of a worker forget ``inputs``, and the worker those that it sought for it."""
     for each in inputs:
         each.dependents.discard(task)
@@ -162,12 +147,17 @@ def _transfer_error(reason: str) -> Exception:
 
 
 def by_value(thing: Any) -> bytes:
-    """Return a function, or an object, of a module of ours, pickled so that it opens where daskfed is not installed."""
+    """Return a function, or an object, of a module of ours, pickled so that it opens where daskfed is not installed.
+
+    That module may use functions of this one.
+    """
     import sys
 
-    module = sys.modules[thing.__module__]
-    cloudpickle.register_pickle_by_value(module)
+    modules = [sys.modules[name] for name in {thing.__module__, __name__}]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
     try:
         return bytes(cloudpickle.dumps(thing))
     finally:
-        cloudpickle.unregister_pickle_by_value(module)
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)

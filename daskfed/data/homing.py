@@ -7,6 +7,7 @@ distributed.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextvars import Context
 from functools import partial
 from typing import Any
@@ -16,8 +17,13 @@ from distributed.actor import Actor, ProxyRPC
 from distributed.core import Status
 
 from daskfed.dask_private import UpdateDataEvent
+from daskfed.data.fetch import untie
 
 INLINE = "daskfed-inline-import"  # annotation of a task whose value came with it, and is small
+
+KEPT = frozenset(
+    {"waiting", "ready", "constrained", "executing", "long-running", "memory"}
+)  # tasks that stay as they are
 
 MOST_ITEMS = 1000  # containers with more are not searched for futures
 DEPTH = 3  # of containers that are
@@ -26,7 +32,8 @@ DEPTH = 3  # of containers that are
 class Homing(WorkerPlugin):
     """Gives a worker :func:`at_home`, which :func:`daskfed.data.fetch.open_import` calls with each imported value.
 
-    It also has the worker take over small imports as they come, see :func:`land`.
+    It also has the worker take over small imports as they come, see :func:`land`, and forget what a key was made from
+    before, see :func:`forget_former_inputs`.
     """
 
     name = "daskfed-homing"
@@ -35,11 +42,31 @@ class Homing(WorkerPlugin):
     def setup(self, worker: Any) -> None:
         """Begin; called by the worker."""
         worker.daskfed_at_home = at_home
-        worker.stream_handlers["compute-task"] = partial(land, worker, worker.stream_handlers["compute-task"])
+        worker.stream_handlers["compute-task"] = partial(take, worker, worker.stream_handlers["compute-task"])
 
 
-def land(worker: Any, compute: Any, **message: Any) -> None:
-    """Take the value of a small import over without a thread; any other task goes its way, to ``compute``.
+def take(worker: Any, compute: Any, **message: Any) -> None:
+    """Prepare a worker for a task that its scheduler gives it; then the task goes its way, to ``compute``."""
+    forget_former_inputs(worker, message["key"], message["nbytes"])
+    land(worker, **message)
+    compute(**message)
+
+
+def forget_former_inputs(worker: Any, key: Any, inputs: Collection[Any]) -> None:
+    """Have a worker forget what it made a key from before, where the task of that name is made from ``inputs`` now.
+
+    A worker that knows dependents of a key remembers what it made the key from. It would wait for that as well, and
+    where it is to make some of it for another task, it would take that for something that another worker has.
+    """
+    task = worker.state.tasks.get(key)
+    if task is None or task.state in KEPT:
+        return
+    if former := [each for each in task.dependencies if each.key not in inputs]:
+        untie(task, former, worker)
+
+
+def land(worker: Any, **message: Any) -> None:
+    """Take the value of a small import over without a thread; of any other task nothing.
 
     A thread takes some milliseconds for a task, however short, and a shuffle over two sites has an import for each
     pair of partitions. Dask opens what comes from another worker on its event loop as well. A worker that is asked for
@@ -53,7 +80,6 @@ def land(worker: Any, compute: Any, **message: Any) -> None:
             plain = False
         if plain:
             worker.handle_stimulus(UpdateDataEvent(data={message["key"]: value}, stimulus_id=message["stimulus_id"]))
-    compute(**message)
 
 
 def _is_free(worker: Any, key: Any) -> bool:

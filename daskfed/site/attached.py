@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
-
-from daskfed.messages import Key
 
 
 class Attached(SchedulerPlugin):
@@ -42,8 +39,3 @@ class Attached(SchedulerPlugin):
         if client == self.client:
             self.stop()
             scheduler.remove_plugin(self.name)
-
-    async def at_workers(self, function: bytes, keys: Collection[Key], workers: Collection[str] | None = None) -> None:
-        """Have workers, by default all, call a pickled function with ``keys``; what it returns or raises is dropped."""
-        message = {"op": "run", "function": function, "args": pickle.dumps((list(keys),))}
-        await self.scheduler.broadcast(msg=message, workers=workers, on_error="ignore")

@@ -15,8 +15,9 @@ fed-learned     durations and sizes of results per key prefix since the last tim
 It also makes imports behave like scattered data (``fed-import``, sent by the agent before each fetch task, and
 ``fed-released``, sent after it let go of keys): a key that Dask still knows under another task forgets that task, and a
 fetch task that has run, failed, or is no longer wanted is forgotten, so that Dask never fetches again what the agent no
-longer has. Workers are made to forget too. And before a block is submitted (``fed-renew``), tasks may run again that
-Dask remembers as failed, though the input that they failed from is mended or gone: the block may need them.
+longer has. (Workers forget by themselves, see :mod:`daskfed.data.homing`.) And before a block is submitted
+(``fed-renew``), tasks may run again that Dask remembers as failed, though the input that they failed from is mended or
+gone: the block may need them.
 """
 
 from __future__ import annotations
@@ -29,18 +30,15 @@ from typing import Any
 
 from distributed.comm.core import CommClosedError
 
-from daskfed.data.fetch import by_value, forget_inputs
 from daskfed.messages import Key
 from daskfed.site.attached import Attached
 
-FORGET_INPUTS = by_value(forget_inputs)
 LOAD_S = 0.05
 BUSY_S = 0.25
 PLENTY = 32  # unfinished tasks per thread that keep it busy for BUSY_S, unless they take less than 8 ms
 STATUS_S = 1.0
 LEARNED_S = 0.5
 SPREAD = 16  # workers among which imports that come together are spread
-SLOW_S = 2.0  # imports that take longer may wait for nothing
 UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
 DORMANT = frozenset({"released", "erred"})
 
@@ -56,8 +54,6 @@ class SiteReporter(Attached):
         self._announced: set[Key] = set()  # imports whose fetch tasks the scheduler has not taken in yet
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
         self._failed = {key: None for key, task in scheduler.tasks.items() if task.state == "erred"}
-        self._made_before: set[Key] = set()  # imports that are to come, of keys that were made here from others
-        self._slow_imports: set[Key] = set()  # that had not landed a while ago
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
         self._load_timer: Any = None
         self._load_is_due_soon = False
@@ -67,8 +63,7 @@ class SiteReporter(Attached):
         scheduler.stream_handlers["fed-renew"] = self.renew
         scheduler.stream_handlers["fed-claim"] = self.claim
         scheduler.handlers["fed-find"] = self.find
-        timers = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._look_after_imports, SLOW_S))
-        self.begin(scheduler, *timers)
+        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
         self._tell_status()
         self._tell_load()
 
@@ -142,9 +137,6 @@ class SiteReporter(Attached):
         if client != self.client:
             return
         self._begin_imports(keys)
-        if made_before := self._made_before.intersection(keys):
-            self._made_before -= made_before
-            scheduler.loop.add_callback(self._forget_at_workers, made_before)
         for key in keys:
             task = scheduler.tasks.get(key)
             if task is not None and task.state == "memory":
@@ -220,8 +212,6 @@ class SiteReporter(Attached):
             self.importing.add(key)
             task = self.scheduler.tasks.get(key)
             if task is not None and task.state in DORMANT and not task.who_wants:
-                if task.dependencies:
-                    self._made_before.add(key)
                 self._forget_lineage(task)
 
     def _begin_imports(self, keys: Collection[Key]) -> None:
@@ -233,17 +223,6 @@ class SiteReporter(Attached):
                 self.importing.discard(key)
             else:
                 self.importing.add(key)
-
-    def _look_after_imports(self) -> None:
-        """See to imports that should have landed long ago."""
-        slow = {key for key in self.importing if key in self.scheduler.tasks}
-        again, self._slow_imports = slow & self._slow_imports, slow
-        if again:
-            self.scheduler.loop.add_callback(self._forget_at_workers, again)
-
-    async def _forget_at_workers(self, keys: Collection[Key]) -> None:
-        """Have workers forget what they made the keys from before."""
-        await self.at_workers(FORGET_INPUTS, keys)
 
     def end_imports(self, keys: Collection[Key], client: str) -> None:
         """The agent let go of keys: a fetch task that Dask still knows among them must not run or fail again."""

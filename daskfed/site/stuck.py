@@ -12,6 +12,7 @@ again more often than most clusters, and one such task holds up all that is queu
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
@@ -52,5 +53,7 @@ class StuckTasks(Attached):
         await asyncio.gather(*asked)
 
     async def _ask(self, address: str, keys: list[Any]) -> None:
+        message = {"op": "run", "function": GIVE_BACK, "args": pickle.dumps((keys,))}
+        asking = self.scheduler.broadcast(msg=message, workers=[address], on_error="ignore")
         with suppress(TimeoutError):  # a worker that is busy is asked again
-            await asyncio.wait_for(self.at_workers(GIVE_BACK, keys, [address]), ASK_S)
+            await asyncio.wait_for(asking, ASK_S)

@@ -252,19 +252,22 @@ def told(siege: Siege, client: Client, futures: Sequence[Any], killer: Killer) -
     return "\n".join([*lines, siege.logs()])
 
 
-def stuck_at(dask_worker: Any) -> list[Any]:
-    """Return what a worker has not finished, with the end of its story of each such task; runs there."""
-    found = [task for task in dask_worker.state.tasks.values() if task.state not in ("memory", "released")][:6]
-    return [
-        (task, task.previous, task.next, [*task.dependencies], dask_worker.state.story(task.key)[-12:])
-        for task in found
-    ]
+def stuck_at(dask_worker: Any) -> list[str]:
+    """Return what a worker has not finished, and what that is made from, with the ends of their stories; runs there."""
+    state = dask_worker.state
+    found = [task for task in state.tasks.values() if task.state not in ("memory", "released")][:6]
+    inputs = [each for task in found for each in task.dependencies][:12]
+    return [f"{task} from {task.dependencies}: {state.story(task.key)[-16:]}" for task in [*found, *inputs]]
 
 
-def stuck_in(dask_scheduler: Any) -> list[Any]:
-    """Return what a scheduler's workers are to run, with the end of its story of each such task; runs there."""
+def stuck_in(dask_scheduler: Any) -> list[str]:
+    """Return what a scheduler's workers are to run, and what that is made from, likewise; runs there."""
     found = [task for worker in dask_scheduler.workers.values() for task in worker.processing][:6]
-    return [(task, [*task.dependencies], dask_scheduler.story(task.key)[-12:]) for task in found]
+    inputs = [each for task in found for each in task.dependencies][:12]
+    return [
+        f"{task} from {task.dependencies} at {task.who_has}: {dask_scheduler.story(task.key)[-16:]}"
+        for task in [*found, *inputs]
+    ]
 
 
 def _parts(client: Client, key: Any) -> list[Any]:

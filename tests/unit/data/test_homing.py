@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ from distributed import Client, Scheduler, Status, Worker
 from distributed.actor import Actor
 from distributed.protocol.serialize import serialize
 
-from daskfed.dask_private import Serialized, Task
-from daskfed.data.fetch import by_value, open_import
+from daskfed.dask_private import Serialized, Task, TaskRef
+from daskfed.data.fetch import by_value, give_back, open_import
 from daskfed.data.homing import INLINE, ActorElsewhere, Homing
 from daskfed.data.parcels import Parcel
 
@@ -37,6 +39,14 @@ class Place:
         found = parcel.checksum if checksum is None else checksum
         with dask.annotate(**{INLINE: True}):
             return self.client.submit(open_import, parcel.header, frames, found, key=key)
+
+    def give(self, task: Any, *annotations: str, **who_has: list[str]) -> None:
+        """Have the worker told to run a task, of which its scheduler knows nothing."""
+        self.worker.stream_handlers["compute-task"](
+            key=task.key, run_spec=task, annotations=dict.fromkeys(annotations, True), who_has=who_has,
+            nbytes=dict.fromkeys(who_has, 8), run_id=1, priority=(0,), resource_restrictions={}, actor=False,
+            span_id=None, stimulus_id="test",
+        )  # fmt: skip
 
     def was_executed(self, key: str) -> bool:
         """Say whether a thread of the worker had the task."""
@@ -128,12 +138,7 @@ def test_a_paused_worker_takes_nothing_over() -> None:
     async def check(place: Place) -> None:
         place.worker.status = Status.paused
         landed = Parcel.of(serialized([1, 2]))
-        message = {
-            "key": "x", "run_id": 1, "who_has": {}, "nbytes": {}, "priority": (0,), "resource_restrictions": {},
-            "actor": False, "annotations": {INLINE: True}, "span_id": None, "stimulus_id": "test",
-            "run_spec": Task("x", open_import, landed.header, list(landed.frames), landed.checksum),
-        }  # fmt: skip
-        place.worker.stream_handlers["compute-task"](**message)
+        place.give(Task("x", open_import, landed.header, list(landed.frames), landed.checksum), INLINE)
         assert place.worker.state.tasks["x"].state == "ready"
 
     in_a_place(check)
@@ -148,11 +153,47 @@ def test_a_value_that_is_there_stays() -> None:
     in_a_place(check)
 
 
+def test_what_a_key_was_made_from_before_is_not_sought_where_it_is_to_be_made() -> None:
+    """The worker remembers it for the sake of a dependent; now the key comes from elsewhere."""
+
+    async def check(place: Place) -> None:
+        graph = {"w": (operator.neg, 1), "x": (operator.neg, "w"), "y": (operator.neg, "x")}
+        kept = place.client.get(graph, "y", sync=False)
+        assert await kept == -1
+        known = place.worker.state.tasks
+        while known["x"].state != "released" or known["w"].state != "released":
+            await asyncio.sleep(0.01)
+        assert known["x"].dependencies == {known["w"]}
+        place.give(Task("w", operator.neg, TaskRef("v")), v=["tcp://127.0.0.1:9"])
+        assert known["w"].state == "waiting"
+        place.give(Task("x", operator.neg, 1))
+        assert known["w"].state == "waiting"
+        assert known["x"].state == "executing"
+
+    in_a_place(check)
+
+
+def test_a_task_that_a_worker_holds_for_lost_is_given_back() -> None:
+    async def check(place: Place) -> None:
+        gate = place.client.submit(time.sleep, 0.5, key="gate")
+        future = place.client.submit(operator.neg, 1, key="x")
+        while "x" not in place.worker.state.tasks:
+            await asyncio.sleep(0.001)
+        place.worker.state._transitions({place.worker.state.tasks["x"]: "missing"}, stimulus_id="test")
+        give_back(["x"], place.worker)
+        assert await future == -1
+        await gate
+
+    in_a_place(check)
+
+
 def test_it_opens_where_daskfed_is_not_installed() -> None:
     code = (
         "import pickle, sys; sys.modules['daskfed'] = None; from distributed import WorkerPlugin; "
         "plugin = pickle.loads(sys.stdin.buffer.read()); assert isinstance(plugin, WorkerPlugin); "
-        "worker = type('Fake', (), {})(); worker.stream_handlers = {'compute-task': dict}; plugin.setup(worker); "
-        "worker.stream_handlers['compute-task'](key=1)"
+        "worker = type('Fake', (), {})(); worker.stream_handlers = {'compute-task': dict}; worker.state = worker; "
+        "task = type('Task', (), {'state': 'released', 'dependencies': []}); worker.tasks = {1: task}; "
+        "worker.stream_handlers['free-keys'] = dict; plugin.setup(worker); "
+        "worker.stream_handlers['compute-task'](key=1, nbytes={})"
     )
     subprocess.run([sys.executable, "-c", code], input=by_value(Homing()), check=True, timeout=60)
