@@ -17,3 +17,5 @@ environment_folder() {
 }
 
 venv=$(environment_folder) || exit 1
+
+unset PYTHONDONTWRITEBYTECODE  # else each of some thousand processes of a test run compiles our modules anew
