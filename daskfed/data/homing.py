@@ -17,10 +17,12 @@ from distributed.actor import Actor, ProxyRPC
 from distributed.core import Status
 
 from daskfed.dask_private import UpdateDataEvent
-from daskfed.data.fetch import untie
+from daskfed.data.fetch import give_back, untie
 
 INLINE = "daskfed-inline-import"  # annotation of a task whose value came with it, and is small
+GIVE_BACK = "daskfed-give-back"  # what a scheduler tells a worker, with keys, for it to do so
 
+REMEMBERED = 2000  # keys of small imports
 KEPT = frozenset(
     {"waiting", "ready", "constrained", "executing", "long-running", "memory"}
 )  # tasks that stay as they are
@@ -32,8 +34,8 @@ DEPTH = 3  # of containers that are
 class Homing(WorkerPlugin):
     """Gives a worker :func:`at_home`, which :func:`daskfed.data.fetch.open_import` calls with each imported value.
 
-    It also has the worker take over small imports as they come, see :func:`land`, and forget what a key was made from
-    before, see :func:`forget_former_inputs`.
+    It also has the worker take over small imports as they come, see :func:`land`, forget what a key was made from
+    before, see :func:`forget_former_inputs`, and give back what it does not run.
     """
 
     name = "daskfed-homing"
@@ -42,6 +44,8 @@ class Homing(WorkerPlugin):
     def setup(self, worker: Any) -> None:
         """Begin; called by the worker."""
         worker.daskfed_at_home = at_home
+        worker.daskfed_landed = {}
+        worker.stream_handlers[GIVE_BACK] = partial(give_back, dask_worker=worker)
         worker.stream_handlers["compute-task"] = partial(take, worker, worker.stream_handlers["compute-task"])
 
 
@@ -71,6 +75,10 @@ def land(worker: Any, **message: Any) -> None:
     A thread takes some milliseconds for a task, however short, and a shuffle over two sites has an import for each
     pair of partitions. Dask opens what comes from another worker on its event loop as well. A worker that is asked for
     what it has already says so: that is the scheduler's answer. What cannot be opened fails as a task does.
+
+    A key that comes again takes the long way. Its scheduler may have given it out twice, and takes the first of two
+    answers for one that is out of date: it gives the key out anew, and has the next answer before the worker has heard
+    of that. In a thread the two become one.
     """
     if (message.get("annotations") or {}).get(INLINE) and _is_free(worker, message["key"]):
         try:
@@ -79,13 +87,21 @@ def land(worker: Any, **message: Any) -> None:
         except Exception:
             plain = False
         if plain:
+            _remember(worker.daskfed_landed, message["key"])
             worker.handle_stimulus(UpdateDataEvent(data={message["key"]: value}, stimulus_id=message["stimulus_id"]))
 
 
 def _is_free(worker: Any, key: Any) -> bool:
-    """Say whether the worker has room, and nothing under the name that might be in the way."""
+    """Say whether the worker has room, and had nothing under the name that might be in the way."""
     task = worker.state.tasks.get(key)
-    return worker.status is Status.running and (task is None or (task.state == "released" and not task.dependencies))
+    unknown = task is None or (task.state == "released" and not task.dependencies)
+    return unknown and worker.status is Status.running and key not in worker.daskfed_landed
+
+
+def _remember(landed: dict[Any, None], key: Any) -> None:
+    if len(landed) >= REMEMBERED:
+        del landed[next(iter(landed))]
+    landed[key] = None
 
 
 def at_home(value: Any) -> Any:

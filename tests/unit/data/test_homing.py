@@ -173,6 +173,29 @@ def test_what_a_key_was_made_from_before_is_not_sought_where_it_is_to_be_made() 
     in_a_place(check)
 
 
+def test_a_key_that_was_given_out_twice_before_the_worker_heard_of_it_settles() -> None:
+    """Each answer that is out of date has the scheduler give the key out once more, and there are always two."""
+
+    async def check(place: Place) -> None:
+        handlers = place.worker.stream_handlers
+        proper = {op: handlers[op] for op in ("compute-task", "free-keys")}
+        late: list[tuple[str, Any]] = []
+        for op in proper:
+            handlers[op] = lambda op=op, **message: late.append((op, message))
+        future = place.bring("x", serialized([1, 2]))
+        while not late:
+            await asyncio.sleep(0.001)
+        place.scheduler._reschedule("x", stimulus_id="test")
+        while len(late) < 3:
+            await asyncio.sleep(0.001)
+        handlers.update(proper)
+        for op, message in late:
+            proper[op](**message)
+        assert await asyncio.wait_for(future, 10) == [1, 2]
+
+    in_a_place(check)
+
+
 def test_a_task_that_a_worker_holds_for_lost_is_given_back() -> None:
     async def check(place: Place) -> None:
         gate = place.client.submit(time.sleep, 0.5, key="gate")
