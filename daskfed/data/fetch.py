@@ -17,9 +17,12 @@ from typing import Any
 
 import cloudpickle
 from distributed import get_worker
+from distributed.metrics import time as now
 from distributed.protocol.serialize import merge_and_deserialize
 
 from daskfed.dask_private import decompress_frames
+
+ON_THE_WAY_S = 1.0  # that a message from a worker to its scheduler may be, under load
 
 logger = logging.getLogger("distributed.worker")  # whose level and handlers the workers have
 
@@ -91,7 +94,8 @@ def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
     for key in keys:
         task = known.get(key)
         if task is None or task.state in ("released", "memory", "error", "missing"):
-            again.append(key)
+            if not _was_just_heard_of(dask_worker.state.story(key)):
+                again.append(key)
         elif task.state == "waiting":
             absent = [each for each in task.dependencies if each.state in ("released", "missing") and not each.who_has]
             if not absent and any(each.state != "memory" for each in task.waiting_for_data):
@@ -104,6 +108,11 @@ def give_back(keys: Sequence[Any], dask_worker: Any) -> None:
             story = dask_worker.state.story(key)[-8:]
             logger.warning("Scheduler and worker disagree about %r, which is made again (%s): %s", key, op, story)
             dask_worker.batched_send({"op": op, "key": key, "stimulus_id": "daskfed-give-back"})
+
+
+def _was_just_heard_of(story: Sequence[Any]) -> bool:
+    """Say whether what happened to a task last, where anything is known, may not have reached the scheduler yet."""
+    return bool(story) and now() - story[-1][-1] < ON_THE_WAY_S
 
 
 def untie(task: Any, inputs: Sequence[Any], dask_worker: Any) -> None:

@@ -19,7 +19,7 @@ from distributed.actor import Actor
 from distributed.protocol.serialize import serialize
 
 from daskfed.dask_private import Serialized, Task, TaskRef
-from daskfed.data.fetch import by_value, give_back, open_import
+from daskfed.data.fetch import ON_THE_WAY_S, by_value, give_back, open_import
 from daskfed.data.homing import INLINE, ActorElsewhere, Homing
 from daskfed.data.parcels import Parcel
 
@@ -203,6 +203,9 @@ def test_a_task_that_a_worker_holds_for_lost_is_given_back() -> None:
         while "x" not in place.worker.state.tasks:
             await asyncio.sleep(0.001)
         place.worker.state._transitions({place.worker.state.tasks["x"]: "missing"}, stimulus_id="test")
+        give_back(["x"], place.worker)
+        await asyncio.sleep(ON_THE_WAY_S)
+        assert place.worker.state.tasks["x"].state == "missing"  # its scheduler might have heard of it meanwhile
         give_back(["x"], place.worker)
         assert await future == -1
         await gate
