@@ -12,11 +12,11 @@ REQUIRES = [
     "click>=8.1",  # the command line
     "cloudpickle>=3.0",  # functions that no other machine can import
     "dask>=2026.7",  # graphs, expressions, collections
-    "dask-jobqueue>=0.9",  # Cluster classes for Slurm, PBS, SGE and others
+    "dask-jobqueue>=0.9",  # Cluster classes for Slurm, PBS, SGE and others: for users; nothing here imports it yet
     "distributed>=2026.7",  # schedulers, workers, comms, futures
     "pydantic>=2.7",  # profiles of hubs, sites and federations
-    "pyzmq>=26",  # the zmq:// backend for comms
-    "tblib>=3.0",  # tracebacks that survive the way home
+    "pyzmq>=26",  # the zmq:// backend for comms, which is still to come: nothing here imports it yet
+    "tblib>=3.0",  # used by distributed: tracebacks that survive the way home
     "toolz>=0.12",
 ]
 

@@ -111,6 +111,7 @@ def test_hub_site_and_status_under_each_name_of_the_command(start: Callable[...,
     assert table[1].split()[:4] == ["north", "running", "1", "1"]
     with Client(address, set_as_default=False) as client:
         assert client.submit(os.getcwd, site="scratch=era5").result() == str(tmp_path)
+        assert client.submit(os.getcwd, environment="gpu", pure=False).result(timeout=START_S) == str(tmp_path)
     for command in (the_site, the_hub):
         command.press(signal.SIGINT)
         assert command.wait() == 0
@@ -127,12 +128,18 @@ def test_sigterm_ends_a_site_with_its_workers(start: Callable[..., Any], shared_
     assert "terminated" not in json.loads(status(shared_hub, "--json"))
 
 
-def test_a_second_signal_ends_a_site_at_once(start: Callable[..., Any], shared_hub: str) -> None:
-    command = joined(start, "hasty", shared_hub)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("what", ["hub", "site"])
+def test_a_second_signal_ends_it_at_once(
+    start: Callable[..., Any], shared_hub: str, what: str, number: signal.Signals
+) -> None:
+    command = start(hub) if what == "hub" else joined(start, "hasty", shared_hub)
+    if what == "hub":
+        command.line("daskfed hub at")
     while command.process.poll() is None:
-        command.press(signal.SIGINT)
-        time.sleep(0.05)
-    assert command.wait() == 128 + signal.SIGINT
+        command.press(number)
+        time.sleep(0.005)  # a hub ends in a moment
+    assert command.wait() in (128 + number, -number)  # by itself or by the signal: a shell says 128 + number of both
     assert command.all_gone()
 
 

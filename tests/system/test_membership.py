@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import operator
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import futures_of, wait
+from distributed import futures_of, get_task_stream, wait
 
 import daskfed
 from daskfed import Client, Federation, at
@@ -80,27 +82,36 @@ def gone(client: Client, name: str) -> Callable[[], bool]:
 # -- joining and leaving -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("n", "after_s", "least"),
+    [(50, 0, 1), pytest.param(300, 10, 60, marks=[pytest.mark.slow, pytest.mark.timeout(240)])],
+    ids=["a graph of 10 s", "10 s into a graph of 60 s"],
+)
 def test_a_site_that_joins_late_gets_work_of_a_running_graph(
-    client: Client, federation: Federation, start: Callable[..., Command]
+    client: Client, federation: Federation, start: Callable[..., Command], n: int, after_s: float, least: int
 ) -> None:
-    """The graph is cut and under way before anybody knows of the site."""
-    n = 50
+    """The graph is cut and under way before anybody knows of the site, which then runs ``least`` of its tasks or more."""
     total = client.compute(slow_chain(n))
     wait_until(lambda: client.sites()["north"]["running"])
+    time.sleep(after_s)
     late = start("late", federation.scheduler_address)
     late.line("site late joined")
-    assert not total.done(), "the graph was over before the site joined: nothing was tested"
-    assert total.result(timeout=100) == sum(range(n)) + 2 * n
-    assert took_part(client, "late"), "the late site got nothing to do"
+    with get_task_stream(client) as stream:  # sites record their tasks from now on
+        assert not total.done(), "the graph was over before the site joined: nothing was tested"
+        assert total.result(timeout=100) == sum(range(n)) + 2 * n
+    ran = Counter(record["worker"].split("/")[2] for record in stream.data if napped(record))
+    assert ran["late"] >= least, f"it got too little to do: {ran}"
     late.press()
     assert late.wait() == 0
     wait_until(gone(client, "late"))
     assert client.submit(operator.add, 1, 1, pure=False).result(timeout=60) == 2
 
 
-def took_part(client: Client, name: str) -> bool:
-    """Whether results went from or to a site."""
-    return any(name in pair for pair in client.transfers())
+def napped(record: Any) -> bool:
+    """Whether a record is of a call of ``slow``, and not of an import, which is a task by the same key."""
+    return any(
+        each["stop"] - each["start"] > TASK_S / 2 for each in record["startstops"] if each["action"] == "compute"
+    )
 
 
 def test_work_for_a_label_waits_for_the_site_that_will_have_it(
@@ -196,6 +207,28 @@ def test_scale_adapt_logs_and_repr(client: Client, federation: Federation) -> No
     with pytest.raises(ConfigurationError, match="no site.*'west'"):
         federation.adapt(site="west")
     assert client.submit(operator.add, 1, 1, pure=False).result(timeout=60) == 2
+
+
+def test_a_site_of_another_cluster_class(
+    client: Client, federation: Federation, start: Callable[..., Command], tmp_path: Path
+) -> None:
+    """Its scheduler and workers are given by name, as JSON can say; it scales, and a site of another class takes its keys."""
+    where = {"host": "127.0.0.1", "dashboard_address": ":0"}
+    worker = {"cls": "distributed.Nanny", "options": {**where, "nthreads": 1}}
+    scheduler = {"cls": "distributed.Scheduler", "options": {**where, "port": 0}}
+    options = json.dumps({"scheduler": scheduler, "workers": {"first": worker}, "worker": worker})
+    given = ("--cluster", "distributed.SpecCluster", "--options", options, "--directory", str(tmp_path))
+    spec = start("spec", federation.scheduler_address, *given)
+    spec.line("joined")
+    assert client.submit(os.getcwd, site="spec", pure=False).result(timeout=60) == str(tmp_path)
+    for n in (2, 1):
+        client.sync(client.scheduler.fed_cluster, site="spec", method="scale", kwargs={"n": n})
+        wait_until(lambda n=n: client.sites()["spec"]["workers"] == n)
+    numbers = client.map(operator.neg, range(10), site="spec")
+    assert client.submit(sum, numbers, site="north").result(timeout=60) == -45
+    assert ("spec", "north") in client.transfers()
+    spec.press()
+    assert spec.wait() == 0 and spec.all_gone()
 
 
 def test_options_that_a_cluster_refuses_to_scale_with(client: Client, federation: Federation) -> None:

@@ -134,12 +134,13 @@ def _across(canary: Canary) -> Any:
         return dask.delayed(repr)(first)
 
 
-def _expect_error(client: Client, canary: Canary) -> None:
-    def fail(folder: str, name: str) -> None:
-        raise CanaryError(_make(folder, name))
+def _fail(folder: str, name: str) -> None:
+    raise CanaryError(_make(folder, name))
 
+
+def _expect_error(client: Client, canary: Canary) -> None:
     with pytest.raises(CanaryError):
-        client.submit(fail, canary.folder, canary.name, site="north").result()
+        client.submit(_fail, canary.folder, canary.name, site="north").result()
 
 
 def _annotated(client: Client, canary: Canary) -> None:
@@ -148,10 +149,9 @@ def _annotated(client: Client, canary: Canary) -> None:
 
 
 def _expect_error_reply(client: Client, canary: Canary) -> None:
-    class Unsizable(Canary):
-        pass
-
-    client.submit(repr, client.scatter({"c": canary}, site="south")).result()
+    """What a call raises at the workers is the hub's reply to the client."""
+    with pytest.raises(CanaryError):
+        client.run(_fail, canary.folder, canary.name)
 
 
 def _replayed(client: Client, canary: Canary) -> None:

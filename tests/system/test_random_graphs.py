@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ NAMES = ("s0", "s1", "s2", "s3", "s4")
 SITE = {"options": {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}}
 BESIEGED = ("north", "south")
 NAP_S = 0.1  # of a task, so that something is going on when processes are killed
+LARGE = 8  # tasks of a graph that is not a trifle
 LEAST = 15  # tasks of a graph while processes are killed
 WITHIN_S = 100.0  # a result must be there, whatever was killed
 
@@ -33,17 +35,38 @@ def client() -> Iterator[Client]:
         yield client
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(program=programs(NAMES), salt=st.integers(0, 2**30))
+@pytest.fixture(scope="module")
+def lone() -> Iterator[Client]:
+    """A client of one site."""
+    sites = dict.fromkeys(NAMES[:1], SITE)
+    with Federation(sites=sites, in_process=True) as federation, Client(federation, set_as_default=False) as client:
+        yield client
+
+
+def mostly_large(names: Sequence[str]) -> st.SearchStrategy[Program]:
+    """Draw programs over these sites, three of four of which are no trifles."""
+    return st.sampled_from((LARGE, LARGE, LARGE, 1)).flatmap(partial(programs, names))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(program=mostly_large(NAMES), salt=st.integers(0, 2**30))
 def test_result_is_that_of_dask_get(client: Client, program: Program, salt: int) -> None:
     """Every wanted result, whatever the shape of the graph and the pins of its tasks."""
     assert list(dask.compute(*program.lazy(salt))) == program.expected(salt)
 
 
-def test_nothing_is_left(client: Client) -> None:
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(program=mostly_large(NAMES[:1]), salt=st.integers(0, 2**30))
+def test_result_is_that_of_dask_get_where_there_is_one_site(lone: Client, program: Program, salt: int) -> None:
+    with lone.as_current():
+        assert list(dask.compute(*program.lazy(salt))) == program.expected(salt)
+
+
+def test_nothing_is_left(client: Client, lone: Client) -> None:
     """After all of it the sites hold nothing."""
-    assert client.submit(operator.add, 1, 1).result() == 2
-    assert not [key for held in client.has_what().values() for key in held if "mixed" in str(key)]
+    for each in (client, lone):
+        assert each.submit(operator.add, 1, 1).result() == 2
+        assert not [key for held in each.has_what().values() for key in held if "mixed" in str(key)]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,14 +10,36 @@ import dask
 from dask._expr import FinalizeCompute
 from dask.base import collections_to_expr
 from dask.core import flatten
+from distributed.protocol import deserialize
 
 from daskfed.client.assembly import split_final
 from daskfed.client.graphs import MaterialisedGraph, materialise
 from daskfed.client.notes import Noted
+from daskfed.client.submission import plan_graph
+from daskfed.client.versions import PYTHON
 from daskfed.dask_private import DataNode, Task
-from daskfed.messages import Key
+from daskfed.messages import Constraint, Key
 
 NORTH, SOUTH, WEST = ("north",), ("south",), ("west",)
+ALL_FIELDS = {  # as given to ``at`` or ``dask.annotate``
+    "sites": ("north", "disk=fast"),
+    "environment": "gpu",
+    "workers": ["tcp://10.0.0.1:1", "node7"],
+    "allow_other_workers": True,
+    "resources": {"licence": 2, "GPU": 1},
+    "retries": 3,
+    "priority": 5,
+}
+ALL_CONSTRAINED = Constraint(  # what a block says that was given all of it
+    sites=("north", "disk=fast"),
+    environment="gpu",
+    workers=("tcp://10.0.0.1:1", "node7"),
+    allow_other_workers=True,
+    resources=(("GPU", 1.0), ("licence", 2.0)),
+    retries=3,
+    priority=5,
+    python=PYTHON,
+)
 
 
 def computing(*collections: Any) -> tuple[Any, list[Key]]:
@@ -92,6 +115,18 @@ def assert_bound(graph: MaterialisedGraph, keys: Iterable[Key], sites: tuple[str
     keys = list(keys)
     assert keys
     assert {key: sites_of(graph, key) for key in keys} == dict.fromkeys(keys, sites)
+
+
+def assert_blocks(graph: MaterialisedGraph, keys: Iterable[Key], constraint: Constraint) -> None:
+    """Assert that these are some tasks, and that each block with any of them has exactly this constraint."""
+    submission = plan_graph(graph, map(str, itertools.count()))
+    keys, found = set(keys), set()
+    for block, payload in zip(submission.blocks, submission.payloads, strict=True):
+        expr = payload["expr"]
+        inside = keys.intersection(deserialize(expr.header, expr.frames).__dask_graph__())
+        assert not inside or block.constraint == constraint
+        found |= inside
+    assert keys and found == keys
 
 
 def assert_clean(graph: MaterialisedGraph) -> None:

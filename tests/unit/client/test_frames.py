@@ -22,8 +22,11 @@ from daskfed.client.graphs import MaterialisedGraph
 from daskfed.dask_private import Alias
 from daskfed.messages import Key
 from tests.unit.client.graph_tools import (
+    ALL_CONSTRAINED,
+    ALL_FIELDS,
     NORTH,
     SOUTH,
+    assert_blocks,
     assert_bound,
     assert_clean,
     computed,
@@ -97,6 +100,17 @@ def test_every_reader_keeps_its_site(folder: Path, reader: str, query: str) -> N
         assert_bound(graph, roots(graph), NORTH)
         assert {graph.constraints[key].retries for key in roots(graph)} == {2}
         assert_clean(graph)
+
+
+@pytest.mark.parametrize("annotate", [at, dask.annotate])
+@pytest.mark.parametrize("query", ["all", "filter", "groupby", "merge"])
+@pytest.mark.parametrize("reader", READERS)
+def test_every_field_reaches_the_blocks_that_read(folder: Path, reader: str, query: str, annotate: Any) -> None:
+    with annotate(**ALL_FIELDS):
+        df = READERS[reader](folder)
+    for persist in (False, True):
+        graph = opened(QUERIES[query](df), persist=persist)
+        assert_blocks(graph, roots(graph), ALL_CONSTRAINED)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -26,9 +26,12 @@ from daskfed.client.notes import noted_tasks, put_note
 from daskfed.dask_private import Alias, DataNode, Task, TaskList, TaskRef
 from daskfed.messages import Constraint
 from tests.unit.client.graph_tools import (
+    ALL_CONSTRAINED,
+    ALL_FIELDS,
     NORTH,
     SOUTH,
     WEST,
+    assert_blocks,
     assert_bound,
     assert_clean,
     computed,
@@ -80,6 +83,17 @@ def test_from_zarr_keeps_its_site_when_everything_is_fused(zarr: str, persist: b
     assert {graph.constraints[key].retries for key in reading} == {2}
     assert_bound(graph, [key for key in graph.tasks if name_of(key).startswith("original")], NORTH)
     assert_clean(graph)
+
+
+@pytest.mark.parametrize("persist", [False, True])
+@pytest.mark.parametrize("annotate", [at, dask.annotate])
+@pytest.mark.parametrize("reduce", [False, True])
+def test_every_field_reaches_the_blocks_that_read(zarr: str, reduce: bool, annotate: Any, persist: bool) -> None:
+    with annotate(**ALL_FIELDS):
+        x = da.from_zarr(zarr)
+    y = ((x + 1) * 2)[1:5, 2:7]
+    graph = opened(y.sum(axis=0) if reduce else y, persist=persist)
+    assert_blocks(graph, tasks_with(graph, getter), ALL_CONSTRAINED)
 
 
 def test_the_store_is_never_read_while_the_graph_is_made(zarr: str) -> None:
