@@ -157,5 +157,5 @@ def median(values: list[float]) -> float:
 def verdict(what: str, value: float, bar: float) -> bool:
     """Print one line of result: ``value`` should not be above ``bar``; return whether it is not."""
     passed = value <= bar
-    print(f"{'PASS' if passed else 'FAIL'}  {what}: {value:.3g} (bar {bar:.3g})", flush=True)
+    print(f"{'PASS' if passed else 'FAIL'}  {what}: {value:.4g} (bar {bar:.4g})", flush=True)
     return passed

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import sys
 
-import dask.array as da
 import distributed
 from _common import median, timed, verdict
+from _graph import graph, print_size
 
 import daskfed
 
 REPEATS = 5
 OPTIONS = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0"}
-
-
-def graph(chunks: int = 39) -> da.Array:
-    """Return the mean of an array of ``chunks`` squared chunks: about 10,000 tasks."""
-    x = da.random.random((chunks * 10, chunks * 10), chunks=10)
-    return ((x + 1) * 2 - x.mean(axis=0)).mean()
 
 
 def run(make_client: type[distributed.Client]) -> float:
@@ -30,7 +24,7 @@ def run(make_client: type[distributed.Client]) -> float:
 
 def main() -> int:
     """Measure and print; return 1 where the bar is missed."""
-    print("tasks:", len(dict(graph().__dask_graph__())), "before fusion")
+    print_size(graph())
     ours, stock = [], []
     for _ in range(REPEATS):
         stock.append(run(distributed.Client))
