@@ -123,9 +123,9 @@ def assert_blocks(graph: MaterialisedGraph, keys: Iterable[Key], constraint: Con
     keys, found = set(keys), set()
     for block, payload in zip(submission.blocks, submission.payloads, strict=True):
         expr = payload["expr"]
-        inside = keys.intersection(deserialize(expr.header, expr.frames).__dask_graph__())
-        assert not inside or block.constraint == constraint
-        found |= inside
+        mine = keys.intersection(deserialize(expr.header, expr.frames).__dask_graph__())
+        assert not mine or block.constraint == constraint
+        found |= mine
     assert keys and found == keys
 
 

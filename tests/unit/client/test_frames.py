@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from daskfed.client import hooks
 from daskfed.client.constraints import at
 from daskfed.client.frames import Pinned
 from daskfed.client.graphs import MaterialisedGraph
@@ -76,6 +77,12 @@ QUERIES: dict[str, Callable[[Any], Any]] = {
     "sort": lambda df: df.sort_values("x"),
     "optimised": lambda df: (df.x + df.i).optimize(),
 }
+
+
+@pytest.fixture(autouse=True)
+def hooked() -> None:
+    """As in a program that has made a client, or used ``at``."""
+    hooks.install()
 
 
 @pytest.fixture(autouse=True)
