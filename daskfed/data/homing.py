@@ -23,9 +23,8 @@ INLINE = "daskfed-inline-import"  # annotation of a task whose value came with i
 GIVE_BACK = "daskfed-give-back"  # what a scheduler tells a worker, with keys, for it to do so
 
 REMEMBERED = 2000  # keys of small imports
-KEPT = frozenset(
-    {"waiting", "ready", "constrained", "executing", "long-running", "memory"}
-)  # tasks that stay as they are
+# States in which a worker leaves a task as it is when it is told to run it once more.
+KEPT = frozenset({"waiting", "ready", "constrained", "executing", "long-running", "memory"})
 
 MOST_ITEMS = 1000  # containers with more are not searched for futures
 DEPTH = 3  # of containers that are

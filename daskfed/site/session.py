@@ -113,9 +113,9 @@ class Session:
         """Connect to the scheduler and have it report; raises OSError, SiteStartError."""
         await self.pool.start()
         await self.wire.connect()
-        for plugin in (SiteReporter(self.client), StuckTasks(self.client)):
-            await self.register_plugin(plugin)
+        await self.register_plugin(SiteReporter(self.client))
         await self.prepare_workers()
+        await self.register_plugin(StuckTasks(self.client))  # what it tells workers, only prepared ones understand
         try:
             await asyncio.wait_for(self._got_status.wait(), REPORT_TIMEOUT_S)
         except TimeoutError:

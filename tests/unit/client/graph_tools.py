@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -22,7 +23,7 @@ from daskfed.messages import Constraint, Key
 
 NORTH, SOUTH, WEST = ("north",), ("south",), ("west",)
 ALL_FIELDS = {  # as given to ``at`` or ``dask.annotate``
-    "sites": ("north", "disk=fast"),
+    "sites": ["north", "scratch=era5"],
     "environment": "gpu",
     "workers": ["tcp://10.0.0.1:1", "node7"],
     "allow_other_workers": True,
@@ -30,16 +31,16 @@ ALL_FIELDS = {  # as given to ``at`` or ``dask.annotate``
     "retries": 3,
     "priority": 5,
 }
-ALL_CONSTRAINED = Constraint(  # what a block says that was given all of it
-    sites=("north", "disk=fast"),
+FULL = Constraint(  # what they mean
+    sites=("north", "scratch=era5"),
     environment="gpu",
     workers=("tcp://10.0.0.1:1", "node7"),
     allow_other_workers=True,
     resources=(("GPU", 1.0), ("licence", 2.0)),
     retries=3,
     priority=5,
-    python=PYTHON,
 )
+ALL_CONSTRAINED = replace(FULL, python=PYTHON)  # what a block says that was given all of it
 
 
 def computing(*collections: Any) -> tuple[Any, list[Key]]:

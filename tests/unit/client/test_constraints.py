@@ -19,6 +19,7 @@ from daskfed.client.constraints import (
 )
 from daskfed.errors import ConfigurationError, UnknownSiteError
 from daskfed.messages import Constraint
+from tests.unit.client.graph_tools import ALL_FIELDS, FULL
 
 SITES = {"north": {"threads": 64}, "south": {"threads": 8}, "west": {"threads": 96}}
 
@@ -138,29 +139,8 @@ def test_at_leaves_the_types_of_dasks_own_annotations_to_dask() -> None:
         pass
 
 
-FULL = Constraint(
-    sites=("north", "scratch=era5"),
-    environment="gpu",
-    workers=("tcp://10.0.0.1:1", "node7"),
-    allow_other_workers=True,
-    resources=(("GPU", 1.0), ("licence", 2.0)),
-    priority=5,
-    retries=3,
-)
-
-
 def test_constraint_of_annotations() -> None:
-    annotations = {
-        "sites": ["north", "scratch=era5"],
-        "environment": "gpu",
-        "workers": ["tcp://10.0.0.1:1", "node7"],
-        "allow_other_workers": True,
-        "resources": {"licence": 2, "GPU": 1},
-        "priority": 5,
-        "retries": 3,
-        "span": {"name": ("load",)},
-        "colour": "blue",
-    }
+    annotations = ALL_FIELDS | {"span": {"name": ("load",)}, "colour": "blue"}
     assert constraint_of(annotations) == FULL
 
 

@@ -199,6 +199,7 @@ def test_any_cut_is_legal_and_gives_the_result(
     constraints = data.draw(places(tasks))
     pieces = cut(tasks, wanted, constraints, slabs=slabs, cap=cap)
     check(tasks, wanted, pieces, constraints, cap)
+    assert path_length(pieces) <= 1 + pieces[-1].stage
     assert path_length(pieces) <= 1 + depth(tasks)  # what many need may go before everything else
     held: Graph = {key: DataNode(key, value) for key, value in OUTSIDE.items()}
     keys = sorted(wanted, key=str)
