@@ -12,13 +12,21 @@
   path opened at two sites, or a pure function called at both, would be one key to Dask, and one site's data would
   pass for the other's. (Expressions of dataframes carry their place themselves, and name what they remember of files
   by tokens.)
+
+The hooks of a kind of collections go in once Dask's module of that kind is imported: those modules take two seconds
+to import, with pandas and xarray, which a program that only submits calls need not wait for.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from dask.base import get_annotations
@@ -26,34 +34,41 @@ from dask.utils import ensure_dict
 
 from daskfed.client import fusion
 from daskfed.client.notes import bake
-from daskfed.client.stock import dataframes, flattening_for_from_dask_array, imported, tokens, without_annotations
+from daskfed.client.stock import dataframes, flattening_for_from_dask_array, tokens, without_annotations
 
 PLACES = ("sites", "environment")  # annotations that decide what a task finds where it runs
 FRAMES = ("dask.dataframe", "dask._expr", "dask._collections")  # modules whose names are to stay as they are
 
-_frames_hooked = False
+_installing = threading.Lock()
+_installed = False
 
 
 def install() -> None:
-    """Put the hooks in. May be called again at any time; does nothing the second time."""
-    _hook_frames()
+    """Put the hooks in, those of modules that are not imported yet as soon as they are. May be called at any time."""
+    global _installed
+    with _installing:
+        if _installed:
+            return
+        _installed = True
     _hook_tokens()
-    _hook_optimiser("dask.array.core", "Array", fusion.optimise_array)
-    _hook_optimiser("dask.bag.core", "Bag", fusion.optimise_bag)
-    _hook_optimiser("dask.bag.core", "Item", fusion.optimise_bag)
-    _hook_optimiser("dask.delayed", "Delayed", fusion.optimise_delayed)
+    _once_imported("dask.array", lambda module: _hook_optimiser(module.Array, fusion.optimise_array))
+    _once_imported("dask.bag", _hook_bags)
+    _once_imported("dask.delayed", lambda module: _hook_optimiser(module.Delayed, fusion.optimise_delayed))
+    _once_imported("dask.dataframe", _hook_frames)
 
 
-def _hook_optimiser(module: str, name: str, optimiser: Callable[..., Any]) -> None:
-    """Replace the default optimiser of a class of collections, if that was imported."""
-    found = imported(module)
-    if found is not None:
-        getattr(found, name).__dict__["__dask_optimize__"]._default = optimiser
+def _hook_optimiser(kind: Any, optimiser: Callable[..., Any]) -> None:
+    """Replace the default optimiser of a class of collections."""
+    kind.__dict__["__dask_optimize__"]._default = optimiser
 
 
-def _hook_frames() -> None:
-    global _frames_hooked
-    if _frames_hooked or not all(map(importlib.util.find_spec, ("pandas", "pyarrow"))):
+def _hook_bags(module: Any) -> None:
+    for kind in (module.Bag, module.Item):
+        _hook_optimiser(kind, fusion.optimise_bag)
+
+
+def _hook_frames(module: Any) -> None:
+    if importlib.util.find_spec("pyarrow") is None:  # then there are no expressions to pin
         return
     from daskfed.client.frames import pinned_new
 
@@ -67,14 +82,11 @@ def _hook_frames() -> None:
 
     dataframes().FrameBase.__init__ = __init__
     flattening_for_from_dask_array().ensure_dict = _flattened
-    _frames_hooked = True
 
 
 def _hook_tokens() -> None:
     module = tokens()
     stock_tokenize = module._tokenize
-    if getattr(stock_tokenize, "of_daskfed", False):
-        return
 
     def _tokenize(*args: object, **kwargs: object) -> str:
         token: str = stock_tokenize(*args, **kwargs)
@@ -84,9 +96,63 @@ def _hook_tokens() -> None:
             return token
         return stock_tokenize(token, place)  # type: ignore[no-any-return]
 
-    _tokenize.of_daskfed = True  # type: ignore[attr-defined]
     module._tokenize = _tokenize
 
 
 def _flattened(graph: Any, **kwargs: Any) -> Any:
     return ensure_dict(bake(graph), **kwargs)
+
+
+# -- modules that are imported later -----------------------------------------------------------------------------------
+
+
+def _once_imported(name: str, hook: Callable[[Any], None]) -> None:
+    """Call ``hook`` with the module of that name, now if it was imported, else as soon as it is."""
+    if name in sys.modules:
+        hook(importlib.import_module(name))  # which waits where another thread is at it
+    else:
+        sys.meta_path.insert(0, _Watch(name, hook))
+
+
+class _Watch(MetaPathFinder):
+    """Finds one module as the other finders do, and has it hooked when it has been executed."""
+
+    def __init__(self, name: str, hook: Callable[[Any], None]) -> None:
+        self._name = name
+        self._hook = hook
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        for finder in [each for each in sys.meta_path if each is not self]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _HookedLoader(spec.loader, self._done)
+                return spec
+        return None
+
+    def _done(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        self._hook(module)
+
+
+class _HookedLoader(Loader):
+    """Loads as another loader does, which takes its place, and says so when a module has been executed."""
+
+    def __init__(self, loader: Loader, done: Callable[[ModuleType], None]) -> None:
+        self._loader = loader
+        self._done = done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader  # for whoever asks it for sources or data
+        self._loader.exec_module(module)
+        self._done(module)
