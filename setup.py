@@ -45,6 +45,7 @@ EXTRAS = {
         "scipy>=1.11",  # netCDF files for open_mfdataset
         "pytest>=8.2",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.8",
     ],
 }

@@ -15,7 +15,7 @@ from daskfed.messages import BlockStarted, KeyImported, Message
 LocalCluster = distributed.LocalCluster
 StockClient = distributed.Client
 
-SITE = {"n_workers": 1, "threads_per_worker": 2, "processes": True, "dashboard_address": ":0"}
+SITE = {"n_workers": 1, "threads_per_worker": 2, "processes": True, "dashboard_address": None}
 SITES = ("north", "south")
 
 

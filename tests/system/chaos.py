@@ -59,7 +59,7 @@ class SiteProcess:
 
     def __init__(self, name: str, address: str, threads: int) -> None:
         self.name = name
-        options = {"n_workers": 1, "threads_per_worker": threads, "dashboard_address": ":0"}
+        options = {"n_workers": 1, "threads_per_worker": threads, "dashboard_address": None}
         self._line = (*VERBOSE, "site", "--name", name, "--hub", address, "--options", json.dumps(options))
         self._ended_at: float | None = None
         self.commands = [Command(*self._line)]

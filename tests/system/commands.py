@@ -122,7 +122,7 @@ def hub(address: str = "tcp://127.0.0.1:0", *options: str, run: Sequence[str] = 
 
 def site(name: str, hub_address: str, *options: str, run: Sequence[str] = MODULE, cwd: Path | None = None) -> Command:
     """Start a site of one worker with one thread."""
-    cluster = '{"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}'
+    cluster = '{"n_workers": 1, "threads_per_worker": 1, "dashboard_address": null}'
     given = ("--name", name, "--hub", hub_address, "--options", cluster, *options)
     return Command(*run, "site", *given, cwd=cwd)
 

@@ -38,7 +38,7 @@ Do = Callable[[Scenario], Any]
 
 
 def options(workers: int) -> dict[str, Any]:
-    return {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": ":0"}
+    return {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
 
 
 @pytest.fixture(scope="module")

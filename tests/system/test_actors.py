@@ -25,7 +25,7 @@ from tests.system.killable import killable
 
 pytestmark = pytest.mark.system
 
-ONE = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": ":0"}
+ONE = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": None}
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_two_sites_with_the_same_worker_addresses() -> None:
         pytest.skip(reason)
     cluster = {
         "n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "host": "127.0.0.1",
-        "scheduler_port": 43786, "port": 43787, "dashboard_address": ":0",
+        "scheduler_port": 43786, "port": 43787, "dashboard_address": None,
     }  # fmt: skip
     with namespaces.star("north", "south") as names:
         running: list[Command] = []

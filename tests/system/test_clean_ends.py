@@ -27,7 +27,7 @@ def slow(x):
     return x
 
 if __name__ == "__main__":
-    worker = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    worker = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
     with Federation({"north": {"options": worker}, "south": {"options": worker}}) as federation:
         with Client(federation) as client:
             for _ in range(100):

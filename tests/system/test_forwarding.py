@@ -81,7 +81,7 @@ async def federation() -> AsyncIterator[Federation]:
         fed = Federation(hub)
         for site, options in SITES.items():
             cluster = LocalCluster(
-                n_workers=1, threads_per_worker=4, asynchronous=True, dashboard_address=":0", **options
+                n_workers=1, threads_per_worker=4, asynchronous=True, dashboard_address=None, **options
             )
             await stack.enter_async_context(cluster)
             here = await stack.enter_async_context(Client(cluster, asynchronous=True, set_as_default=False))

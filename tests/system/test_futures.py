@@ -23,7 +23,7 @@ from daskfed import Client, Federation, at
 
 pytestmark = pytest.mark.system
 
-TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": ":0", "resources": {"gpu": 1}}
+TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": None, "resources": {"gpu": 1}}
 SITES = {
     "north": {"options": TWO, "resources": {"gpu": 1.0}},
     "south": {"options": {**TWO, "n_workers": 2, "threads_per_worker": 1}, "resources": {"gpu": 1.0}},

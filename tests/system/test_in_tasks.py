@@ -31,7 +31,7 @@ from daskfed import Client, Federation
 
 pytestmark = pytest.mark.system
 
-TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": ":0"}
+TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": None}
 WAYS = [("north", "south"), ("south", "north")]
 
 

@@ -32,7 +32,7 @@ from tests.system.hostile import Raw
 
 pytestmark = pytest.mark.system
 
-OPTIONS = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+OPTIONS = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
 
 
 class Canary:

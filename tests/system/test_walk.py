@@ -22,7 +22,7 @@ from daskfed.errors import UnknownSiteError
 
 pytestmark = pytest.mark.system
 
-ONE = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+ONE = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
 
 
 @pytest.fixture(scope="module")
