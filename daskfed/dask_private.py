@@ -127,6 +127,14 @@ from distributed.worker_state_machine import UpdateDataEvent as UpdateDataEvent
 from distributed.utils_comm import gather_from_workers as gather_from_workers
 
 
+# -- site/forking.py: workers that are forked ------------------------------------------------------------------------
+def no_forkserver_preload() -> None:
+    """Keep Dask from having Python's forkserver import pandas, which it imports here to see whether it can."""
+    import distributed.utils
+
+    distributed.utils._forkserver_preload_set = True
+
+
 TESTED = ("2026.7.0", "2026.7.1", "2026.8.0")
 """The releases of dask and distributed that the tests pass with: the newest and the two before it."""
 

@@ -54,9 +54,10 @@ class SiteProcess:
 
     def _spec(self) -> dict[str, Any]:
         plain = self.options.model_dump(mode="json", exclude={"cluster", "options"})
-        packed = ClusterSpec.of(self.options).pickle
+        cluster = ClusterSpec.of(self.options)
         security = credentials(self)  # on a pipe, so keys need not be in files
-        return {"name": self.name, "hub": self.hub, **plain, "pickled": packed, "security": security}
+        packed = {"pickled": cluster.pickle, "forks": cluster.forks}
+        return {"name": self.name, "hub": self.hub, **plain, **packed, "security": security}
 
     async def close(self) -> None:
         """Ask the site to end, and kill it if it does not within some seconds."""

@@ -29,7 +29,7 @@ from daskfed.hub.merging import (
     merge_task_streams,
     page_of_reports,
 )
-from daskfed.messages import Key, agent_client
+from daskfed.messages import Key, SiteHello, agent_client
 
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
@@ -52,6 +52,7 @@ class Observing:
         self.fanout = hub.fanout
         self._samplers: dict[str, Sampler] = {}
         self._collecting: dict[str, set[str]] = {}  # name of a collection of task metadata -> incarnations of sites
+        self._streaming = False  # whether records of tasks were ever asked for; schedulers keep them from then on
 
     def handlers(self) -> dict[str, Callable[..., Any]]:
         """Return the RPC handlers, by op."""
@@ -70,10 +71,27 @@ class Observing:
         }
         return {op: answers_errors(handler) for op, handler in handlers.items()}
 
+    def site_joined(self, hello: SiteHello) -> None:
+        """A site is here: it takes part in what is being recorded."""
+        if self._streaming or self._collecting:
+            self.hub._ongoing_background_tasks.call_soon(self._record_at, hello)
+
+    async def _record_at(self, hello: SiteHello) -> None:
+        with suppress(OSError, OpaqueError):
+            if self._streaming:
+                await self.fanout.ask("get_task_stream_index", {hello.site: {}})
+            for name in list(self._collecting):
+                await self.fanout.ask("start_task_metadata", {hello.site: {"name": name}})
+                if name in self._collecting:
+                    self._collecting[name].add(hello.incarnation)
+                else:  # it ended meanwhile
+                    await self.fanout.ask("stop_task_metadata", {hello.site: {"name": name}})
+
     # -- tasks -------------------------------------------------------------------------------------------------------
 
     async def get_task_stream_index(self) -> dict[str, int]:
         """Return site -> how many tasks it has recorded: where a stream that begins now begins."""
+        self._streaming = True
         return await self.fanout.ask("get_task_stream_index", self.fanout.everywhere())
 
     async def get_task_stream(
@@ -84,6 +102,7 @@ class Observing:
         start_index: Mapping[str, int] | None = None,
     ) -> list[dict[str, Any]]:
         """Return the records of tasks that ran, of all sites, in the order in which they ended."""
+        self._streaming = True
         calls = self.fanout.everywhere(start=start, stop=stop, count=count)
         if start_index is not None:
             calls = {site: {"start_index": start_index.get(site, 0)} for site in calls}
@@ -92,9 +111,9 @@ class Observing:
 
     async def start_task_metadata(self, name: str) -> None:
         """Begin to collect metadata and final states of the tasks that are submitted from now on."""
-        present = {site: self.hub.ports[site].hello.incarnation for site in self.fanout.everywhere()}
+        present = {self.hub.ports[site].hello.incarnation for site in self.fanout.everywhere()}
+        self._collecting[name] = present
         await self.fanout.ask("start_task_metadata", self.fanout.everywhere(name=name))
-        self._collecting[name] = set(present.values())
 
     async def stop_task_metadata(self, name: str) -> dict[str, dict[Key, Any]]:
         """Return what was collected: ``metadata`` and ``state`` by key; raises ValueError for a name nobody started."""

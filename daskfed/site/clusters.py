@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import cloudpickle
-from distributed import Scheduler
+from distributed import LocalCluster, Scheduler
 from distributed.deploy.adaptive import Adaptive
 from distributed.deploy.spec import SpecCluster
 from distributed.security import Security
@@ -32,13 +32,15 @@ from distributed.utils import import_term
 from daskfed import errors
 from daskfed.config import hint_for, patient_clusters
 from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
+from daskfed.site import forking
 
 if TYPE_CHECKING:
     from daskfed.profile import SiteOptions
 
 PLAIN = (str, int, float, bool, type(None))
 SECRET = re.compile("pass|secret|token|key|credential|auth|env", re.IGNORECASE)  # options that errors do not show
-HOST = "from daskfed.site.host import main; main()"  # not by -m: processes that it spawns would import it again
+HOST = "from daskfed.site.host import main; main({})"  # not by -m: processes that it spawns would import it again
+LOCAL = (LocalCluster, "dask.distributed.LocalCluster", "distributed.LocalCluster")
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
 
@@ -72,24 +74,27 @@ class ClusterSpec:
     """Which Cluster class a site starts, with which keywords.
 
     ``packed`` is a cloudpickle of ``{"cluster": class or dotted name, "options": keywords}``, in base64; the agent does
-    not open it. ``directory`` is the working directory of the workers, by default that of the agent.
+    not open it. ``directory`` is the working directory of the workers, by default that of the agent. ``forks`` says
+    that the host starts the workers itself, each as a process: then it can fork them.
     """
 
     pickle: str
     directory: Path | None = None
     in_process: bool = False
+    forks: bool = False
     timeout_s: float = START_TIMEOUT_S
 
     @classmethod
     def of(cls, options: SiteOptions, in_process: bool = False) -> ClusterSpec:
         """Return the spec of checked options."""
         opened = {"cluster": options.cluster, "options": options.options}
-        return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), options.directory, in_process)
+        forks = options.cluster in LOCAL and options.options.get("processes") in (None, True)
+        return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), options.directory, in_process, forks)
 
     @classmethod
-    def packed(cls, pickle: str) -> ClusterSpec:
+    def packed(cls, pickle: str, forks: bool) -> ClusterSpec:
         """Return the spec that another process pickled."""
-        return cls(pickle)
+        return cls(pickle, forks=forks)
 
     def adapter(self) -> ClusterAdapter:
         """Return the cluster, not started."""
@@ -269,9 +274,11 @@ class HostedCluster:
     async def start(self) -> None:
         """Start the host process and in it scheduler and workers; raises SiteStartError."""
         pipe = asyncio.subprocess.PIPE
+        forks = self.spec.forks and forking.possible()
+        environment = forking.environment(_environment()) if forks else _environment()
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", HOST,
-            stdin=pipe, stdout=pipe, cwd=self.spec.directory, env=_environment(), limit=2**24,
+            sys.executable, "-c", HOST.format(forks),
+            stdin=pipe, stdout=pipe, cwd=self.spec.directory, env=environment, limit=2**24,
             process_group=0,  # Ctrl-C is for the agent, which ends the rest in order
         )  # fmt: skip
         self._write({"pickle": self.spec.pickle, "timeout_s": self.spec.timeout_s})

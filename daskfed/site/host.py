@@ -26,13 +26,16 @@ from typing import Any, TextIO
 from daskfed.config import calm, patient_clusters
 from daskfed.errors import DaskfedError, SiteStartError
 from daskfed.site.clusters import ClusterSpec, call_cluster, credentials, start_cluster
+from daskfed.site.forking import fork_workers
 
 CLOSE_TIMEOUT_S = 8.0
 LINE_BYTES = 2**26
 
 
-def main() -> None:
-    """Serve until standard input closes or SIGTERM comes; leaves no worker behind."""
+def main(forks: bool = False) -> None:
+    """Serve until standard input closes or SIGTERM comes; leaves no worker behind. ``forks``: see :mod:`.forking`."""
+    if forks:
+        fork_workers()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.filterwarnings("ignore", "Port .* is already in use")  # several sites of one machine, each a dashboard

@@ -4,8 +4,8 @@ Everything random comes from ``random.Random(seed)``; the same seed gives the sa
 are verified after each event. A history has four acts:
 
 1. clients submit, release and cancel while faults happen;
-2. all is calm; every key that a client holds must settle, rightly, within bounded time (more is asked for until enough
-   tasks have run);
+2. all is calm; every key that a client holds must settle, rightly, within bounded time, and what failed is tried again
+   (more is asked for until enough tasks have run);
 3. the clients release everything: hub, sites, schedulers and links must be empty, within bounded time;
 4. the books are read.
 """
@@ -307,10 +307,9 @@ class Simulation:
             self.clock.run_until(self.plan.calm_at)
             self._wait(SETTLE_S, self._acting)
             self._settle()
-            while (lacking := ENOUGH - min(self._ran(), self.events)) > 0:
-                self.clients["c0"].submit(self.universe.some(self.rng, lacking))
-                self._settle()
             self._retry()
+            while (lacking := ENOUGH - min(self._ran(), self.events)) > 0:
+                self._ask_for_more(lacking)
             for client in self.clients.values():
                 client.release_all()  # those that are gone have nothing
             self._wait(EMPTY_S, self._leftovers)
@@ -346,6 +345,14 @@ class Simulation:
     def _settle(self) -> None:
         """All that clients hold must settle, and must be what the reference evaluation says."""
         self._wait(SETTLE_S, self._unsettled)
+
+    def _ask_for_more(self, ntasks: int) -> None:
+        """A client starts over, with keys that nobody holds: so they are made once more."""
+        client = self.clients["c0"]
+        client.release_all()
+        held = {key for each in self.clients.values() for key in each.held}
+        client.submit(self.universe.some(self.rng, ntasks, held))
+        self._settle()
 
     def _retry(self) -> None:
         """What failed is made again; it settles as before."""

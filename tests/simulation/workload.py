@@ -7,7 +7,7 @@ graphs overlap, and a key means the same wherever it turns up.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from random import Random
 
@@ -63,11 +63,12 @@ class Universe:
         """Return all keys but the data."""
         return [key for key in self.tasks if key not in self.data]
 
-    def some(self, rng: Random, count: int) -> tuple[Key, ...]:
-        """Return random keys that need at least ``count`` tasks, or all tasks where there are not as many."""
-        keys, chosen = self.computed(), dict[Key, None]()
-        while len(self.closure(chosen)) < min(count, len(keys)):
-            chosen[rng.choice(keys)] = None
+    def some(self, rng: Random, count: int, held: Set[Key]) -> tuple[Key, ...]:
+        """Return one to three random keys but those ``held``, which need about ``count`` tasks, or as many as there are."""
+        keys, chosen = [key for key in self.computed() if key not in held], dict[Key, None]()
+        while (need := count - len(self.closure(chosen))) > 0 and len(chosen) < 3:
+            drawn = rng.sample(keys, 6)
+            chosen[min(drawn, key=lambda key: abs(len(self.closure((key,))) - need))] = None
         return tuple(chosen)
 
 

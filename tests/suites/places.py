@@ -15,7 +15,8 @@ from daskfed.messages import BlockStarted, KeyImported, Message
 LocalCluster = distributed.LocalCluster
 StockClient = distributed.Client
 
-SITE = {"n_workers": 1, "threads_per_worker": 2, "processes": True, "dashboard_address": None}
+SITE: dict[str, Any] = {"n_workers": 1, "threads_per_worker": 2, "processes": True}
+SITE |= {"dashboard_address": ":0", "scheduler_kwargs": {"dashboard": False}}  # it takes a second to import
 SITES = ("north", "south")
 
 

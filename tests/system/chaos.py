@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from daskfed import Client
-from tests.system.commands import MODULE, Command, hub
+from tests.system.commands import MODULE, NO_DASHBOARD, Command, hub, is_host, workers_of
 
 VERBOSE = (*MODULE, "--verbose")
 POLL_S = 0.05
@@ -59,7 +59,7 @@ class SiteProcess:
 
     def __init__(self, name: str, address: str, threads: int) -> None:
         self.name = name
-        options = {"n_workers": 1, "threads_per_worker": threads, "dashboard_address": None}
+        options = {"n_workers": 1, "threads_per_worker": threads, **NO_DASHBOARD}
         self._line = (*VERBOSE, "site", "--name", name, "--hub", address, "--options", json.dumps(options))
         self._ended_at: float | None = None
         self.commands = [Command(*self._line)]
@@ -90,10 +90,10 @@ class SiteProcess:
             agent = psutil.Process(self.command.process.pid)
             if kind == "agent":
                 return agent
-            host = next((each for each in agent.children() if "daskfed.site.host" in " ".join(each.cmdline())), None)
+            host = next(filter(is_host, agent.children()), None)
             if kind == "host" or host is None:
                 return host
-            return next((each for each in host.children() if "spawn_main" in " ".join(each.cmdline())), None)
+            return next(iter(workers_of(host)), None)
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -19,9 +20,11 @@ import psutil
 
 from tests.conftest import HELPERS
 
+HOST = "daskfed.site.host"
 MARK = "DASKFED_TEST_COMMAND"  # variable that all processes of one command inherit
 BIN = Path(sys.executable).parent
 MODULE = (sys.executable, "-m", "daskfed")
+NO_DASHBOARD = {"dashboard_address": ":0", "scheduler_kwargs": {"dashboard": False}}  # for sites of LocalCluster
 START_S = 60.0  # most seconds for what a machine under load takes 3 s for
 
 
@@ -85,14 +88,16 @@ class Command:
                 continue
         return found
 
-    def started(self, name: str, timeout_s: float = START_S) -> int:
-        """Wait for a process with ``name`` in its command line and return its id."""
+    def started(self, kind: str, timeout_s: float = START_S) -> int:
+        """Wait for a ``host`` of a cluster, or a ``worker`` that one has, and return its process id."""
         deadline = time.monotonic() + timeout_s
         while True:
-            found = [pid for pid, cmdline in self.processes().items() if name in cmdline]
-            if found:
-                return found[0]
-            assert time.monotonic() < deadline, f"no {name} among {self.processes()}"
+            with suppress(psutil.Error):  # one that we looked at has ended
+                hosts = [process for pid in self.processes() if is_host(process := psutil.Process(pid))]
+                found = hosts if kind == "host" else [worker for host in hosts for worker in workers_of(host)]
+                if found:
+                    return found[0].pid
+            assert time.monotonic() < deadline, f"no {kind} among {self.processes()}"
             time.sleep(0.05)
 
     def all_gone(self, timeout_s: float = 20.0) -> bool:
@@ -115,6 +120,17 @@ class Command:
         self.process.wait(10)
 
 
+def is_host(process: psutil.Process) -> bool:
+    """Whether this is the host of a site's cluster: its forks have the same command line."""
+    parent = process.parent()
+    return HOST in " ".join(process.cmdline()) and (parent is None or HOST not in " ".join(parent.cmdline()))
+
+
+def workers_of(host: psutil.Process) -> list[psutil.Process]:
+    """Return the workers of a host, which are children of its forkserver."""
+    return [worker for server in host.children() for worker in server.children()]
+
+
 def hub(address: str = "tcp://127.0.0.1:0", *options: str, run: Sequence[str] = MODULE) -> Command:
     """Start a hub."""
     return Command(*run, "hub", "--listen", address, *options)
@@ -122,8 +138,8 @@ def hub(address: str = "tcp://127.0.0.1:0", *options: str, run: Sequence[str] = 
 
 def site(name: str, hub_address: str, *options: str, run: Sequence[str] = MODULE, cwd: Path | None = None) -> Command:
     """Start a site of one worker with one thread."""
-    cluster = '{"n_workers": 1, "threads_per_worker": 1, "dashboard_address": null}'
-    given = ("--name", name, "--hub", hub_address, "--options", cluster, *options)
+    cluster = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
+    given = ("--name", name, "--hub", hub_address, "--options", json.dumps(cluster), *options)
     return Command(*run, "site", *given, cwd=cwd)
 
 

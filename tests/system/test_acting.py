@@ -25,6 +25,7 @@ from daskfed import Client, Federation
 from daskfed.errors import UnknownWorkerError
 from tests.system import commands
 from tests.system.canary import Canary, CanaryError, opened_by
+from tests.system.commands import NO_DASHBOARD
 from tests.system.killable import killable
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -38,7 +39,7 @@ Do = Callable[[Scenario], Any]
 
 
 def options(workers: int) -> dict[str, Any]:
-    return {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    return {"n_workers": workers, "threads_per_worker": 1, **NO_DASHBOARD}
 
 
 @pytest.fixture(scope="module")

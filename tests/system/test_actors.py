@@ -20,12 +20,12 @@ from distributed.actor import Actor
 
 from daskfed import Client, Federation, at
 from tests.system import commands, namespaces
-from tests.system.commands import Command
+from tests.system.commands import NO_DASHBOARD, Command
 from tests.system.killable import killable
 
 pytestmark = pytest.mark.system
 
-ONE = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": None}
+ONE = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, **NO_DASHBOARD}
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_two_sites_with_the_same_worker_addresses() -> None:
         pytest.skip(reason)
     cluster = {
         "n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "host": "127.0.0.1",
-        "scheduler_port": 43786, "port": 43787, "dashboard_address": None,
+        "scheduler_port": 43786, "port": 43787, **NO_DASHBOARD,
     }  # fmt: skip
     with namespaces.star("north", "south") as names:
         running: list[Command] = []

@@ -32,11 +32,11 @@ from daskfed.messages import PROTOCOL_VERSION, SiteHello, SiteStatus
 from daskfed.site.agent import _versions
 from daskfed.site.ports import RemoteHub
 from tests.conftest import MARK, processes_of
-from tests.system.commands import MODULE, Command, hub, site
+from tests.system.commands import MODULE, NO_DASHBOARD, Command, hub, site
 
 pytestmark = pytest.mark.system
 
-ONE = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+ONE = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
 NOBODY = "tcp://127.0.0.1:1"
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ def test_a_hub_where_nobody_listens() -> None:
 
 
 def test_a_stock_scheduler_is_no_hub() -> None:
-    with distributed.LocalCluster(n_workers=0, dashboard_address=None, processes=True) as cluster:
+    with distributed.LocalCluster(n_workers=0, **NO_DASHBOARD, processes=True) as cluster:
         address = cluster.scheduler_address
         with pytest.raises(ConnectionRefused, match="is a Scheduler, no daskfed hub"):
             Client(address, set_as_default=False)
@@ -419,7 +419,7 @@ def clash_in(client: Client, federation: Any) -> list[Any]:
 
 def test_the_first_task_of_a_key_wins_as_in_stock_dask(client: Client, federation: Federation) -> None:
     with (
-        distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=1, processes=False, **NO_DASHBOARD) as cluster,
         distributed.Client(cluster, set_as_default=False) as stock,
     ):
         expected = clash_in(stock, cluster)

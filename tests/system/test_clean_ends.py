@@ -27,7 +27,7 @@ def slow(x):
     return x
 
 if __name__ == "__main__":
-    worker = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    worker = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     with Federation({"north": {"options": worker}, "south": {"options": worker}}) as federation:
         with Client(federation) as client:
             for _ in range(100):
@@ -90,14 +90,14 @@ def test_ctrl_c_at_any_moment_of_a_hub_and_a_site(folder: Path) -> None:
             command.kill()
 
 
-@pytest.mark.parametrize("name", ["daskfed.site.host", "multiprocessing.spawn"])
-def test_a_process_of_a_site_that_is_killed_leaves_nothing_in_the_end(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", ["host", "worker"])
+def test_a_process_of_a_site_that_is_killed_leaves_nothing_in_the_end(folder: Path, kind: str) -> None:
     with killable(folder, "north", "south") as fed:
         with fed.client() as client:
             futures = client.map(pow, range(50), range(50), pure=False)
-            os.kill(fed.sites["north"].started(name), signal.SIGKILL)
+            os.kill(fed.sites["north"].started(kind), signal.SIGKILL)
             assert client.gather(futures) == [n**n for n in range(50)]
-        if name == "daskfed.site.host":
+        if kind == "host":
             assert fed.sites["north"].all_gone()  # the agent says why it ends, and takes the workers along
             assert "scheduler" in fed.sites["north"].output
     assert left_in(folder) == []

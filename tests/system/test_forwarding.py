@@ -15,6 +15,7 @@ from distributed import Client, Event, Future, LocalCluster, Lock, MultiLock, Qu
 
 from daskfed.comm.opaque import OpaquePool, OpaqueServer
 from daskfed.site.forwarding import ForwardCoordination, agent_handlers
+from tests.system.commands import NO_DASHBOARD
 from tests.unit.hub.small_hub import OWNER, SmallHub
 
 pytestmark = pytest.mark.system
@@ -81,7 +82,7 @@ async def federation() -> AsyncIterator[Federation]:
         fed = Federation(hub)
         for site, options in SITES.items():
             cluster = LocalCluster(
-                n_workers=1, threads_per_worker=4, asynchronous=True, dashboard_address=None, **options
+                n_workers=1, threads_per_worker=4, asynchronous=True, **NO_DASHBOARD, **options
             )
             await stack.enter_async_context(cluster)
             here = await stack.enter_async_context(Client(cluster, asynchronous=True, set_as_default=False))

@@ -20,10 +20,11 @@ from distributed import Event, Variable, as_completed, fire_and_forget, get_work
 from distributed.client import Future, FutureCancelledError, FuturesCancelledError
 
 from daskfed import Client, Federation, at
+from tests.system.commands import NO_DASHBOARD
 
 pytestmark = pytest.mark.system
 
-TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": None, "resources": {"gpu": 1}}
+TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, **NO_DASHBOARD, "resources": {"gpu": 1}}
 SITES = {
     "north": {"options": TWO, "resources": {"gpu": 1.0}},
     "south": {"options": {**TWO, "n_workers": 2, "threads_per_worker": 1}, "resources": {"gpu": 1.0}},

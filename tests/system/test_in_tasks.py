@@ -28,10 +28,11 @@ from distributed import (
 from distributed.client import Future, FutureCancelledError
 
 from daskfed import Client, Federation
+from tests.system.commands import NO_DASHBOARD
 
 pytestmark = pytest.mark.system
 
-TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, "dashboard_address": None}
+TWO = {"n_workers": 1, "processes": False, "protocol": "tcp://", "threads_per_worker": 2, **NO_DASHBOARD}
 WAYS = [("north", "south"), ("south", "north")]
 
 

@@ -22,10 +22,10 @@ from distributed import futures_of, get_task_stream, wait
 import daskfed
 from daskfed import Client, Federation, at
 from daskfed.errors import ConfigurationError
-from tests.system.commands import Command, site
+from tests.system.commands import NO_DASHBOARD, Command, site
 
 pytestmark = pytest.mark.system
-ONE = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+ONE = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
 TASK_S = 0.1
 
 
@@ -213,7 +213,7 @@ def test_a_site_of_another_cluster_class(
     client: Client, federation: Federation, start: Callable[..., Command], tmp_path: Path
 ) -> None:
     """Its scheduler and workers are given by name, as JSON can say; it scales, and a site of another class takes its keys."""
-    where = {"host": "127.0.0.1", "dashboard_address": None}
+    where = {"host": "127.0.0.1", **NO_DASHBOARD}
     worker = {"cls": "distributed.Nanny", "options": {**where, "nthreads": 1}}
     scheduler = {"cls": "distributed.Scheduler", "options": {**where, "port": 0}}
     options = json.dumps({"scheduler": scheduler, "workers": {"first": worker}, "worker": worker})
@@ -358,7 +358,7 @@ def test_the_backend_uses_the_current_client(client: Client) -> None:
 
 def test_an_embedded_client_in_an_event_loop() -> None:
     async def work() -> int:
-        async with Client(asynchronous=True, processes=False, n_workers=1, dashboard_address=None) as client:
+        async with Client(asynchronous=True, processes=False, n_workers=1, **NO_DASHBOARD) as client:
             assert list(await client.sites()) == ["local"]
             return await client.submit(operator.add, 20, 22)  # type: ignore[no-any-return]
 

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from distributed import get_task_metadata, get_task_stream, performance_report, 
 from distributed.diagnostics import MemorySampler
 
 from daskfed import Client, Federation
+from tests.system import commands
+from tests.system.commands import Command
 
 pytestmark = pytest.mark.system
 
@@ -119,6 +121,30 @@ def test_task_metadata(client: Client) -> None:
     assert set(tasks.metadata) == set(tasks.state)
     with pytest.raises(ValueError, match="'nobody'"):
         client.sync(client.scheduler.stop_task_metadata, name="nobody")
+
+
+@pytest.fixture
+def join(federation: Federation) -> Iterator[Callable[[str], None]]:
+    """Have a site join the federation until the test is over."""
+    joined: list[Command] = []
+
+    def join(name: str) -> None:
+        joined.append(commands.site(name, federation.scheduler_address))
+        joined[-1].line(f"daskfed site {name} joined")
+
+    yield join
+    for command in joined:
+        command.press()
+        command.wait()
+
+
+def test_a_site_that_joins_late_is_recorded_too(client: Client, join: Callable[[str], None]) -> None:
+    with get_task_metadata() as tasks, get_task_stream(client) as stream:
+        join("late")
+        future = client.submit(operator.neg, 5, site="late", pure=False)
+        wait(future)
+    assert tasks.state == {future.key: "memory"}
+    assert [(record["key"], *sites_of([record["worker"]])) for record in stream.data] == [(future.key, "late")]
 
 
 def test_story(client: Client) -> None:

@@ -28,11 +28,12 @@ from distributed.protocol.serialize import Serialize, ToPickle
 
 from daskfed import Client, at
 from daskfed.comm.opaque import connect_opaque
+from tests.system.commands import NO_DASHBOARD
 from tests.system.hostile import Raw
 
 pytestmark = pytest.mark.system
 
-OPTIONS = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+OPTIONS = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
 
 
 class Canary:

@@ -25,11 +25,12 @@ import xarray as xr
 from distributed import futures_of
 
 from daskfed import Client, Federation, at
+from tests.system.commands import NO_DASHBOARD
 from tests.system.journal import Journal
 
 pytestmark = [pytest.mark.system, pytest.mark.needs("xarray", "zarr", "pyarrow")]
 
-WORKER = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None, "preload": ["tests.system.journal"]}
+WORKER = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD, "preload": ["tests.system.journal"]}
 GPU = {"GPU": 1}
 SCALE = {"north": 1.0, "south": 10.0}  # what the values in a site's files are multiplied with
 VALUES = np.arange(48.0).reshape(8, 6)

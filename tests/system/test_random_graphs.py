@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from daskfed import Client, Federation
 from tests.system.chaos import Killer, Siege, plan, told
+from tests.system.commands import NO_DASHBOARD
 from tests.system.random_programs import Program, programs
 
 pytestmark = pytest.mark.system
 
 NAMES = ("s0", "s1", "s2", "s3", "s4")
-SITE = {"options": {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}}
+SITE = {"options": {"n_workers": 1, "threads_per_worker": 1, "processes": False, **NO_DASHBOARD}}
 BESIEGED = ("north", "south")
 NAP_S = 0.1  # of a task, so that something is going on when processes are killed
 LARGE = 8  # tasks of a graph that is not a trifle

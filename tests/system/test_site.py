@@ -40,9 +40,10 @@ from daskfed.messages import (
 from daskfed.profile import SiteOptions
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
+from tests.system.commands import NO_DASHBOARD
 from tests.system.scripted_hub import Needs, ScriptedHub, SiteLink, opened
 
-LOCAL = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+LOCAL = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
 BIG = 12_500_000  # doubles: 100 MB
 
 pytestmark = pytest.mark.system
@@ -440,7 +441,7 @@ from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 
 async def main():
-    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     agent = Agent("north", ClusterSpec.of(SiteOptions(options=options)), hub=sys.argv[1])
     await agent.start()
     await agent.joined()

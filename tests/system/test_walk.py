@@ -19,10 +19,11 @@ from distributed import as_completed, progress, wait
 import daskfed
 from daskfed import Client, Federation, at
 from daskfed.errors import UnknownSiteError
+from tests.system.commands import NO_DASHBOARD
 
 pytestmark = pytest.mark.system
 
-ONE = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+ONE = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
 
 
 @pytest.fixture(scope="module")
