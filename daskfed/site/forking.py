@@ -5,9 +5,11 @@ Dask. Python's forkserver is the cure that Dask knows as a setting; but that is 
 pandas as well. Here the forkserver is a fork of the cluster's host, made before that has any thread: so even the first
 worker starts at once, and so does one that takes the place of another.
 
-What a new Python would read from its environment as it starts (seed of hashes, threads of BLAS, malloc) must be there
-when the host starts: :func:`environment` is what Dask's nannies set for workers. Where the user has set another way to
-start workers, theirs is taken, and on other systems than Linux, where a fork of such a process is not safe, Dask's own.
+Where packages were installed or changed since, as by Dask's ``PipInstall``, a new worker must not have the former ones:
+it then starts as a new Python. What such a one would read from its environment as it starts (seed of hashes, threads of
+BLAS, malloc) must be there when the host starts: :func:`environment` is what Dask's nannies set for workers. Where the
+user has set another way to start workers, theirs is taken, and on other systems than Linux, where a fork of such a
+process is not safe, Dask's own.
 """
 
 from __future__ import annotations
@@ -50,7 +52,41 @@ def fork_workers() -> None:
         multiprocessing.forkserver.ensure_running()
     finally:
         multiprocessing.util.spawnv_passfds = stock
+    _renew_where_packages_change(multiprocessing.forkserver._forkserver)
     dask.config.set({METHOD: "forkserver"})
+
+
+def _renew_where_packages_change(server: Any) -> None:
+    """Have the next process come from a forkserver that has imported nothing, if a package has changed since now."""
+    folders = _folders_of_packages()
+    times = _times(folders)
+    stock = server.ensure_running
+
+    def ensure_running() -> None:
+        if _times(folders) != times:
+            server.ensure_running = stock
+            with server._lock:  # it ends when the last process that it forked has ended
+                os.close(server._forkserver_alive_fd)
+                server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+        stock()
+
+    server.ensure_running = ensure_running
+
+
+def _folders_of_packages() -> list[str]:
+    """Return the folders in which lie the packages that are imported: they change when one is installed or removed."""
+    modules = {name: module for name, module in list(sys.modules.items()) if "." not in name}
+    places = [getattr(module, "__file__", None) for module in modules.values()]
+    packages = [
+        os.path.dirname(place) if os.path.basename(place).startswith("__init__.") else place
+        for place in places
+        if place
+    ]
+    return sorted({os.path.dirname(package) for package in packages})
+
+
+def _times(folders: Sequence[str]) -> list[int]:
+    return [os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0 for folder in folders]
 
 
 def _forked(executable: bytes, args: Sequence[Any], fds: Sequence[int]) -> int:

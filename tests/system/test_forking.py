@@ -105,5 +105,7 @@ def test_a_restart(client: Client) -> None:
 
 def test_a_task_may_run_commands(client: Client) -> None:
     """Also one that waits for them: the server's ways with signals of children are not the workers'."""
-    done = client.submit(subprocess.run, [sys.executable, "-c", "print(42)"], capture_output=True, site="south", pure=False)
+    done = client.submit(
+        subprocess.run, [sys.executable, "-c", "print(42)"], capture_output=True, site="south", pure=False
+    )
     assert done.result(timeout=SOON_S).stdout == b"42\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import dask
 import pytest
@@ -61,3 +64,42 @@ def test_who_wants_another_way_to_start_workers_gets_it() -> None:
 )
 def test_workers_of_a_local_cluster_are_forked(given: dict[str, object], forks: bool) -> None:
     assert ClusterSpec.of(SiteOptions(**given)).forks is forks  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_worker_does_not_have_packages_that_were_replaced(tmp_path: Path) -> None:
+    (tmp_path / "some_package").mkdir()
+    (tmp_path / "some_package" / "__init__.py").write_text("VERSION = 1")
+    program = """
+        import multiprocessing, pathlib, sys
+
+        def look(pipe):
+            imported = "some_package" in sys.modules
+            import some_package
+            pipe.send((imported, some_package.VERSION))
+
+        def in_a_new_process():
+            context = multiprocessing.get_context("forkserver")
+            here, there = context.Pipe()
+            process = context.Process(target=look, args=(there,))
+            process.start()
+            process.join(30)
+            return here.recv()
+
+        if __name__ == "__main__":
+            import some_package
+            from daskfed.site.forking import fork_workers
+
+            fork_workers()
+            folder = pathlib.Path(some_package.__file__).parent
+            assert in_a_new_process() == (True, 1)
+            folder.joinpath("__init__.py").write_text("VERSION = 'two'")
+            assert in_a_new_process() == (True, 1)  # an edit is no installation
+            folder.with_name("some_package-2.dist-info").mkdir()
+            assert in_a_new_process() == (False, "two") == in_a_new_process()
+            print("done")
+        """
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(program))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "done\n", done.stderr
