@@ -144,11 +144,8 @@ def measure(folder: Path, whole_site: bool) -> tuple[Stream, Facts]:
         wait_for(lambda: sum(site["workers"] for site in client.sites().values()) == 2, "the sites' workers")
         client.gather(client.map(task, range(80), diary=str(folder / "warm"), pure=False))
         stream = Stream(client, Diary(folder / "diary"))
-        workers = next(
-            child
-            for child in roles_of_site(processes["south"])["scheduler"].children()
-            if "spawn_main" in " ".join(child.cmdline())
-        )
+        host = roles_of_site(processes["south"])["scheduler"]
+        workers = next(worker for server in host.children() for worker in server.children())
 
         def kill() -> None:
             told["killed"] = stream.now
