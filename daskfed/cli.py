@@ -124,7 +124,7 @@ async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
     from daskfed.site.clusters import ClusterSpec
 
     agent = Agent(
-        spec["name"], ClusterSpec.packed(spec["pickled"], spec["forks"]), hub=spec["hub"], labels=spec["labels"],
+        spec["name"], ClusterSpec(spec["pickled"], forks=spec["forks"]), hub=spec["hub"], labels=spec["labels"],
         environments=tuple(spec["environments"]), resources=spec["resources"],
         security=Security(**spec["security"]) if spec["security"] else None,
     )  # fmt: skip

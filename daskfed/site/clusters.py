@@ -73,7 +73,7 @@ class ClusterAdapter(Protocol):
 class ClusterSpec:
     """Which Cluster class a site starts, with which keywords.
 
-    ``packed`` is a cloudpickle of ``{"cluster": class or dotted name, "options": keywords}``, in base64; the agent does
+    ``pickle`` is a cloudpickle of ``{"cluster": class or dotted name, "options": keywords}``, in base64; the agent does
     not open it. ``directory`` is the working directory of the workers, by default that of the agent. ``forks`` says
     that the host starts the workers itself, each as a process: then it can fork them.
     """
@@ -90,11 +90,6 @@ class ClusterSpec:
         opened = {"cluster": options.cluster, "options": options.options}
         forks = options.cluster in LOCAL and options.options.get("processes") in (None, True)
         return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), options.directory, in_process, forks)
-
-    @classmethod
-    def packed(cls, pickle: str, forks: bool) -> ClusterSpec:
-        """Return the spec that another process pickled."""
-        return cls(pickle, forks=forks)
 
     def adapter(self) -> ClusterAdapter:
         """Return the cluster, not started."""

@@ -213,7 +213,7 @@ def test_a_site_of_another_cluster_class(
     client: Client, federation: Federation, start: Callable[..., Command], tmp_path: Path
 ) -> None:
     """Its scheduler and workers are given by name, as JSON can say; it scales, and a site of another class takes its keys."""
-    where = {"host": "127.0.0.1", **NO_DASHBOARD}
+    where = {"host": "127.0.0.1", "dashboard_address": ":0"}
     worker = {"cls": "distributed.Nanny", "options": {**where, "nthreads": 1}}
     scheduler = {"cls": "distributed.Scheduler", "options": {**where, "port": 0}}
     options = json.dumps({"scheduler": scheduler, "workers": {"first": worker}, "worker": worker})
