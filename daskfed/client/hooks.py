@@ -24,6 +24,7 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -39,7 +40,7 @@ from daskfed.client.stock import dataframes, flattening_for_from_dask_array, tok
 PLACES = ("sites", "environment")  # annotations that decide what a task finds where it runs
 FRAMES = ("dask.dataframe", "dask._expr", "dask._collections")  # modules whose names are to stay as they are
 
-_installing = threading.Lock()
+_installing = threading.RLock()
 _installed = False
 
 
@@ -49,12 +50,12 @@ def install() -> None:
     with _installing:
         if _installed:
             return
+        _hook_tokens()
+        _once_imported("dask.array", lambda module: _hook_optimiser(module.Array, fusion.optimise_array))
+        _once_imported("dask.bag", _hook_bags)
+        _once_imported("dask.delayed", lambda module: _hook_optimiser(module.Delayed, fusion.optimise_delayed))
+        _once_imported("dask.dataframe", _hook_frames)
         _installed = True
-    _hook_tokens()
-    _once_imported("dask.array", lambda module: _hook_optimiser(module.Array, fusion.optimise_array))
-    _once_imported("dask.bag", _hook_bags)
-    _once_imported("dask.delayed", lambda module: _hook_optimiser(module.Delayed, fusion.optimise_delayed))
-    _once_imported("dask.dataframe", _hook_frames)
 
 
 def _hook_optimiser(kind: Any, optimiser: Callable[..., Any]) -> None:
@@ -119,23 +120,33 @@ class _Watch(MetaPathFinder):
 
     def __init__(self, name: str, hook: Callable[[Any], None]) -> None:
         self._name = name
-        self._hook = hook
+        self._hook: Callable[[Any], None] | None = hook
+        self._searching = threading.local()  # other finders may ask all finders, this one included
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or getattr(self._searching, "now", False):
             return None
-        for finder in [each for each in sys.meta_path if each is not self]:
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _HookedLoader(spec.loader, self._done)
-                return spec
-        return None
+        self._searching.now = True
+        try:
+            spec = self._found(fullname, path, target)
+        finally:
+            self._searching.now = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _HookedLoader(spec.loader, self._done)
+        return spec
+
+    def _found(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        finders = [find for each in sys.meta_path if each is not self and (find := getattr(each, "find_spec", None))]
+        return next((spec for find in finders if (spec := find(fullname, path, target)) is not None), None)
 
     def _done(self, module: ModuleType) -> None:
-        sys.meta_path.remove(self)
-        self._hook(module)
+        with suppress(ValueError):  # somebody has put other finders in the place of all
+            sys.meta_path.remove(self)
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook(module)
 
 
 class _HookedLoader(Loader):

@@ -29,7 +29,7 @@ from daskfed.hub.merging import (
     merge_task_streams,
     page_of_reports,
 )
-from daskfed.messages import Key, SiteHello, agent_client
+from daskfed.messages import Key, agent_client
 
 if TYPE_CHECKING:
     from daskfed.hub.server import Hub
@@ -71,28 +71,34 @@ class Observing:
         }
         return {op: answers_errors(handler) for op, handler in handlers.items()}
 
-    def site_joined(self, hello: SiteHello) -> None:
-        """A site is here: it takes part in what is being recorded."""
-        if self._streaming or self._collecting:
-            self.hub._ongoing_background_tasks.call_soon(self._record_at, hello)
-
-    async def _record_at(self, hello: SiteHello) -> None:
-        with suppress(OSError, OpaqueError):
-            if self._streaming:
-                await self.fanout.ask("get_task_stream_index", {hello.site: {}})
-            for name in list(self._collecting):
-                await self.fanout.ask("start_task_metadata", {hello.site: {"name": name}})
-                if name in self._collecting:
-                    self._collecting[name].add(hello.incarnation)
-                else:  # it ended meanwhile
-                    await self.fanout.ask("stop_task_metadata", {hello.site: {"name": name}})
-
     # -- tasks -------------------------------------------------------------------------------------------------------
 
+    @property
+    def recording(self) -> bool:
+        """Whether sites are to keep records of tasks."""
+        return self._streaming or bool(self._collecting)
+
+    async def record_at(self, site: str) -> None:
+        """Have a site that has joined take part in what is being recorded."""
+        if self._streaming:
+            with suppress(OSError, OpaqueError):
+                await self.fanout.ask("get_task_stream_index", {site: {}})
+        for name, incarnations in list(self._collecting.items()):
+            incarnation = self._incarnations().get(site)
+            if incarnation is not None and incarnation not in incarnations:
+                with suppress(OSError, OpaqueError):
+                    await self.fanout.ask("start_task_metadata", {site: {"name": name}})
+                    incarnations.add(incarnation)
+
+    def _incarnations(self) -> dict[str, str]:
+        return {site: self.hub.ports[site].hello.incarnation for site in self.fanout.everywhere()}
+
     async def get_task_stream_index(self) -> dict[str, int]:
-        """Return site -> how many tasks it has recorded: where a stream that begins now begins."""
+        """Return incarnation of a site -> how many tasks it has recorded: where a stream that begins now begins."""
         self._streaming = True
-        return await self.fanout.ask("get_task_stream_index", self.fanout.everywhere())
+        incarnations = self._incarnations()
+        found = await self.fanout.ask("get_task_stream_index", self.fanout.everywhere())
+        return {incarnations[site]: index for site, index in found.items()}
 
     async def get_task_stream(
         self,
@@ -105,15 +111,19 @@ class Observing:
         self._streaming = True
         calls = self.fanout.everywhere(start=start, stop=stop, count=count)
         if start_index is not None:
-            calls = {site: {"start_index": start_index.get(site, 0)} for site in calls}
+            incarnations = self._incarnations()
+            calls = {site: {"start_index": start_index.get(incarnations[site], 0)} for site in calls}
         records = merge_task_streams(await self.fanout.ask("get_task_stream", calls), self.fanout.shown)
         return records if start_index is not None else first_or_last(records, count, first=start is not None)
 
     async def start_task_metadata(self, name: str) -> None:
         """Begin to collect metadata and final states of the tasks that are submitted from now on."""
-        present = {self.hub.ports[site].hello.incarnation for site in self.fanout.everywhere()}
-        self._collecting[name] = present
-        await self.fanout.ask("start_task_metadata", self.fanout.everywhere(name=name))
+        self._collecting[name] = set(self._incarnations().values())
+        try:
+            await self.fanout.ask("start_task_metadata", self.fanout.everywhere(name=name))
+        except BaseException:
+            self._collecting.pop(name, None)
+            raise
 
     async def stop_task_metadata(self, name: str) -> dict[str, dict[Key, Any]]:
         """Return what was collected: ``metadata`` and ``state`` by key; raises ValueError for a name nobody started."""
@@ -123,7 +133,7 @@ class Observing:
         calls = {
             site: call
             for site, call in self.fanout.everywhere(name=name).items()
-            if self.hub.ports[site].hello.incarnation in incarnations
+            if self._incarnations()[site] in incarnations
         }
         return merge_task_metadata((await self.fanout.ask("stop_task_metadata", calls)).values())
 

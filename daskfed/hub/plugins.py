@@ -155,9 +155,9 @@ class Plugins:
     # -- sites that join ---------------------------------------------------------------------------------------------
 
     def site_joined(self, hello: SiteHello) -> None:
-        """A site is here: before it gets work, it gets the plugins."""
+        """A site is here: before it gets work, it gets the plugins, and takes part in what is being recorded."""
         told = self.told.setdefault(hello.incarnation, Told())
-        if self._numbers != told.taken:
+        if self._numbers != told.taken or self.hub.gateway.observing.recording:
             self._joining[hello.site] = None
             self._tell_soon(hello.site)
 
@@ -188,6 +188,7 @@ class Plugins:
             await asyncio.sleep(RETRY_S)
         else:
             return
+        await self.hub.gateway.observing.record_at(site)
         if (status := self._joining.pop(site, None)) is not None:
             self.hub.from_site(site, status)
 

@@ -317,7 +317,6 @@ class Hub(Hosting, OpaqueServer):
         logger.info("site %s joined", port.hello.site)
         self.take(ev.SiteJoined(port.hello))
         self.plugins.site_joined(port.hello)
-        self.gateway.observing.site_joined(port.hello)
 
     def remove_site(self, hello: SiteHello, port: SitePort | None = None) -> None:
         """A site is gone; where ``port`` is given, only if it is the one that the site is reached through."""

@@ -49,7 +49,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def left_in(folder: Path) -> list[str]:
     """Return the files that processes left, but for locks that the next process clears away."""
-    return [str(path) for path in (folder / "scratch").rglob("*") if path.is_file() and not path.name.endswith("lock")]
+    found = [path for path in (folder / "scratch").rglob("*") if path.is_file() or path.is_socket()]
+    return [str(path) for path in found if not path.name.endswith("lock")]
 
 
 def test_ctrl_c_at_any_moment_of_a_script(folder: Path) -> None:

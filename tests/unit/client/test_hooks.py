@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from importlib.machinery import SourceFileLoader
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,40 @@ def test_one_that_was_imported_is_hooked_at_once(late: str) -> None:
     module, seen = importlib.import_module(late), list[object]()
     _once_imported(late, seen.append)
     assert seen == [module]
+
+
+class Asking(MetaPathFinder):
+    """Finds what the others find, as those do that watch imports for other purposes."""
+
+    def __init__(self) -> None:
+        self._busy = False
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if self._busy:
+            return None
+        self._busy = True
+        try:
+            return importlib.util.find_spec(fullname)
+        finally:
+            self._busy = False
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_others_may_watch_imports_too(late: str, first: bool) -> None:
+    seen: list[object] = []
+    if first:
+        sys.meta_path.insert(0, Asking())
+    _once_imported(late, seen.append)
+    if not first:
+        sys.meta_path.insert(0, Asking())
+    assert [importlib.import_module(late)] == seen
+
+
+def test_finders_may_be_replaced_meanwhile(late: str) -> None:
+    seen: list[object] = []
+    _once_imported(late, seen.append)
+    spec = importlib.util.find_spec(late)
+    assert spec is not None and spec.loader is not None
+    sys.meta_path[:] = sys.meta_path[1:]
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    assert [module] == seen
