@@ -173,20 +173,21 @@ def _become_a_server(listener: int) -> str:
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]  # it was a pipe
     if numpy_random := sys.modules.get("numpy.random"):
         os.register_at_fork(after_in_child=numpy_random.seed)
-    if sys.version_info < (3, 13):
-        _end_workers_in_order()
+    _end_workers_in_order()
     with socket.socket(fileno=os.dup(listener)) as server:
         return str(server.getsockname())
 
 
 def _end_workers_in_order() -> None:
-    """Have a worker that ends do what it has registered for that, as from Python 3.13 on."""
+    """Have a worker that ends do what it has registered for that, and nothing that the host has."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    if sys.version_info >= (3, 13):  # then Python's server sees to the rest
+        return
     stock = multiprocessing.forkserver._serve_one  # type: ignore[attr-defined]
 
     def serve_one(*args: Any) -> int:
-        atexit._clear()  # what the host registered
-        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-        weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
         try:
             return stock(*args)  # type: ignore[no-any-return]
         finally:
