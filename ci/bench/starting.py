@@ -7,6 +7,7 @@ all processes of the site, agent included, or of the cluster, when the last work
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -14,7 +15,18 @@ import time
 
 import distributed
 import psutil
-from _common import WAIT_S, cpu_s, free_port, hub_command, median, running, site_command, stock_cluster, verdict
+from _common import (
+    WAIT_S,
+    cpu_s,
+    free_port,
+    hub_command,
+    median,
+    running,
+    site_command,
+    stock_cluster,
+    verdict,
+    wait_for,
+)
 
 import daskfed
 
@@ -39,8 +51,8 @@ def measure(ours: bool, address: str) -> dict[str, float]:
         before = client.run(os.getpid)
         start = time.perf_counter()
         os.kill(next(iter(before.values())), signal.SIGKILL)
-        while len(set(client.run(os.getpid, on_error="ignore").values()) - set(before.values())) < 1:
-            time.sleep(0.02)
+        now = functools.partial(client.run, os.getpid, on_error="ignore")
+        wait_for(lambda: bool(set(now().values()) - set(before.values())), "a worker in the place of the one killed")
         found["again"] = time.perf_counter() - start
         return found
 

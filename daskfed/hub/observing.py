@@ -129,12 +129,8 @@ class Observing:
         """Return what was collected: ``metadata`` and ``state`` by key; raises ValueError for a name nobody started."""
         if name not in self._collecting:
             raise ValueError(f"no collection of task metadata {name!r} was started with this hub")
-        incarnations = self._collecting.pop(name)
-        calls = {
-            site: call
-            for site, call in self.fanout.everywhere(name=name).items()
-            if self._incarnations()[site] in incarnations
-        }
+        collecting = self._collecting.pop(name)
+        calls = {site: {"name": name} for site, each in self._incarnations().items() if each in collecting}
         return merge_task_metadata((await self.fanout.ask("stop_task_metadata", calls)).values())
 
     async def story(

@@ -55,13 +55,11 @@ def possible() -> bool:
 
 def environment(present: Mapping[str, str]) -> dict[str, str]:
     """Return ``present`` with what a nanny adds to it before it starts a worker."""
-    configured = {name: str(value) for name, value in _configured().items() if value is not None}
-    seed = {**configured, **{name: present[name] for name in configured if name in present}}.get(HASH_SEED)
-    return {**configured, **present, HASH_SEED: STOCK_HASH_SEED if seed in (None, "0") else seed}
-
-
-def _configured() -> Mapping[str, Any]:
-    return dask.config.get(BEFORE_START, None) or {}
+    given = dask.config.get(BEFORE_START, None) or {}
+    configured = {name: str(value) for name, value in given.items() if value is not None}
+    both = {**configured, **present}
+    seed = both[HASH_SEED] if HASH_SEED in configured else "0"  # a nanny looks only at what is configured
+    return {**both, HASH_SEED: STOCK_HASH_SEED if seed == "0" else seed}
 
 
 def fork_workers() -> None:
