@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 
 from daskfed import Client, Federation
 from tests.system.commands import NO_DASHBOARD
+from tests.system.waiting import alive, until
 
 pytestmark = pytest.mark.system
 
@@ -91,22 +91,8 @@ def test_without_the_process_that_forked_them_others_start(client: Client) -> No
     (server,) = servers(client, "north")
     os.kill(server, signal.SIGKILL)
     assert client.gather(client.map(abs, range(-4, 0), site="north", pure=False)) == [4, 3, 2, 1]
-    until(lambda: not any(map(runs, before)))
-    until(lambda: len(set(client.run(os.getpid, workers="north", on_error="ignore").values()) - before) == 2)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    until(lambda: not any(map(alive, before)), SOON_S)
+    until(lambda: len(set(client.run(os.getpid, workers="north", on_error="ignore").values()) - before) == 2, SOON_S)
 
 
 def test_a_host_that_is_killed_leaves_no_socket() -> None:
@@ -117,7 +103,7 @@ def test_a_host_that_is_killed_leaves_no_socket() -> None:
             assert [path for path in Path(folder).rglob("*") if path.is_socket()]
             (server,) = servers(client, "north")
             psutil.Process(server).parent().kill()  # type: ignore[union-attr]
-            until(lambda: not runs(server))
+            until(lambda: not alive(server), SOON_S)
         assert [path for path in Path(folder).rglob("*") if path.is_socket()] == []
 
 

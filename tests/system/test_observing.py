@@ -27,6 +27,7 @@ from distributed.diagnostics import MemorySampler
 from daskfed import Client, Federation
 from tests.system import commands
 from tests.system.commands import Command
+from tests.system.waiting import until
 
 pytestmark = pytest.mark.system
 
@@ -68,15 +69,6 @@ def at_both(client: Client, function: Callable[..., Any] = operator.neg) -> list
 def sites_of(workers: Any) -> set[str]:
     """Return the sites in ``fed://site/…`` addresses."""
     return {worker.removeprefix("fed://").split("/")[0] for worker in workers}
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-    """Wait until ``condition`` is true and return what it gave."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
-    return found
 
 
 def said(client: Client) -> None:

@@ -42,6 +42,7 @@ from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 from tests.system.commands import NO_DASHBOARD
 from tests.system.scripted_hub import Needs, ScriptedHub, SiteLink, opened
+from tests.system.waiting import alive
 
 LOCAL = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
 BIG = 12_500_000  # doubles: 100 MB
@@ -92,7 +93,6 @@ class Sites:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 
-
     async def clean(self) -> None:
         """Release everything; each site must then be as empty as it was before."""
         for agent, site in zip(self.agents, (self.north, self.south), strict=True):
@@ -141,13 +141,6 @@ def slow(seconds: float) -> float:
 
 def run(coroutine: Any, timeout_s: float = 120) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, timeout_s))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_block_runs_and_its_outputs_are_held_until_they_are_released(sites: Sites) -> None:
