@@ -126,8 +126,8 @@ def watch(
     told: Facts,
     seen: Callable[[dict[str, Any], Facts], Iterable[str]],
 ) -> None:
-    """Note when the hub sees what ``seen`` yields first, until the replacement is there."""
-    while "replaced" not in told:
+    """Note when the hub sees what ``seen`` yields first, until it has seen the loss and the replacement is there."""
+    while not {"detected", "replaced"} <= told.keys():
         for what in seen(client.sites(), told):
             told.setdefault(what, now())
         time.sleep(0.02)  # between looks

@@ -164,7 +164,8 @@ class Recovery:
             if key in claims and key not in crossing.released:
                 self._take_key(site, key, nbytes.get(key), claims[key])
         for each in told.coming:
-            self._take_coming(site, each.key, each.number)
+            if each.key not in crossing.released:
+                self._take_coming(site, each.key, each.number)
         for block in blocks:
             self._adopt(site, block)
         self.asked.discard(site.name)

@@ -12,6 +12,7 @@ from daskfed.messages import (
     BlockSpec,
     CancelBlock,
     HeldBlock,
+    Import,
     KeysMade,
     MadeKey,
     Message,
@@ -143,6 +144,20 @@ def test_what_a_site_holds_of_a_block_that_was_cancelled_since_it_was_asked_is_n
     commands = stage.says("north", SiteHoldings((MadeKey("x", 8),), (), (), (), (working("b", "", "x"),), 0))
     assert not [each for each in commands if isinstance(each, ev.TellClient)]
     assert stage.block("again").phase is BlockPhase.PLACED
+
+
+def test_what_was_coming_to_a_site_and_was_released_since_it_was_asked_is_not_counted_on() -> None:
+    stage = Anew("north", "south", clients="c d e")
+    stage.back(wanted="x")
+    stage.holds("south", "x", placed="x")
+    coming = SiteHoldings((MadeKey("y", 8),), (), ("y",), (Import("x", "south", 8, number=3),), (), 0)
+    stage(ev.SiteJoined(hello("north")), ev.FromSite("north", coming), ev.FromSite("north", status()))
+    assert list(stage.key("x").importing) == ["north"]
+    assert sent(stage.back(client="d"), ReportHoldings) == [ReportHoldings()]
+    stage.desire("x", client="d")
+    assert stage.drop("x", client="d") == [release("north", "x")]
+    stage.says("north", coming)
+    assert not stage.key("x").importing and list(stage.key("x").holders) == ["south"]
 
 
 def test_a_key_that_a_site_has_for_two_blocks_stays_when_one_of_them_ends() -> None:
