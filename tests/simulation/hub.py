@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
@@ -20,6 +21,7 @@ from daskfed.messages import (
     KeysFailed,
     Learned,
     Message,
+    ReportHoldings,
     RunBlock,
     SiteHello,
     SiteHoldings,
@@ -52,6 +54,7 @@ class HubNode:
         self.crashed = False
         self._started = sim.clock.now
         self._cancelled: set[tuple[str, str, Attempt]] = set()  # (site, block, attempt) that were told to stop
+        self._asked: dict[str, float] = {}  # site that was to report its holdings -> when
         self._tells_due: dict[tuple[str, Key], int] = {}  # how often a client may yet be told that a key is there
         sim.clock.call_later(TICK_S, self._tick)
 
@@ -173,19 +176,26 @@ class HubNode:
             self._cancelled.add((site, message.block, message.attempt))
             if self.core.sites[site].deserted:
                 self.sim.count("block taken from a deserted site")
+        elif isinstance(message, ReportHoldings):
+            self._asked[site] = self.sim.clock.now
         elif isinstance(message, CloseSite):
             self._require_handed_over(site)
         self.links[site].ends[0].send(message, beside)
 
     def _require_idle(self, block: str, target: str) -> None:
         """No other site may be at work at a block that is placed, unless it was told to stop or is long overdue."""
-        overdue = self.sim.clock.now - self._started >= PATIENCE_S
         for site in self.sim.sites.values():
             here = site.core.blocks.get(block)
             if site.stopped or site.name == target or here is None or not here.open:
                 continue
-            excused = (site.name, block, here.attempt) in self._cancelled or (overdue and site.name not in self.links)
+            excused = (site.name, block, here.attempt) in self._cancelled or self._is_overdue(site.name)
             self.sim.require(excused, "a block is placed while another site is at work at it", block, target, site.name)
+
+    def _is_overdue(self, site: str) -> bool:
+        """Whether a site has not come back in time, or not answered in time what it holds."""
+        since = self._started if site not in self.links else self._asked.get(site, inf)
+        unheard = site not in self.links or site in self.core.ledger.crossing
+        return unheard and self.sim.clock.now - since >= PATIENCE_S
 
     def _require_handed_over(self, name: str) -> None:
         """A site that may leave has nothing that is needed and nowhere else, where all that was said has been heard.
