@@ -32,6 +32,7 @@ from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
+from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
@@ -57,9 +58,11 @@ class Client(Retrying, Observing, ActingClient):
 
     Takes what ``distributed.Client`` takes. ``Client()`` starts a hub and one local site in this process, with keywords
     as for ``LocalCluster``; ``Client(federation)`` connects to a :class:`daskfed.Federation`; ``Client("tls://…")``
-    connects to a hub that runs elsewhere.
+    connects to a hub that runs elsewhere; ``Client(profile="climate")`` starts, or connects to, what Dask's
+    configuration has under ``daskfed.profiles.climate``. ``daskfed.default-profile`` is what ``Client()`` uses, if set.
 
-    Raises OSError where no hub answers, ConnectionRefused where it speaks another protocol version.
+    Raises OSError where no hub answers, ConnectionRefused where it speaks another protocol version, ConfigurationError
+    for a profile that does not exist or in which something is misspelt.
     """
 
     cluster: Any
@@ -67,8 +70,11 @@ class Client(Retrying, Observing, ActingClient):
     scheduler_comm: Any
     _gather_keys: Any
 
-    def __init__(self, address: Any = None, **kwargs: Any) -> None:
+    def __init__(self, address: Any = None, *, profile: str | None = None, **kwargs: Any) -> None:
         warn_untested()
+        self._profile_used = profile_for(address, profile, kwargs)
+        if self._profile_used is not None and not self._profile_used.embedded:
+            address = self._profile_used.hub
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
@@ -103,7 +109,11 @@ class Client(Retrying, Observing, ActingClient):
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
         elsewhere = self.cluster or self.scheduler_file or self._start_arg or self.scheduler
         if not elsewhere and not dask.config.get("scheduler-address", None):
-            self.cluster = await Federation.local(loop=self.loop, asynchronous=True, **self._startup_kwargs)
+            own = {"loop": self.loop, "asynchronous": True}
+            if self._profile_used is not None:
+                self.cluster = await Federation.of_profile(self._profile_used, **own)
+            else:
+                self.cluster = await Federation.local(**own, **self._startup_kwargs)
         started = await super()._start(timeout=timeout, **kwargs)
         if self._set_as_default and not self._fixed_single:
             self._set_methods = dask.config.set({name: "tasks" for name in METHODS if not dask.config.get(name, None)})

@@ -21,7 +21,7 @@ from daskfed.errors import ConfigurationError, SiteStartError, TransferError
 from daskfed.hub.placement import POLICIES, Policy
 from daskfed.hub.server import Hub
 from daskfed.messages import Key, Message, SiteHello
-from daskfed.profile import SiteOptions, site_options
+from daskfed.profile import Profile, SiteOptions, named_profile, site_options
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 
@@ -36,7 +36,8 @@ class Federation(Cluster):
     """Several sites on this machine, joined by a hub in this process; a Dask Cluster that a Client connects to.
 
     ``sites`` maps a name to options: ``cluster`` (a Dask Cluster class or its dotted name), ``options`` (its keywords),
-    ``labels``, ``environments``, ``resources``, ``directory`` (working directory of its workers). ``policy`` is a
+    ``scale`` (``{"fixed": 4}``, or ``{"minimum": 0, "maximum": 40}`` to follow the work), ``labels``, ``environments``,
+    ``resources``, ``directory`` (working directory of its workers). ``policy`` is a
     placement policy or its name. ``fixed`` declares that no other site will join. ``security`` is a Dask ``Security``,
     or True for temporary certificates; ``listen`` is the hub's address, by default of this machine only.
 
@@ -85,6 +86,19 @@ class Federation(Cluster):
             security = options["security"] = Security.temporary()
         sites = {LOCAL_SITE: {"options": options}}
         return cls(sites, fixed=True, in_process=True, security=security, loop=loop, asynchronous=asynchronous)
+
+    @classmethod
+    def of_profile(cls, profile: Profile | str | None = None, **options: Any) -> Federation:
+        """Return the federation of a profile whose hub is embedded, by default of ``daskfed.default-profile``.
+
+        Raises ConfigurationError where there is no such profile, something in it is misspelt, or its hub is elsewhere.
+        """
+        if not isinstance(profile, Profile):
+            profile = named_profile(profile)
+        if not profile.embedded:
+            raise ConfigurationError(f"the hub of this profile runs elsewhere: connect with Client({profile.hub!r})")
+        sites = {name: dict(site) for name, site in profile.sites.items()}
+        return cls(sites, policy=profile.policy, **options)
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
@@ -294,5 +308,3 @@ def _close_open_federations() -> None:
         if federation.status not in (Status.closed, Status.created) and not federation.asynchronous:
             with suppress(Exception):
                 federation.close(timeout=10)
-
-

@@ -53,7 +53,7 @@ class SiteProcess:
             raise kind(f"site {self.name!r}: {told['error']}")
 
     def _spec(self) -> dict[str, Any]:
-        plain = self.options.model_dump(mode="json", exclude={"cluster", "options"})
+        plain = self.options.model_dump(mode="json", exclude={"cluster", "options", "scale"})
         cluster = ClusterSpec.of(self.options)
         security = credentials(self)  # on a pipe, so keys need not be in files
         packed = {"pickled": cluster.pickle, "forks": cluster.forks}

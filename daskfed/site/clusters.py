@@ -35,7 +35,7 @@ from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
 from daskfed.site import forking
 
 if TYPE_CHECKING:
-    from daskfed.profile import SiteOptions
+    from daskfed.profile import Scale, SiteOptions
 
 PLAIN = (str, int, float, bool, type(None))
 SECRET = re.compile("pass|secret|token|key|credential|auth|env", re.IGNORECASE)  # options that errors do not show
@@ -73,9 +73,9 @@ class ClusterAdapter(Protocol):
 class ClusterSpec:
     """Which Cluster class a site starts, with which keywords.
 
-    ``pickle`` is a cloudpickle of ``{"cluster": class or dotted name, "options": keywords}``, in base64; the agent does
-    not open it. ``directory`` is the working directory of the workers, by default that of the agent. ``forks`` says
-    that the host starts the workers itself, each as a process: then it can fork them.
+    ``pickle`` is a cloudpickle of ``{"cluster": class or dotted name, "options": keywords, "scale": how many workers}``
+    in base64, which the agent does not open. ``directory`` is the working directory of the workers, by default that of
+    the agent. ``forks`` says that the host starts the workers itself, each as a process: then it can fork them.
     """
 
     pickle: str
@@ -87,7 +87,7 @@ class ClusterSpec:
     @classmethod
     def of(cls, options: SiteOptions, in_process: bool = False) -> ClusterSpec:
         """Return the spec of checked options."""
-        opened = {"cluster": options.cluster, "options": options.options}
+        opened = {"cluster": options.cluster, "options": options.options, "scale": options.scale}
         forks = options.cluster in LOCAL and options.options.get("processes") in (None, True)
         return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), options.directory, in_process, forks)
 
@@ -95,8 +95,8 @@ class ClusterSpec:
         """Return the cluster, not started."""
         return InProcessCluster(self) if self.in_process else HostedCluster(self)
 
-    def opened(self) -> tuple[Any, dict[str, Any]]:
-        """Return Cluster class or name, and keywords; only for the process that the cluster is to live in.
+    def opened(self) -> tuple[Any, dict[str, Any], Scale | None]:
+        """Return Cluster class or name, keywords and scale; only for the process that the cluster is to live in.
 
         Raises SiteStartError where a class cannot be imported here.
         """
@@ -104,7 +104,7 @@ class ClusterSpec:
             opened = cloudpickle.loads(base64.b64decode(self.pickle))
         except Exception as exc:
             raise SiteStartError(f"the Cluster class or its options cannot be opened at the site: {exc!r}") from exc
-        return opened["cluster"], opened["options"]
+        return opened["cluster"], opened["options"], opened["scale"]
 
 
 # -- in the process where the cluster lives --------------------------------------------------------------------------
@@ -127,11 +127,12 @@ def resolve(cluster: Any) -> Any:
 
 async def start_cluster(spec: ClusterSpec) -> Any:
     """Start the cluster of ``spec`` on this event loop; raises SiteStartError."""
-    given, options = spec.opened()
+    given, options, scale = spec.opened()
     cls = resolve(given)
     name = f"{cls.__module__}.{cls.__qualname__}"
+    first = {"n_workers": scale.first} if scale is not None and _takes_n_workers(cls) else {}
     try:
-        cluster = cls(**{**options, "asynchronous": True})
+        cluster = cls(**{**first, **options, "asynchronous": True})
     except Exception as exc:
         raise SiteStartError(f"{name} rejected its options ({_shown(options)}): {_in_words(exc)}") from exc
     try:
@@ -142,7 +143,24 @@ async def start_cluster(spec: ClusterSpec) -> Any:
     except Exception as exc:
         await _abandon(cluster)
         raise SiteStartError(f"{name} did not start with {_shown(options)}: {_in_words(exc)}") from exc
+    if scale is not None:
+        await _scale(cluster, scale)
     return cluster
+
+
+def _takes_n_workers(cls: Any) -> bool:
+    makers = [each.__dict__["__init__"] for each in getattr(cls, "__mro__", ()) if "__init__" in each.__dict__]
+    return any("n_workers" in inspect.signature(maker).parameters for maker in makers)
+
+
+async def _scale(cluster: Any, scale: Scale) -> None:
+    """Have a cluster keep as many workers, or jobs, as wanted; raises SiteStartError where it cannot."""
+    method, kwargs = scale.call(jobs="jobs" in inspect.signature(cluster.scale).parameters)
+    try:
+        await call_cluster(cluster, method, kwargs)
+    except ConfigurationError as exc:
+        await _abandon(cluster)
+        raise SiteStartError(f"option 'scale': {exc}") from exc
 
 
 def _shown(options: Mapping[str, Any]) -> str:

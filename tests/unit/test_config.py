@@ -17,7 +17,7 @@ from daskfed.profile import site_options
 class TestOptions:
     def test_none_are_needed(self) -> None:
         assert site_options("north", {}).model_dump() == {
-            "cluster": DEFAULT_CLUSTER, "options": {}, "labels": {}, "environments": ["default"], "resources": {},
+            "cluster": DEFAULT_CLUSTER, "options": {}, "scale": None, "labels": {}, "environments": ["default"], "resources": {},
             "directory": None,
         }  # fmt: skip
 
@@ -26,7 +26,7 @@ class TestOptions:
             "cluster": int, "options": {"cores": 4}, "labels": {"country": "de"}, "environments": ["torch"],
             "resources": {"GPU": 2}, "directory": str(tmp_path),
         }  # fmt: skip
-        assert site_options("north", given).model_dump() == {**given, "directory": tmp_path}
+        assert site_options("north", given).model_dump() == {**given, "scale": None, "directory": tmp_path}
 
     def test_defaults_are_not_shared_between_sites(self) -> None:
         site_options("north", {}).environments.append("torch")
@@ -36,7 +36,7 @@ class TestOptions:
         ("given", "complaint"),
         [
             ({"optoins": {}}, "unknown option 'optoins'; did you mean 'options'?"),
-            ({"n_workers": 2}, "unknown option 'n_workers'; options are cluster, options, labels"),
+            ({"n_workers": 2}, "unknown option 'n_workers'; options are cluster, options, scale, labels"),
             ({"n_workers": 2}, "(keywords of the Cluster class go into 'options')"),
             ({"options": [1]}, "option 'options': Input should be a valid dictionary"),
             ({"labels": {"disk": 7}}, "option 'labels.disk': Input should be a valid string"),
