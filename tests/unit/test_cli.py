@@ -81,7 +81,7 @@ class TestSite:
         assert (name, hub) == ("north", "tcp://127.0.0.1:1")
         assert options.model_dump() == {
             "cluster": "my.Cluster", "options": {"cores": 4}, "labels": {"country": "de"}, "environments": ["torch"],
-            "resources": {}, "directory": tmp_path,
+            "resources": {}, "scale": None, "directory": tmp_path,
         }  # fmt: skip
 
 

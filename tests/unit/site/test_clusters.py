@@ -67,7 +67,7 @@ def test_a_class_is_found_by_name_and_as_it_is() -> None:
 def test_options_that_are_not_json_travel_pickled(tmp_path: Path) -> None:
     options = SiteOptions(cluster=LocalCluster, options={"n_workers": 2, "hook": print}, directory=tmp_path)
     spec = ClusterSpec.of(options)
-    assert ClusterSpec(spec.pickle).opened() == (LocalCluster, {"n_workers": 2, "hook": print})
+    assert ClusterSpec(spec.pickle).opened() == (LocalCluster, {"n_workers": 2, "hook": print}, None)
     assert spec.directory == tmp_path
     assert isinstance(spec.adapter(), HostedCluster)
     assert isinstance(ClusterSpec.of(options, in_process=True).adapter(), InProcessCluster)
