@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ async def _serve(replies: TextIO) -> None:
     starting = asyncio.ensure_future(_start(spec))
     await asyncio.wait([ended, starting], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # Dask logs that its start was called off
         starting.cancel()
     try:
         cluster = await starting
