@@ -72,9 +72,9 @@ class Client(Retrying, Observing, ActingClient):
 
     def __init__(self, address: Any = None, *, profile: str | None = None, **kwargs: Any) -> None:
         warn_untested()
-        self._profile_used = profile_for(address, profile, kwargs)
-        if self._profile_used is not None and not self._profile_used.embedded:
-            address = self._profile_used.hub
+        self._embedded_profile = profile_for(address, profile, kwargs)
+        if self._embedded_profile is not None and not self._embedded_profile.embedded:
+            address, self._embedded_profile = self._embedded_profile.hub, None
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
@@ -88,7 +88,8 @@ class Client(Retrying, Observing, ActingClient):
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
         set_sites_lookup(_sites_of_current_client)
-        super().__init__(address, **kwargs)
+        with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
+            super().__init__(address, **kwargs)
 
     # -- connecting --------------------------------------------------------------------------------------------------
 
@@ -108,12 +109,11 @@ class Client(Retrying, Observing, ActingClient):
 
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
         elsewhere = self.cluster or self.scheduler_file or self._start_arg or self.scheduler
-        if not elsewhere and not dask.config.get("scheduler-address", None):
-            own = {"loop": self.loop, "asynchronous": True}
-            if self._profile_used is not None:
-                self.cluster = await Federation.of_profile(self._profile_used, **own)
-            else:
-                self.cluster = await Federation.local(**own, **self._startup_kwargs)
+        own = {"loop": self.loop, "asynchronous": True}
+        if self._embedded_profile is not None:
+            self.cluster = await Federation.of_profile(self._embedded_profile, **own)
+        elif not elsewhere and not dask.config.get("scheduler-address", None):
+            self.cluster = await Federation.local(**own, **self._startup_kwargs)
         started = await super()._start(timeout=timeout, **kwargs)
         if self._set_as_default and not self._fixed_single:
             self._set_methods = dask.config.set({name: "tasks" for name in METHODS if not dask.config.get(name, None)})
@@ -333,9 +333,7 @@ class Client(Retrying, Observing, ActingClient):
         with paused_collection():
             return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
 
-    def _submit(
-        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any
-    ) -> dict[Key, Future]:
+    def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any) -> dict[Key, Future]:
         if _one_by_one(expr):
             calls = _calls_of(expr)
             with self._refcount_lock:

@@ -59,6 +59,15 @@ def test_the_default_one() -> None:
         assert list(client.sites()) == ["laptop"]
 
 
+def test_one_that_is_named_counts_more_than_an_address_that_is_configured() -> None:
+    one = {"sites": {"laptop": {"options": {"n_workers": 1, **LOCAL}}}}
+    with (
+        dask.config.set({"daskfed.profiles.one": one, "scheduler-address": "tcp://127.0.0.1:9"}),
+        Client(profile="one", set_as_default=False) as client,
+    ):
+        assert list(client.sites()) == ["laptop"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "complaint"),
     [
