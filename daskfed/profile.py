@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isinf
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -79,7 +79,7 @@ class Scale(BaseModel):
         bounds = {"minimum" + suffix: self.minimum or 0}
         if self.maximum is not None:
             bounds["maximum" + suffix] = self.maximum
-        if self.idle_timeout is not None and not isinf(self.idle_timeout):
+        if self.idle_timeout is not None:
             bounds["wait_count"] = max(1, ceil(self.idle_timeout / LOOK_S))
         return "adapt", bounds
 
@@ -161,7 +161,7 @@ def named_profile(name: str | None = None) -> Profile:
         if name is None:
             raise ConfigurationError(f"no profile named; give a name, or set {DEFAULT_PROFILE} in Dask's configuration")
     if name not in profiles:
-        have = hint_for(name, sorted(profiles), "there are") if profiles else f"there are none below {PROFILES}"
+        have = hint_for(name, profile_names(), "there are") if profiles else f"there are none below {PROFILES}"
         raise ConfigurationError(f"no profile {name!r}; {have} in Dask's configuration ({_folders()})")
     place = Place(f"profile {name!r}", (*PROFILES.split("."), name))
     if not isinstance(profiles[name], Mapping):

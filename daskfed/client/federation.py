@@ -37,9 +37,9 @@ class Federation(Cluster):
 
     ``sites`` maps a name to options: ``cluster`` (a Dask Cluster class or its dotted name), ``options`` (its keywords),
     ``scale`` (``{"fixed": 4}``, or ``{"minimum": 0, "maximum": 40}`` to follow the work), ``labels``, ``environments``,
-    ``resources``, ``directory`` (working directory of its workers). ``policy`` is a
-    placement policy or its name. ``fixed`` declares that no other site will join. ``security`` is a Dask ``Security``,
-    or True for temporary certificates; ``listen`` is the hub's address, by default of this machine only.
+    ``resources``, ``directory`` (working directory of its workers). ``policy`` is a placement policy or its name.
+    ``fixed`` declares that no other site will join. ``security`` is a Dask ``Security``, or True for temporary
+    certificates; ``listen`` is the hub's address, by default of this machine only.
 
     Raises ConfigurationError for a wrong option, SiteStartError where a Cluster class does not import, rejects its
     options or does not start; nothing is left running then.

@@ -16,7 +16,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +149,7 @@ async def start_cluster(spec: ClusterSpec) -> Any:
 
 
 def _takes_n_workers(cls: Any) -> bool:
-    makers = [each.__dict__["__init__"] for each in getattr(cls, "__mro__", ()) if "__init__" in each.__dict__]
-    return any("n_workers" in inspect.signature(maker).parameters for maker in makers)
+    return isinstance(cls, type) and "n_workers" in _keywords(_of_class_and_bases(cls, "__init__"))
 
 
 async def _scale(cluster: Any, scale: Scale) -> None:
@@ -216,13 +215,22 @@ def _check_adapt(cluster: Any, kwargs: Mapping[str, Any]) -> None:
     """Refuse keywords that Dask takes without a word, and then fails with at each attempt to adapt."""
     if not isinstance(cluster, SpecCluster):
         return
-    takers = [each.__dict__["adapt"] for each in type(cluster).__mro__ if "adapt" in each.__dict__]
-    takers += [kwargs.get("Adaptive", Adaptive).__init__, Scheduler.workers_to_close]
-    parameters = [parameter for taker in takers for parameter in inspect.signature(taker).parameters.values()]
-    known = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)} - {"self"}
+    takers = [*_of_class_and_bases(type(cluster), "adapt"), kwargs.get("Adaptive", Adaptive).__init__]
+    known = _keywords([*takers, Scheduler.workers_to_close])
     for name in kwargs.keys() - known:
         hint = hint_for(name, sorted(known), "there are")
         raise ConfigurationError(f"{type(cluster).__name__}.adapt has no keyword {name!r}; {hint}")
+
+
+def _of_class_and_bases(cls: type, method: str) -> list[Any]:
+    """Return what a class and its bases define under a name: each may take some keywords and pass the others on."""
+    return [each.__dict__[method] for each in cls.__mro__ if method in each.__dict__]
+
+
+def _keywords(functions: Iterable[Any]) -> set[str]:
+    """Return the keywords that any of these functions has by name."""
+    parameters = [parameter for each in functions for parameter in inspect.signature(each).parameters.values()]
+    return {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)} - {"self"}
 
 
 class InProcessCluster:

@@ -41,18 +41,12 @@ def main(forks: bool = False) -> None:
     os.dup2(2, 1)
     warnings.filterwarnings("ignore", "Port .* is already in use")  # several sites of one machine, each a dashboard
     calm(tick="250ms")  # the monitor is for the site's dashboard
-    with patient_clusters():
-        asyncio.run(_serve_quietly(replies))
+    with patient_clusters(), asyncio.Runner() as runner:
+        runner.run(_serve(replies))
+        signal.set_wakeup_fd(-1)  # else a SIGTERM that comes while the loop closes prints an error
     last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
     last_resort.daemon = True
     last_resort.start()
-
-
-async def _serve_quietly(replies: TextIO) -> None:
-    try:
-        await _serve(replies)
-    finally:
-        signal.set_wakeup_fd(-1)  # else a SIGTERM that comes while the loop closes prints an error
 
 
 async def _serve(replies: TextIO) -> None:

@@ -193,9 +193,11 @@ class HubNode:
 
     def _is_overdue(self, site: str) -> bool:
         """Whether a site has not come back in time, or not answered in time what it holds."""
-        since = self._started if site not in self.links else self._asked.get(site, inf)
-        unheard = site not in self.links or site in self.core.ledger.crossing
-        return unheard and self.sim.clock.now - since >= PATIENCE_S
+        if site not in self.links:
+            since = self._started
+        else:
+            since = self._asked.get(site, inf) if site in self.core.ledger.crossing else inf
+        return self.sim.clock.now - since >= PATIENCE_S
 
     def _require_handed_over(self, name: str) -> None:
         """A site that may leave has nothing that is needed and nowhere else, where all that was said has been heard.

@@ -17,8 +17,8 @@ from daskfed.profile import site_options
 class TestOptions:
     def test_none_are_needed(self) -> None:
         assert site_options("north", {}).model_dump() == {
-            "cluster": DEFAULT_CLUSTER, "options": {}, "scale": None, "labels": {}, "environments": ["default"], "resources": {},
-            "directory": None,
+            "cluster": DEFAULT_CLUSTER, "options": {}, "scale": None, "labels": {}, "environments": ["default"],
+            "resources": {}, "directory": None,
         }  # fmt: skip
 
     def test_all_that_is_given_is_kept(self, tmp_path: Path) -> None:

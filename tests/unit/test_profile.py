@@ -29,7 +29,6 @@ daskfed:
     away:
       hub: tls://hub.example.org:8700
 """
-"""``scale`` is in line 11."""
 
 
 class Configured:
