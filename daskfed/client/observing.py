@@ -44,9 +44,12 @@ class Observing(distributed.Client):
         super().unsubscribe_topic(topic)
 
     def _subscribe_again(self) -> None:
-        """Tell a hub that may have started anew which topics this client listens to."""
+        """Tell a hub that may have started anew which topics this client listens to.
+
+        It is told at once, before work is brought back, so that nothing is missed of what that work logs.
+        """
         for topic in self._topics:
-            self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
+            self.scheduler_comm.send({"op": "subscribe-topic", "topic": topic, "client": self.id})
 
     # -- looking -----------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from distributed import Lock, Queue, Semaphore, Variable, as_completed, fire_and_forget, get_worker
+from distributed.batched import BatchedSend
 
 from daskfed import Client
 from daskfed.client.returning import Kept
@@ -73,10 +74,10 @@ def most_at_once(folder: Path) -> int:
     return max(sum(began <= moment < ended for began, ended in found) for moment, _ in found)
 
 
-def wait_until(done: object, timeout_s: float = SOON_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():  # type: ignore[operator]
-        assert time.monotonic() < deadline
+def wait_until(done: Callable[[], object], shown: object = None) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not done():
+        assert time.monotonic() < deadline, shown
         time.sleep(0.05)
 
 
@@ -115,15 +116,21 @@ def say(text: str) -> None:
     get_worker().log_event("said", {"text": text})
 
 
-def test_a_client_goes_on_hearing_its_topics(fed: Killable) -> None:
+def test_a_client_goes_on_hearing_its_topics(fed: Killable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what tasks say that were submitted while there was no hub, however slowly the client's stream goes."""
     heard: list[str] = []
     with fed.client() as client:
         client.subscribe_topic("said", lambda event: heard.append(event[1]["text"]))
         client.submit(say, "before", site="north").result()
-        wait_until(lambda: heard == ["before"])
-        fed.kill_hub()
+        wait_until(lambda: heard == ["before"], heard)
+        monkeypatch.setattr("distributed.client.BatchedSend", lambda interval, loop: BatchedSend("1s", loop=loop))
+        fed.hub.process.kill()
+        meanwhile = client.submit(say, "meanwhile", site="north")
+        time.sleep(1)
+        fed.start_hub()
+        meanwhile.result()
         client.submit(say, "after", site="north").result()
-        wait_until(lambda: heard == ["before", "after"])
+        wait_until(lambda: heard == ["before", "meanwhile", "after"], heard)
 
 
 def waited_there(seconds: float) -> str:
