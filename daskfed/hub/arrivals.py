@@ -43,7 +43,8 @@ class Arrivals:
         """Register blocks that a client had submitted before, inputs first, with their numbers; 0: they had none.
 
         Return those that are new here, and keys that are known again. A client may have missed that some of its blocks
-        were forgotten: then these need keys again that were forgotten with them.
+        were forgotten: then these need keys again that were forgotten with them. Once the hub waits for nobody any
+        more, such blocks come last: what others make meanwhile these go on making.
         """
         added: list[BlockState] = []
         revived: list[Key] = []
@@ -55,7 +56,7 @@ class Arrivals:
                 if known.order[-1] != arrival:  # it was asleep when it was told, and brings the number to the next hub
                     self.ledger.command(BlocksArrived(client, spec.id, known.order[-1]))
                 continue
-            if not arrival or self._needs_later(spec, arrival):
+            if not arrival or not self.ledger.patient:
                 arrival = self._next(client, spec.id)
             self._let_pass(spec.outputs, arrival)
             added += self._added(client, [spec], [arrival], wait=True)
@@ -89,9 +90,6 @@ class Arrivals:
         return maker.order[-1] < arrival if maker is not None else self._exists(key)
 
     # -- circles -----------------------------------------------------------------------------------------------------
-
-    def _needs_later(self, spec: BlockSpec, arrival: int) -> bool:
-        return not self.ledger.patient and any(self._maker_after(key, arrival) for key in spec.inputs)
 
     def _maker_after(self, key: Key, arrival: int) -> BlockState | None:
         """Return the block that makes a key, if it came after ``arrival``."""

@@ -60,9 +60,9 @@ def _doomed(ledger: Ledger, keys: Iterable[Key], client: str | None) -> dict[Key
         if state is None or state.key in found or not (client is None or state.wanted_by.keys() <= {client}):
             continue
         found[state.key] = state
-        for name in state.consumers:
-            spec = ledger.blocks[name].spec
-            stack.extend(output for output in spec.outputs if spec.needs(output, state.key))
+        for block in [ledger.blocks[name] for name in state.consumers]:
+            made = (output.key for output in ledger.produced_by(block))  # what another block makes as well goes on
+            stack.extend(output for output in made if block.spec.needs(output, state.key))
     return found
 
 

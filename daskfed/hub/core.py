@@ -422,9 +422,10 @@ class HubCore:
 
     def _bring_failures_anew(self, block: BlockState, site: str) -> None:
         """A scheduler does not know the keys of a graph that it could not open: it needs their errors as imports."""
-        for key in block.spec.inputs:
-            if self.ledger.keys[key].failed_at.pop(site, True) is None:
-                self.ledger.release_at(site, key)
+        failed = [state for key in block.spec.inputs if (state := self.ledger.keys[key]).phase is KeyPhase.FAILED]
+        for state in failed:
+            if state.failed_at.pop(site, True) is None:
+                self.ledger.release_at(site, state.key)
 
     def _again(self, block: BlockState, reason: str, blameless: bool = False) -> None:
         self.ledger.take_back(block, "" if blameless else reason)
@@ -451,6 +452,7 @@ class HubCore:
         leaving = [name for name in state.holders if (s := self.sites.get(name)) is not None and s.draining]
         for name in leaving[: len(state.holders) - 1]:
             del state.holders[name]
+            state.failed_at.pop(name, None)
             self.ledger.release_at(name, state.key)
 
     def _import_failed(self, site: SiteState, message: ImportFailed) -> None:

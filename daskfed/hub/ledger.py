@@ -422,11 +422,17 @@ class Ledger:
             self.settle(self._end_if_idle(block))
 
     def _drop_failures(self, state: KeyState, maker: str) -> None:
-        """A key that failed exists after all: sites that know of the failure are to forget it."""
+        """A key that failed exists after all: sites that know of the failure are to forget it.
+
+        Its maker, if it was told as well, may hear of it later still: it keeps the key, for one reason or the other.
+        """
+        told = maker in state.failed_at
         for site in state.failed_at:
             if site != maker:
                 self.release_at(site, state.key)
         state.failed_at.clear()
+        if told:
+            state.add("failed_at", maker)
 
     def key_failed(self, state: KeyState) -> None:
         """The task of this key raised: tell who wants it; its consumers will fail from it in turn."""
@@ -522,6 +528,8 @@ class Ledger:
             if others:
                 state.holders[site] = others
             else:
+                if site in state.failed_at:
+                    self.release_at(site, key)
                 self.lose_key_at(state, site)
 
     def _leave_site(self, block: BlockState) -> None:
@@ -632,8 +640,8 @@ class Ledger:
         sites = (*state.holders, *state.importing)
         tasks_at = {name.partition("/")[0] for name in state.wanted_by if "/" in name}
         for site in [name for name in sites[state.replicas :] if name not in tasks_at]:
-            state.holders.pop(site, None)
-            state.importing.pop(site, None)
+            for places in (state.holders, state.importing, state.failed_at):
+                places.pop(site, None)
             self.release_at(site, state.key)
 
     def _free(self, state: KeyState) -> Iterable[Key]:

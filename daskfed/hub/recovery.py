@@ -220,8 +220,8 @@ class Recovery:
             self.ledger.release_at(site.name, key)
             if state is not None:
                 state.importing.pop(site.name, None)
-        elif site.name not in state.holders:
-            state.add("importing", site.name, number)
+        elif site.name not in state.holders:  # it may have been asked for once more while this was on its way
+            state.add("importing", site.name, max(number, state.importing.get(site.name, 0)))
 
     def _adopt(self, site: SiteState, held: HeldBlock) -> None:
         block = self.ledger.blocks.get(held.block)

@@ -314,10 +314,10 @@ class SiteCore:
     def _bring(self, wanted: Import) -> None:
         """See to it that a key gets here, and is reported when it is."""
         state = self.keys.setdefault(wanted.key, KeyState(wanted.key))
-        state.hub = True
         if wanted.failed:
             self._bring_error(state)
             return
+        state.hub = True
         state.source, state.number, state.tries, state.unopened = wanted.source, wanted.number, 0, False
         state.announce = True
         if state.phase is KeyPhase.HELD:
@@ -332,6 +332,9 @@ class SiteCore:
             self.imports.want(state.key, wanted.nbytes)
 
     def _bring_error(self, state: KeyState) -> None:
+        if state.phase is KeyPhase.MAKING:  # what comes of that will do as well
+            return
+        state.hub = True
         if state.phase in COMING:
             self.imports.unwant(state.key)
             state.announce = False
@@ -434,7 +437,8 @@ class SiteCore:
         if state.phase is KeyPhase.FAILED and not state.makers:
             self._releases.append(key)  # the scheduler would answer with the old error
             self._move_key(state, "make")
-            state.hub = False  # it was the error that the hub wanted here
+            state.hub = False  # it was the error that the hub wanted here,
+            self._disown(state)  # and that other blocks reported
         elif state.phase is KeyPhase.ABSENT or state.phase in COMING:
             self.imports.unwant(key)
             self._move_key(state, "make")

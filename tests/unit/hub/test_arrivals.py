@@ -162,3 +162,14 @@ def test_a_failure_elsewhere_of_a_key_that_exists_is_released() -> None:
     stage.submit(block("a", "x", sites=("south",)), wanted="x")
     stage.scatter("north", "x")
     assert stage.failed("a", "x") == [release("south", "x")]
+
+
+def test_a_block_that_is_forgotten_and_cannot_run_ends_nothing_of_those_that_can(stage: Stage) -> None:
+    """It comes back with its old number, from before the others; what only it makes nobody needs."""
+    new, use = block("new", "m"), block("use", "x", "m")
+    stage.submit(new, use, wanted="x")
+    old = (block("old", "m z", "gone"), -1), (block("after", "x y", "z"), 0)
+    commands = stage(ev.ClientBack("d", "ann", old, ()))
+    assert forget_block("old") in commands and forget_block("after") in commands
+    assert not any(isinstance(each, ev.TellClient) for each in commands)
+    assert stage.key("m").producer == "new" and stage.key("x").producer == "use"

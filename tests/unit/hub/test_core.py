@@ -448,6 +448,16 @@ class TestFailures:
         d = block("d", "z", "x", sites=("north",))
         assert stage.submit(d, wanted="z") == [run("north", d, Import("x", "south", 8))]
 
+    def test_a_site_that_makes_what_it_is_yet_to_hear_the_error_of_is_to_forget_that_in_the_end(
+        self, stage: Stage
+    ) -> None:
+        stage.submit(block("a", "x w"), wanted="w")
+        stage.submit(block("b", "y x", sites=("south",)), block("d", "z", "x", sites=("south",)), wanted="y z")
+        assert stage.failed("a", "x") == [run("south", stage.block("d").spec, Import("x", "", 0, failed=True))]
+        assert stage.made("b", "x") == [release("north", "x")]
+        assert release("south", "x") in stage.lost("b")
+        assert stage.key("x").failed_at == {}
+
 
 class TestTrouble:
     def test_a_block_given_up_by_its_site_is_placed_again(self, stage: Stage) -> None:

@@ -151,6 +151,13 @@ class TestCancel:
         ]  # fmt: skip
         assert stage.empty
 
+    def test_what_another_block_makes_as_well_goes_on(self, stage: Stage) -> None:
+        stage.submit(block("e", "s"), block("a", "x"), wanted="s x")
+        stage.submit(block("b", "y s", "x"), wanted="y s")
+        commands = stage(ev.KeysCancelled("c", ("x",), reason="enough"))
+        assert told_cancelled("y", reason="enough") in commands
+        assert stage.made("e", "s") == [told("s")]
+
     def test_what_others_want_goes_on_without_force(self, stage: Stage) -> None:
         stage.submit(block("b", "x"), wanted="x")
         stage.desire("x", client="d")

@@ -160,6 +160,18 @@ def test_what_was_coming_to_a_site_and_was_released_since_it_was_asked_is_not_co
     assert not stage.key("x").importing and list(stage.key("x").holders) == ["south"]
 
 
+def test_a_site_that_was_asked_for_a_key_once_more_since_it_reported_answers_the_last_request() -> None:
+    stage = Anew("north", "south")
+    stage.holds("south", "x", placed="x")
+    stage.holds("north")
+    stage.back(block("b", "y", "x", sites=("north",)), wanted="y")
+    stage.says("south", SiteHoldings((MadeKey("x", 8),), (), ("x",), (), (), 0))
+    stage.later(11)
+    number = stage.key("x").importing["north"]
+    stage.says("north", SiteHoldings((), (), (), (Import("x", "south", 8, number=number - 1),), (), 0))
+    assert stage.key("x").importing == {"north": number}
+
+
 def test_a_key_that_a_site_has_for_two_blocks_stays_when_one_of_them_ends() -> None:
     """One made it before the hub started anew, for a client that comes late; the other has joined it since."""
     stage = Anew("north", clients="c d")

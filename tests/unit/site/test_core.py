@@ -334,12 +334,24 @@ class TestImports:
         assert site(KeysErred(("y",))) == [TellHub(KeysFailed("b", FIRST, ("y",)))]
         assert site(ReleaseKeys(("x", "y"))) == [ReleaseAtScheduler(("x", "y"))]
 
-    def test_a_key_whose_error_was_brought_here_and_that_is_made_here_next_is_the_blocks_alone(self, site: Site) -> None:
+    def test_a_key_whose_error_was_brought_here_and_that_is_made_here_next_is_the_blocks_alone(
+        self, site: Site
+    ) -> None:
         site(run(block("b", ("y",), ("x",)), Import("x", "", 0, failed=True)), KeysErred(("x",)), KeysErred(("y",)))
         site(run(block("a", ("x",))), ready("x"))
         assert site.core.holds("x")
         site(CancelBlock("b", FIRST))
         assert ReleaseAtScheduler(("x",)) in site(CancelBlock("a", FIRST)) and "x" not in site.phases()
+
+    def test_a_key_that_is_made_here_is_not_kept_for_its_error_that_comes(self, site: Site) -> None:
+        site(run(block("a", ("x",))), run(block("b", ("y",), ("x",)), Import("x", "", 0, failed=True)))
+        site(CancelBlock("b", FIRST))
+        assert site(CancelBlock("a", FIRST)) == [ReleaseAtScheduler(("x",))] and site.phases() == {}
+
+    def test_a_failed_key_that_another_block_makes_anew_is_that_blocks_alone(self, site: Site) -> None:
+        site(run(block("a", ("x",))), KeysErred(("x",)), run(block("b", ("x", "y"))))
+        assert [each.block for each in site.core.holdings().blocks] == ["b"]
+        assert site(CancelBlock("b", FIRST)) == [ReleaseAtScheduler(("x", "y"))] and site.phases() == {}
 
     def test_the_byte_budget_holds_imports_back(self) -> None:
         site = Site(import_budget=250_000)
