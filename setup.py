@@ -16,7 +16,7 @@ REQUIRES = [
     "distributed>=2026.7",  # schedulers, workers, comms, futures
     "pydantic>=2.7",  # profiles of hubs, sites and federations
     "pyyaml>=6.0",  # the lines of configuration files that errors name; Dask reads these files with it
-    "pyzmq>=26",  # the zmq:// backend for comms, which is still to come: nothing here imports it yet
+    "pyzmq>=26",  # the zmq:// backend for comms, and its keys
     "tblib>=3.0",  # used by distributed: tracebacks that survive the way home
     "toolz>=0.12",
 ]
@@ -55,6 +55,7 @@ EXTRAS = {
 ENTRY_POINTS = {
     "console_scripts": ["daskfed=daskfed.cli:main"],
     "dask_cli": ["fed=daskfed.cli:cli"],
+    "distributed.comm.backends": ["zmq=daskfed.comm.zmq:ZmqBackend"],
 }
 
 setup(

@@ -17,6 +17,8 @@ from daskfed.config import DEFAULT_CLUSTER, calm, check_listen, parse_labels
 from daskfed.dask_private import warn_untested
 from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
+from daskfed.keycommands import keys, share
+from daskfed.keys import KeyFolder
 
 if TYPE_CHECKING:
     from daskfed.profile import SiteOptions
@@ -43,11 +45,11 @@ def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
     """Run a hub until Ctrl-C."""
     warn_untested()
     security = _security(tls)
-    _checked_usage(lambda: check_listen(listen, security))
+    _checked_usage(lambda: check_listen(listen, security, KeyFolder().own("hub") is not None))
     _run(lambda stop: _run_hub(listen, state, policy, security, stop))
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @click.option("--name", help="name of the site, unique in the federation")
 @click.option("--hub", "hub_address", help="address of the hub")
 @click.option("--cluster", default=DEFAULT_CLUSTER, show_default=True, help="a Dask Cluster class")
@@ -59,8 +61,11 @@ def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
 @click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
 @click.option("--tls-cert", type=click.Path(exists=True), help="certificate of this site")
 @click.option("--tls-key", type=click.Path(exists=True), help="key of this site")
-def site(spec: str | None, **given: Any) -> None:
+@click.pass_context
+def site(context: click.Context, /, spec: str | None, **given: Any) -> None:
     """Run a site until Ctrl-C: start its cluster and join the hub."""
+    if context.invoked_subcommand is not None:
+        return
     security = _security({name: given.pop(name) for name in ("tls_ca_file", "tls_cert", "tls_key")})
     if spec == "-":
         _run(lambda stop: _run_child_site(json.loads(sys.stdin.readline()), stop))
@@ -68,6 +73,10 @@ def site(spec: str | None, **given: Any) -> None:
     warn_untested()
     name, address, options = _site_arguments(**given)
     _run(lambda stop: _run_site(name, address, options, security, stop))
+
+
+site.add_command(share)
+cli.add_command(keys)
 
 
 @cli.command()

@@ -63,14 +63,18 @@ def patient_clusters() -> Iterator[None]:
         yield
 
 
-def check_listen(address: str, security: Any) -> None:
-    """Raise ConfigurationError where others could connect and it is not ``tls://`` with certificates."""
+def check_listen(address: str, security: Any, has_key: bool = False) -> None:
+    """Raise ConfigurationError where others could connect and nothing is encrypted and authenticated.
+
+    That is ``tls://`` with certificates, or ``zmq://`` where the hub ``has_key``.
+    """
     parsed = urlparse(address if "://" in address else f"tcp://{address}")
-    if parsed.scheme == "inproc" or is_loopback(parsed.hostname or "") or (security and parsed.scheme == "tls"):
+    safe = (security and parsed.scheme == "tls") or (has_key and parsed.scheme == "zmq")
+    if parsed.scheme == "inproc" or is_loopback(parsed.hostname or "") or safe:
         return
     raise ConfigurationError(
         f"{address} can be reached from other machines and would be neither encrypted nor authenticated: listen on "
-        "127.0.0.1, or use tls://… with certificates"
+        "127.0.0.1, use zmq://… with keys (daskfed keys new hub), or tls://… with certificates"
     )
 
 

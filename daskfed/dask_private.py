@@ -69,6 +69,7 @@ from distributed.diskutils import WorkSpace as WorkSpace
 # -- hub/coordination.py: distributed's own Variables, Queues, Locks ..., hosted by the hub instead of a scheduler ---
 from distributed.broker import Broker as Broker  # topics and their events
 from distributed.comm.addressing import parse_address as parse_address  # "tcp://host:port" -> scheme, rest
+from distributed.comm.core import BaseListener as BaseListener  # knows who has not shaken hands yet
 from distributed.comm.core import Comm as Comm
 from distributed.comm.core import Connector as Connector
 from distributed.comm.core import FatalCommClosedError as FatalCommClosedError  # TLS refused: no use trying again

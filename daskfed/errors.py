@@ -13,6 +13,10 @@ class ConfigurationError(DaskfedError, ValueError):
     """A profile, an option or an argument is wrong."""
 
 
+class KeyFileError(ConfigurationError):
+    """A key file cannot be read, or has something in it that is no key."""
+
+
 class UnknownSiteError(ConfigurationError):
     """A constraint names a site, a label or an environment that no site of the federation has."""
 

@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
@@ -63,6 +63,7 @@ class Constraint:
     priority: int = 0  # the user's priority: higher runs earlier
     retries: int = 0  # how often a failing task runs again
     python: str = ""  # version, as in "3.11", that must open the payload unless an environment is named; empty: any
+    owner: str = ""  # whose work it is, where the hub knows by key: some sites serve some owners only; set by the hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,7 @@ class SiteHello(Message):
     data_address: str  # where other agents may fetch keys; empty if nobody can connect
     dashboard: str  # URL of the site's Dask dashboard; empty if none
     versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, daskfed
+    serves: tuple[str, ...] = ()  # owners whose work it runs, empty: everybody's; set by the hub, from the site's key
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from distributed.comm.core import CommClosedError
 from distributed.core import ConnectionPool, Server, Status
 from tornado.iostream import IOStream, StreamClosedError
 
+from daskfed.comm.zmq import Zmq, ZmqConnector, ZmqListener
 from daskfed.config import largest_message
 from daskfed.dask_private import (
     INPROC_EOF,
@@ -283,6 +284,29 @@ class OpaqueTLS(_OpaqueStream, TLS):
     """A ``tls://`` comm that opens nothing."""
 
 
+class OpaqueZmq(Zmq):
+    """A ``zmq://`` comm that opens nothing."""
+
+    @property
+    def max_message_bytes(self) -> float:
+        """The most bytes that a message may have."""
+        return self.channel.max_bytes
+
+    @max_message_bytes.setter
+    def max_message_bytes(self, limit: float) -> None:
+        self.channel.max_bytes = limit
+
+    async def read(self, deserializers: Any = None) -> Any:
+        """Return the next message, unopened, as :meth:`_OpaqueStream.read` does."""
+        frames = await self.read_frames()
+        try:
+            return loads_opaque(frames)
+        except MalformedMessage as exc:
+            logger.warning("Ended the connection with %s: %s", self._peer_addr, exc)
+            self.abort()
+            raise
+
+
 async def _read_frames(stream: IOStream, limit: int) -> list[Frame]:
     """Read the frames of one message of at most ``limit`` bytes; see ``distributed.comm.tcp`` for the layout."""
     (nbytes,) = struct.unpack("Q", await stream.read_bytes(8))
@@ -457,6 +481,12 @@ class OpaqueTLSListener(_GuardedListener, TLSListener):
     comm_class = OpaqueTLS
 
 
+class OpaqueZmqListener(_GuardedListener, ZmqListener):
+    """Listens on ``zmq://`` with comms that open nothing."""
+
+    comm_class = OpaqueZmq
+
+
 class OpaqueInProcListener(_GuardedListener, InProcListener):
     """Listens on ``inproc://`` with comms that open nothing."""
 
@@ -475,6 +505,10 @@ class _OpaqueTLSConnector(TLSConnector):
     comm_class = OpaqueTLS
 
 
+class _OpaqueZmqConnector(ZmqConnector):
+    comm_class = OpaqueZmq
+
+
 class _OpaqueInProcConnector(InProcConnector):
     def __init__(self) -> None:
         super().__init__(inproc_manager)
@@ -489,10 +523,16 @@ def _made_opaque(comm: Any) -> OpaqueInProc:
     return cast(OpaqueInProc, comm)
 
 
-_LISTENERS: dict[str, Any] = {"tcp": OpaqueTCPListener, "tls": OpaqueTLSListener, "inproc": OpaqueInProcListener}
+_LISTENERS: dict[str, Any] = {
+    "tcp": OpaqueTCPListener,
+    "tls": OpaqueTLSListener,
+    "zmq": OpaqueZmqListener,
+    "inproc": OpaqueInProcListener,
+}
 _CONNECTORS: dict[str, Any] = {
     "tcp": _OpaqueTCPConnector,
     "tls": _OpaqueTLSConnector,
+    "zmq": _OpaqueZmqConnector,
     "inproc": _OpaqueInProcConnector,
 }
 

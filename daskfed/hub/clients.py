@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,16 @@ class ClientSession:
         self.owner = user  # the user whom it acts for
         self.secret = ""  # shows whose its calls are, and that it comes back; stock clients have none
         self.stream = stream
+        self.with_key = False  # it has shown a key, which says for whom it acts
         self.federated = False  # it is daskfed's client, not a stock one
         self.borrowed: dict[Key, None] = {}  # keys that it wants though it did not submit what makes them
         self.ended = False  # it said that it ends
         self.mark = 0  # the last that it set on its stream
         self.patience_s = inf  # how long its work waits for a site where there is none that may run it
+
+    def owned(self, spec: BlockSpec) -> BlockSpec:
+        """Return a block so that it goes only to sites that serve its owner."""
+        return replace(spec, constraint=replace(spec.constraint, owner=self.owner if self.with_key else ""))
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue a message; one that can no longer be sent is dropped."""
@@ -98,6 +104,7 @@ class ClientSessions:
         stream = BatchedSend(interval=f"{FLUSH_S * 1000:g}ms", loop=self.hub.loop)
         stream.start(comm)
         session = ClientSession(client, stream, self.hub.owners.user(comm))
+        session.with_key = getattr(comm, "who", None) is not None
         stream.send({"op": "stream-start"})
         try:
             first = await self._first_words(comm, client) if client in self.proofs else ()
@@ -333,7 +340,7 @@ class ClientSessions:
         """Return the blocks of a client, which speaks for itself only."""
         session = self.sessions[client]
         own = {"client": client, "owner": session.owner, "patience_s": session.patience_s}
-        specs = tuple(decode_block({**block, **own}) for block in blocks)
+        specs = tuple(session.owned(decode_block({**block, **own})) for block in blocks)
         if strange := [spec.id for spec in specs if not spec.id.startswith(f"{client}/")]:
             raise ValueError(f"block {strange[0]!r} is not named after its client {client!r}")
         return specs
@@ -360,6 +367,7 @@ class ClientSessions:
             stateful=bool(fields.get("actors")),
             patience_s=session.patience_s,
         )
+        spec = session.owned(spec)
         payload = {name: fields[name] for name in OPAQUE_FIELDS if name in fields} | {"keys": list(keys)}
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))

@@ -57,9 +57,9 @@ class HubCore:
         self.dispatcher = Dispatcher(self.ledger, policy or LowestCost())
         self.desertion = Desertion(self.ledger, self.dispatcher)
         self.poison = Poison(self.ledger)
-        self.homes = Homes(self.ledger, self.dispatcher)
-        self.recovery = Recovery(self.ledger, self.dispatcher, self.arrivals, awaited)
         self.clients: dict[str, str] = {}  # client -> owner
+        self.homes = Homes(self.ledger, self.dispatcher, self.clients)
+        self.recovery = Recovery(self.ledger, self.dispatcher, self.arrivals, awaited)
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             ev.ClientJoined: self._client_joined,
             ev.ClientLeft: self._client_left,
@@ -74,6 +74,7 @@ class HubCore:
             ev.KeysNeeded: self._keys_needed,
             ev.SiteJoined: self._site_joined,
             ev.SiteReach: self._site_reach,
+            ev.SiteServes: self._site_serves,
             ev.SiteLeft: self._site_left,
             ev.FromSite: self._from_site,
             ev.Tick: self._tick,
@@ -285,6 +286,10 @@ class HubCore:
     def _site_reach(self, event: ev.SiteReach) -> None:
         if (site := self.sites.get(event.site)) is not None:
             site.away = event.away
+
+    def _site_serves(self, event: ev.SiteServes) -> None:
+        if event.site in self.sites:
+            self.dispatcher.share_site(event.site, event.serves)
 
     def _site_left(self, event: ev.SiteLeft) -> None:
         site = self.sites.get(event.site)

@@ -105,7 +105,7 @@ def meets(hello: SiteHello, constraint: Constraint) -> bool:
         return False
     if constraint.environment is not None and constraint.environment not in hello.environments:
         return False
-    if not opens(hello, constraint):
+    if not opens(hello, constraint) or not serves(hello, constraint.owner):
         return False
     offered = dict(hello.resources)
     return all(offered.get(name, 0) >= amount for name, amount in constraint.resources)
@@ -117,6 +117,11 @@ def opens(hello: SiteHello, constraint: Constraint) -> bool:
         return True
     version = dict(hello.versions).get("python", constraint.python)
     return version.split(".")[:2] == constraint.python.split(".")[:2]
+
+
+def serves(hello: SiteHello, owner: str) -> bool:
+    """Say whether a site runs the work of an owner, and keeps their data; an unknown one may be anybody."""
+    return not (hello.serves and owner) or owner in hello.serves
 
 
 def matches(hello: SiteHello, selector: str) -> bool:
@@ -145,6 +150,11 @@ class Dispatcher:
     def add_site(self, hello: SiteHello) -> None:
         """Take in a site."""
         self.sites[hello.site] = SiteState(hello)
+        self._eligible.clear()
+
+    def share_site(self, name: str, owners: tuple[str, ...]) -> None:
+        """A site serves these owners from now on."""
+        self.sites[name].hello = replace(self.sites[name].hello, serves=owners)
         self._eligible.clear()
 
     def remove_site(self, name: str) -> None:
@@ -388,8 +398,9 @@ class Dispatcher:
         self.ledger.command(TellSite(site.name, CloseSite("drained")))
 
     def _spread(self, states: Iterable[KeyState]) -> None:
-        takers = [site for site in self.sites.values() if not site.draining]
+        staying = [site for site in self.sites.values() if not site.draining]
         for state in states:
+            takers = [site for site in staying if serves(site.hello, state.owner)]
             if takers and not state.importing:
                 taker = min(takers, key=lambda other: (len(other.copying), other.backlog_s))
                 self._copy(state.key, taker)
@@ -407,7 +418,8 @@ class Dispatcher:
             if state is None:
                 del self.replicated[key]
             elif state.holders and (lacking := state.replicas - len(state.holders) - len(state.importing)) > 0:
-                takers = [site for site in self.sites.values() if not site.draining and not state.present_at(site.name)]
+                others = [site for site in self.sites.values() if not site.draining and not state.present_at(site.name)]
+                takers = [site for site in others if serves(site.hello, state.owner)]
                 for site in sorted(takers, key=lambda site: (len(site.copying), site.backlog_s))[:lacking]:
                     self._copy(key, site)
 
@@ -442,7 +454,7 @@ def _recallable(block: BlockState) -> bool:
 
 def placement_part(constraint: Constraint) -> Constraint:
     """Return what of a constraint decides which sites are eligible."""
-    deciding = {name: getattr(constraint, name) for name in ("sites", "environment", "resources", "python")}
+    deciding = {name: getattr(constraint, name) for name in ("sites", "environment", "resources", "python", "owner")}
     return Constraint(**deciding)
 
 
@@ -456,6 +468,8 @@ def unmet(constraint: Constraint, sites: Iterable[SiteHello]) -> str | None:
     known = {name for hello in hellos for name in hello.environments}
     if environment is not None and environment not in known:
         return f"no site offers the environment {environment!r}; environments are {_names(known)}"
+    if hellos and not any(serves(hello, constraint.owner) for hello in hellos):
+        return f"no site serves {constraint.owner!r}: who runs one can share it (daskfed site share)"
     return None
 
 

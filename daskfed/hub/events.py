@@ -143,6 +143,14 @@ class SiteReach:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteServes:
+    """A site that is there serves other owners than before; what it works at it goes on with."""
+
+    site: str
+    serves: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SiteLeft:
     """A site is gone, with all it held."""
 
@@ -177,6 +185,7 @@ Event: TypeAlias = (
     | KeysNeeded
     | SiteJoined
     | SiteReach
+    | SiteServes
     | SiteLeft
     | FromSite
     | Tick

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from daskfed.hub.dispatch import Dispatcher
+from daskfed.hub.dispatch import Dispatcher, serves
 from daskfed.hub.ledger import Ledger
 from daskfed.hub.states import BlockPhase
 from daskfed.messages import BlockKind
@@ -13,9 +14,10 @@ from daskfed.messages import BlockKind
 class Homes:
     """The home sites of clients that send whole graphs."""
 
-    def __init__(self, ledger: Ledger, dispatcher: Dispatcher) -> None:
+    def __init__(self, ledger: Ledger, dispatcher: Dispatcher, owners: Mapping[str, str]) -> None:
         self.ledger = ledger
         self.dispatcher = dispatcher
+        self._owners = owners  # of connected clients
         self._homes: dict[str, str] = {}  # client -> site; empty where there was none
 
     def home_of(self, client: str) -> str | None:
@@ -30,12 +32,11 @@ class Homes:
 
     def find(self) -> None:
         """Give the clients whose home is gone another one, and have their graphs run there."""
-        sites = [site for site in self.dispatcher.sites.values() if not site.leaving]
-        lost = [client for client, home in self._homes.items() if home not in self.dispatcher.sites]
-        if sites and lost:
-            best = max(sites, key=lambda site: site.threads).name
-            for client in lost:
-                self._homes[client] = best
+        staying = [site for site in self.dispatcher.sites.values() if not site.leaving]
+        for client in [client for client, home in self._homes.items() if home not in self.dispatcher.sites]:
+            sites = [site for site in staying if serves(site.hello, self._owners.get(client, ""))]
+            if sites:
+                self._homes[client] = best = max(sites, key=lambda site: site.threads).name
                 self._move(client, best)
 
     def _move(self, client: str, home: str) -> None:

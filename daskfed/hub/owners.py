@@ -32,6 +32,7 @@ from weakref import WeakKeyDictionary
 from distributed.comm.core import Comm
 
 from daskfed.hub.coordination import DESIRE
+from daskfed.hub.credentials import SITES
 from daskfed.hub.peers import FOREIGN, own_user, user_at
 from daskfed.hub.recovery import is_promise
 from daskfed.messages import COORDINATION, SESSION, Key
@@ -44,10 +45,6 @@ SHARED = (*COORDINATION, "variable-", "queue-")  # ops on what is shared by name
 METADATA = ("get_metadata", "set_metadata")
 RESERVED = ("variable-", "queue-", "published-", "announced-", "fire-and-forget", "finder-", "scatter-")
 """What holds keys and is no client is named so."""
-SITES = (
-    "register-site", "park-channel", "relay-fetch", "forward", "announce-keys", "bring-keys", "actor-answer",
-    "site-address",
-)  # fmt: skip
 OF_TASKS = (DESIRE, "proxy")  # what tasks do with keys that the hub knows, beside what is shared by name
 UNCHECKED = frozenset((*SITES, "register-client"))
 HELLO_S = 2.0  # how long a call waits for the hello of its client, which comes on another connection

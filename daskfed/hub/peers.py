@@ -29,11 +29,14 @@ def own_user() -> str:
 
 
 def user_at(comm: Any) -> str:
-    """Return the user at the other end of ``comm``: of this machine by name, of another one ``@host``.
+    """Return the user at the other end of ``comm``: whom its key names, of this machine by name, of another ``@host``.
 
     Where the system does not tell (it has no ``/proc/net``), who connects within the machine is taken for this user.
     """
+    if (who := getattr(comm, "who", None)) is not None:
+        return str(who.owner)
     scheme, _, peer = str(comm.peer_address).partition("://")
+    peer = peer.partition("#")[0]
     if scheme == "inproc":
         return own_user()
     local = str(comm.local_address).partition("://")[2]

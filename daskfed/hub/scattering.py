@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from daskfed.hub import events as ev
-from daskfed.hub.dispatch import SiteState
+from daskfed.hub.dispatch import SiteState, serves
 from daskfed.hub.ports import answers
 from daskfed.messages import Key
 
@@ -42,10 +42,11 @@ async def scatter(
     that many of them. ``kept``, ``again`` and ``replicas`` as for :class:`~daskfed.hub.events.KeysScattered`.
     """
     deadline = time.monotonic() + (timeout or 0)
+    owner = hub.owner_of(client)
     sent: dict[str, Any] = {}
     with _held(hub, data):
         while not sent:  # sites may be gone: then others take the data
-            sent = await _send(hub, data, shares(await _takers(hub, workers, deadline), broadcast))
+            sent = await _send(hub, data, shares(await _takers(hub, workers, deadline, owner), broadcast))
         for site, reply in sent.items():
             sizes = tuple((key, reply["nbytes"].get(key, 0)) for key in data)
             hub.take(ev.KeysScattered(client, site, sizes, kept, again, max(replicas, len(sent))))
@@ -91,10 +92,10 @@ def _workers(site: SiteState) -> int:
     return site.status.workers if site.status else 0
 
 
-async def _takers(hub: Hub, workers: Any, deadline: float) -> list[tuple[SiteState, list[str] | None]]:
+async def _takers(hub: Hub, workers: Any, deadline: float, owner: str) -> list[tuple[SiteState, list[str] | None]]:
     """Return the sites that may take data, each with which of its workers (None: any), waiting until there is one."""
     while True:
-        sites = [site for site in hub.core.sites.values() if _can_take(hub, site)]
+        sites = [site for site in hub.core.sites.values() if _can_take(hub, site) and serves(site.hello, owner)]
         targets = await hub.fanout.targets(workers) if sites else {}
         if takers := [(site, targets[site.name]) for site in sites if site.name in targets]:
             return takers

@@ -32,6 +32,7 @@ from daskfed.hub.actors import Actors
 from daskfed.hub.clients import ClientSessions
 from daskfed.hub.coordination import DESIRE, attach
 from daskfed.hub.core import HubCore
+from daskfed.hub.credentials import Credentials
 from daskfed.hub.dashboard import Dashboard
 from daskfed.hub.fanout import Fanout
 from daskfed.hub.gateway import Gateway, Handlers
@@ -96,6 +97,7 @@ class Hub(Hosting, OpaqueServer):
         self.ports: dict[str, SitePort] = {}
         self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
         self.owners = Owners(self)
+        self.credentials = Credentials(self.ports, self.core.ledger.keys)
         self.sessions = ClientSessions(self)
         self.fanout = Fanout(self)
         self.gateway = Gateway(self)
@@ -115,6 +117,8 @@ class Hub(Hosting, OpaqueServer):
         self.coordination = attach(self, self.journal, self.recovered)
         self.ownerless = Ownerless(self)
         self.owners.guard(self.handlers)
+        for op, handler in list(self.handlers.items()):
+            self.handlers[op] = self.credentials.guarded(op, handler)
         self.periodic_callbacks["tick"] = PeriodicCallback(lambda: self.take(ev.Tick()), TICK_S * 1000)
 
     def _own_handlers(self) -> dict[str, Any]:
@@ -246,7 +250,7 @@ class Hub(Hosting, OpaqueServer):
         messages; where the hub has the other end of it still, both go on where they were.
         """
         try:
-            decoded = self._accepted(hello)
+            decoded = self.credentials.joins(comm, self._accepted(hello))
         except ValueError as exc:
             await comm.write({"status": "error", "reason": str(exc)})
             return Status.dont_reply
@@ -255,6 +259,8 @@ class Hub(Hosting, OpaqueServer):
             await port.detach()
             await self._welcome(comm, session, port.stream.received)
             port.stream.resume(comm, received)
+            port.hello = decoded
+            self.take(ev.SiteServes(decoded.site, decoded.serves))
             logger.info("site %s is connected again", decoded.site)
         else:
             port = await self._new_site(comm, decoded)

@@ -31,11 +31,11 @@ START_S = 60.0  # most seconds for what a machine under load takes 3 s for
 class Command:
     """A running command in a process group of its own, like one that was started in a terminal."""
 
-    def __init__(self, *command: str, cwd: Path | None = None) -> None:
+    def __init__(self, *command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
-            env={**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            env={**os.environ, **(env or {}), MARK: self.mark, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
         )  # fmt: skip
         self.said: list[str] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -131,16 +131,28 @@ def workers_of(host: psutil.Process) -> list[psutil.Process]:
     return [worker for server in host.children() for worker in server.children()]
 
 
-def hub(address: str = "tcp://127.0.0.1:0", *options: str, run: Sequence[str] = MODULE) -> Command:
+def hub(
+    address: str = "tcp://127.0.0.1:0",
+    *options: str,
+    run: Sequence[str] = MODULE,
+    env: Mapping[str, str] | None = None,
+) -> Command:
     """Start a hub."""
-    return Command(*run, "hub", "--listen", address, *options)
+    return Command(*run, "hub", "--listen", address, *options, env=env)
 
 
-def site(name: str, hub_address: str, *options: str, run: Sequence[str] = MODULE, cwd: Path | None = None) -> Command:
+def site(
+    name: str,
+    hub_address: str,
+    *options: str,
+    run: Sequence[str] = MODULE,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Command:
     """Start a site of one worker with one thread."""
     cluster = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
     given = ("--name", name, "--hub", hub_address, "--options", json.dumps(cluster), *options)
-    return Command(*run, "site", *given, cwd=cwd)
+    return Command(*run, "site", *given, cwd=cwd, env=env)
 
 
 @contextmanager

@@ -307,7 +307,7 @@ def opened(value: Any) -> Any:
     return value.data if isinstance(value, (ToPickle, Serialize)) else value
 
 
-SCHEMES = ["tcp://127.0.0.1:0", "inproc://"]
+SCHEMES = ["tcp://127.0.0.1:0", "inproc://", "zmq://127.0.0.1:0"]
 
 
 @pytest.mark.parametrize("writer", SCHEMES)
