@@ -57,7 +57,8 @@ def certificates(folder: str) -> dict[str, Any]:
     key, certificate = f"{folder}/key.pem", f"{folder}/certificate.pem"
     options = ["-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", key]
     subprocess.run(["openssl", "req", "-x509", *options, "-out", certificate], check=True, capture_output=True)
-    ends = {f"tls_{role}_{what}": file for role in ("client", "scheduler") for what, file in (("cert", certificate), ("key", key))}
+    files = {"cert": certificate, "key": key}
+    ends = {f"tls_{role}_{what}": file for role in ("client", "scheduler") for what, file in files.items()}
     return {"tls_ca_file": certificate, "require_encryption": True, **ends}
 
 

@@ -93,8 +93,8 @@ class Packet:
 class Window:
     """How many bytes of large messages may be under way: as many as make use of the line, and hardly queue.
 
-    It grows while what is sent arrives as fast as it can, and shrinks when it takes longer: about half of the round
-    trip may be spent in queues. (The idea is that of LEDBAT, RFC 6817: delay is the signal, not loss.)
+    It grows while what is sent arrives as fast as it can, and shrinks when it takes longer: less than half of the
+    round trip may be spent in queues. (The idea is that of LEDBAT, RFC 6817: delay is the signal, not loss.)
     """
 
     START, LEAST, MOST = 512 * 2**10, 64 * 2**10, 64 * 2**20  # bytes
@@ -123,7 +123,7 @@ class Window:
         if now - self._since > self.FORGET_S:
             self._fastest, self._since = [inf, self._fastest[0]], now
         self._fastest[0] = min(self._fastest[0], seconds)
-        if seconds > 1.5 * self.fastest_s + self.SLACK_S:
+        if seconds > 1.4 * self.fastest_s + self.SLACK_S:
             if now - self._shrunk > seconds:  # once for what was under way together
                 self.nbytes, self._shrunk, self._starting = max(self.LEAST, 0.8 * self.nbytes), now, False
         elif full:

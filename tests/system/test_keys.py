@@ -193,7 +193,10 @@ class TestRefused:
 
     def test_a_site_that_would_submit_work(self, keyed: Keyed) -> None:
         keyed.person("machine", frozenset({Role.SITE}))
-        with pytest.raises(Exception, match="let in as site|refused|is for a client"), keyed.client("machine", timeout=5):
+        with (
+            pytest.raises(Exception, match="let in as site|refused|is for a client"),
+            keyed.client("machine", timeout=5),
+        ):
             pass
 
     def test_a_site_in_the_name_of_another(self, keyed: Keyed) -> None:

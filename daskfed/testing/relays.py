@@ -76,13 +76,18 @@ class Relay:
 
     def _do(self, what: Callable[[], None]) -> None:
         done = threading.Event()
-        self._loop.call_soon_threadsafe(lambda: (what(), done.set()))
+        self._loop.call_soon_threadsafe(what)
+        self._loop.call_soon_threadsafe(done.set)
         assert done.wait(10)
 
     def cut(self) -> None:
         """Cut all connections, and take no more."""
         self._open = False
-        self._do(lambda: [writer.transport.abort() for writer in list(self._writers)] and None)  # type: ignore[func-returns-value]
+        self._do(self._cut)
+
+    def _cut(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
 
     def mend(self) -> None:
         """Take connections again."""
