@@ -1,8 +1,8 @@
 """The sockets below ``zmq://``: lines that this process dials, and those that others dial to it.
 
-A :class:`Line` is a :class:`~daskfed.comm.multiplex.Link` and what it has of the network at present. One that breaks is
-dialled again for a while and goes on where it was. Lines are encrypted and authenticated with CurveZMQ (``RFC 26``,
-``https://rfc.zeromq.org/spec/26/``), and then go on only for the same key; without keys they end where they break.
+A :class:`Line` is a :class:`~daskfed.comm.multiplex.Multiplexer` and what it has of the network at present. One that
+breaks is dialled again for a while and goes on where it was. Lines are encrypted and authenticated with CurveZMQ
+(RFC 26, https://rfc.zeromq.org/spec/26/), and then go on only for the same key; without keys they end where they break.
 """
 
 from __future__ import annotations
@@ -186,11 +186,11 @@ class Gate:
 
 
 class Line:
-    """A link, and what it has of the network at present."""
+    """A multiplexer, and what it has of the network at present."""
 
-    def __init__(self, reactor: Reactor, link: mux.Link, local: str, peer: str) -> None:
+    def __init__(self, reactor: Reactor, multiplexer: mux.Multiplexer, local: str, peer: str) -> None:
         self.reactor = reactor
-        self.link = link
+        self.multiplexer = multiplexer
         self.local = local  # host and port of this end
         self.peer = peer  # and of the other one
         self.who: Authorized | None = None  # at the other end, by key
@@ -203,48 +203,48 @@ class Line:
 
     def pump(self) -> None:
         """Send all that can be sent now."""
-        outgoing = self.link.outgoing
+        outgoing = self.multiplexer.outgoing
         while (parts := outgoing(time.monotonic())) is not None:
             self.send(parts)
 
     def take(self, parts: list[mux.Buffer]) -> None:
         """Take in a packet."""
         try:
-            self.link.incoming(parts, time.monotonic())
+            self.multiplexer.incoming(parts, time.monotonic())
         except mux.ProtocolError as exc:
             logger.warning("Ended the connection with %s: %s", self.peer, exc)
             self.end(f"the other end does not keep to the protocol: {exc}")
-        if not self.link.alive:
+        if not self.multiplexer.alive:
             self.end("the other end has ended")
 
     def tick(self, now: float) -> None:
         """See how the line is."""
-        link = self.link
-        if not link.alive:
+        multiplexer = self.multiplexer
+        if not multiplexer.alive:
             self.reactor.ticking.discard(self)
-        elif link.connected:
-            if now - link.heard_at > BREAK_AFTER_S:
+        elif multiplexer.connected:
+            if now - multiplexer.heard_at > BREAK_AFTER_S:
                 self.broke("nothing was heard for long")
-            elif now - link.heard_at > PING_AFTER_S:
-                self.send(link.tell(mux.Kind.PING))
-            elif link.owes_answer:
-                self.send(link.tell(mux.Kind.ACK))
+            elif now - multiplexer.heard_at > PING_AFTER_S:
+                self.send(multiplexer.tell(mux.Kind.PING))
+            elif multiplexer.owes_answer:
+                self.send(multiplexer.tell(mux.Kind.ACK))
         elif now - self.broke_at > resume_s():
             self.end("the connection broke, and could not be made again")
 
     def broke(self, why: str) -> None:
         """The line is down."""
-        if self.link.connected:
+        if self.multiplexer.connected:
             logger.info("the connection with %s broke: %s", self.peer, why)
-            self.link.broke()
+            self.multiplexer.broke()
             self.broke_at = time.monotonic()
 
     def end(self, reason: str) -> None:
         """The line is of the past, and all comms over it."""
-        if self.link.alive:
-            if self.link.connected:
-                self.send(self.link.tell(mux.Kind.BYE))
-            self.link.end(reason)
+        if self.multiplexer.alive:
+            if self.multiplexer.connected:
+                self.send(self.multiplexer.tell(mux.Kind.BYE))
+            self.multiplexer.end(reason)
         self.reactor.ticking.discard(self)
 
 
@@ -257,7 +257,7 @@ class DialledLine(Line):
 
     def __init__(self, reactor: Reactor, where: str, own: KeyPair | None, hub: bytes | None) -> None:
         local = bracketed(ip_towards(parse_host_port(where)[0]))
-        super().__init__(reactor, mux.Link(secrets.token_bytes(16), dialled=True), local, where)
+        super().__init__(reactor, mux.Multiplexer(secrets.token_bytes(16), dialled=True), local, where)
         self.name = (where, own.public if own else b"", hub or b"")
         self._keys = (own, hub)
         self._pipe: Pipe | None = None
@@ -273,7 +273,7 @@ class DialledLine(Line):
 
     async def _keep(self) -> None:
         pause, tries = RETRY_S[0], 0
-        while self.link.alive:
+        while self.multiplexer.alive:
             self._down.clear()
             try:
                 async with asyncio.timeout(DIAL_S):
@@ -313,14 +313,14 @@ class DialledLine(Line):
         self._pipe.after = self.pump
         self._monitor = Monitor(self.reactor.loop, socket, ENDS | zmq.EVENT_HANDSHAKE_SUCCEEDED, self._event)
         socket.connect(f"tcp://{self.peer}")
-        greeting = mux.GREETING.pack(mux.PROTOCOL, self.link.session)
-        self.send(self.link.tell(mux.Kind.HELLO, body=greeting))
+        greeting = mux.GREETING.pack(mux.PROTOCOL, self.multiplexer.session)
+        self.send(self.multiplexer.tell(mux.Kind.HELLO, body=greeting))
         await self._answer
 
     def _receive(self) -> None:
         assert self._pipe is not None
         parts = _received(self._pipe.socket)
-        if self.link.connected:
+        if self.multiplexer.connected:
             self.take(parts)
             return
         kind, flags, _, _, received = mux.read_header(memoryview(parts[0]))
@@ -333,13 +333,13 @@ class DialledLine(Line):
             if self.ready.done() and not flags & mux.RESUMED:
                 self._answer.set_exception(FatalCommClosedError(f"{self.peer} has started anew"))
                 return
-            self.link.goes_on(received, time.monotonic())
+            self.multiplexer.goes_on(received, time.monotonic())
             self._answer.set_result(None)
 
     def _event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._shaken = True
-        elif self.link.connected:
+        elif self.multiplexer.connected:
             self.broke("it was cut")
             self._down.set()
         elif not self._answer.done():
@@ -385,7 +385,7 @@ class DialledLine(Line):
     def tick(self, now: float) -> None:
         """See how the line is, and whether it is of use."""
         super().tick(now)
-        if self.link.channels or not self.ready.done():
+        if self.multiplexer.channels or not self.ready.done():
             self._idle_since = now
         elif now - self._idle_since > IDLE_S:
             self.end("it was of no use")
@@ -407,10 +407,12 @@ class DialledLine(Line):
 class AcceptedLine(Line):
     """A line that the other end dialled."""
 
-    def __init__(self, listening: ListeningSocket, link: mux.Link, route: bytes, local: str, peer: str) -> None:
+    def __init__(
+        self, listening: ListeningSocket, multiplexer: mux.Multiplexer, route: bytes, local: str, peer: str
+    ) -> None:
         self.listening = listening
         self.route = route
-        super().__init__(listening.reactor, link, local, peer)
+        super().__init__(listening.reactor, multiplexer, local, peer)
 
     def send(self, parts: list[mux.Buffer]) -> None:
         """Hand a packet to the socket."""
@@ -544,18 +546,18 @@ class ListeningSocket:
             self._refuse(route, "this session is another's" if who else "without keys no session goes on")
             return
         if line is None:
-            link = mux.Link(session, dialled=False)
-            line = self._sessions[session] = AcceptedLine(self, link, route, *ends)
+            multiplexer = mux.Multiplexer(session, dialled=False)
+            line = self._sessions[session] = AcceptedLine(self, multiplexer, route, *ends)
             line.who = who
-            link.opened = lambda channel, line=line: self._opened(line, channel)  # type: ignore[misc]
+            multiplexer.opened = lambda channel, line=line: self._opened(line, channel)  # type: ignore[misc]
             flags = 0
         else:
             self._lines.pop(line.route, None)
             line.route, flags = route, mux.RESUMED
         self._lines[route] = line
-        line.link.broke()
-        line.send(line.link.tell(mux.Kind.WELCOME, flags))
-        line.link.goes_on(received, time.monotonic())
+        line.multiplexer.broke()
+        line.send(line.multiplexer.tell(mux.Kind.WELCOME, flags))
+        line.multiplexer.goes_on(received, time.monotonic())
         self._busy.add(line)
 
     def _refuse(self, route: bytes, reason: str) -> None:
@@ -566,8 +568,8 @@ class ListeningSocket:
     def _event(self, event: int, value: int) -> None:
         """A peer is gone, it is not said which: who does not take a message is."""
         for line in list(self._lines.values()):
-            if line.link.connected:
-                line.send(line.link.tell(mux.Kind.PING))
+            if line.multiplexer.connected:
+                line.send(line.multiplexer.tell(mux.Kind.PING))
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -575,7 +577,7 @@ class ListeningSocket:
         """A line is of the past."""
         if self._lines.get(line.route) is line:
             del self._lines[line.route]
-        self._sessions.pop(line.link.session, None)
+        self._sessions.pop(line.multiplexer.session, None)
 
     def stop(self) -> None:
         """Let nobody new in, and close when all lines have ended: zmq would end them with the address."""

@@ -1,7 +1,8 @@
 """Many connections over one: framing, order, flow control, and what is left to do when the one breaks. Pure.
 
-A :class:`Link` joins two processes; its :class:`Channel` objects are the connections over it, opened by the end that
-dialled. What leaves is a list of parts, each a buffer, the first of which begins with this header::
+A :class:`Multiplexer` is one end of a line between two processes; its :class:`Channel` objects are the connections over
+that, opened by the end that dialled. What leaves is a list of parts, each a buffer, the first of which begins with this
+header::
 
     kind, flags, channel, number, received      1 + 1 + 4 + 8 + 8 bytes, little-endian
 
@@ -59,7 +60,7 @@ class Kind(IntEnum):
     CLOSE = 7
     ACK = 8
     PING = 9  # to be answered with an ACK
-    BYE = 10  # the link ends, and with it all channels
+    BYE = 10  # the line ends, and with it all channels
 
 
 FIRST, LAST, BULK = 1, 2, 4  # flags of DATA
@@ -68,7 +69,7 @@ NUMBERED = frozenset((Kind.OPEN, Kind.DATA, Kind.CREDIT, Kind.CLOSE))
 
 
 class ProtocolError(DaskfedError):
-    """The other end sent what it never should: the link ends."""
+    """The other end sent what it never should: the line ends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -205,10 +206,10 @@ class _Incoming:
 
 
 class Channel:
-    """One connection over a link."""
+    """One connection over a line."""
 
-    def __init__(self, link: Link, name: int) -> None:
-        self.link = link
+    def __init__(self, multiplexer: Multiplexer, name: int) -> None:
+        self.multiplexer = multiplexer
         self.name = name
         self.max_bytes = inf  # of a message that arrives
         self.closed = False  # nothing can be sent any more
@@ -237,7 +238,7 @@ class Channel:
             if nbytes <= INLINE:
                 lengths, parts = lengths + parts[0], []
             self._spend(nbytes)
-            self.link.urgent.append(Packet(Kind.DATA, self.name, FIRST | LAST, lengths, parts, nbytes))
+            self.multiplexer.urgent.append(Packet(Kind.DATA, self.name, FIRST | LAST, lengths, parts, nbytes))
         else:
             self._wait(Outgoing(frames))
 
@@ -253,7 +254,7 @@ class Channel:
         if self._waiting:
             self._wait(packet)
         else:
-            self.link.urgent.append(packet)
+            self.multiplexer.urgent.append(packet)
         self.end("it was closed here")
 
     def take(self) -> list[Buffer]:
@@ -295,7 +296,7 @@ class Channel:
         """Close at once, since the other end does what it must not."""
         self.closed = True
         self._waiting.clear()
-        self.link.urgent.append(Packet(Kind.CLOSE, self.name))
+        self.multiplexer.urgent.append(Packet(Kind.CLOSE, self.name))
         self.end(reason)
 
     def close_from_afar(self) -> None:
@@ -309,11 +310,11 @@ class Channel:
         if not self.ended:
             self.ended = reason
             self._coming = None
-        if not self.closed or not self.link.alive:
+        if not self.closed or not self.multiplexer.alive:
             self.closed = True
             self._waiting.clear()
         if not self._waiting:
-            self.link.forget(self)
+            self.multiplexer.forget(self)
         self.arrived()
         if not self._waiting:
             self.left()
@@ -329,9 +330,9 @@ class Channel:
         if self._credit > CREDIT:
             raise ProtocolError("more credit was given than there is")
         if was_stuck and self._credit > 0 and self._waiting:
-            self.link.bulk.append(self)
+            self.multiplexer.bulk.append(self)
 
-    # -- for the link ------------------------------------------------------------------------------------------------
+    # -- for the multiplexer -----------------------------------------------------------------------------------------
 
     def next_packet(self, chunk: int) -> Packet:
         """Return the next packet of what waits."""
@@ -346,7 +347,7 @@ class Channel:
         if not self._waiting:
             self.left()
             if self.ended:
-                self.link.forget(self)
+                self.multiplexer.forget(self)
         return packet
 
     @property
@@ -357,7 +358,7 @@ class Channel:
     def _wait(self, what: Outgoing | Packet) -> None:
         self._waiting.append(what)
         if len(self._waiting) == 1 and not self.stuck:
-            self.link.bulk.append(self)
+            self.multiplexer.bulk.append(self)
 
     def _spend(self, nbytes: int) -> None:
         self._credit -= nbytes
@@ -366,11 +367,11 @@ class Channel:
     def _give_credit(self, nbytes: int) -> None:
         self._owed += nbytes
         if self._owed >= CREDIT // 4 and not self.ended:
-            self.link.urgent.append(Packet(Kind.CREDIT, self.name, body=COUNT.pack(self._owed)))
+            self.multiplexer.urgent.append(Packet(Kind.CREDIT, self.name, body=COUNT.pack(self._owed)))
             self._owed = 0
 
 
-class Link:
+class Multiplexer:
     """One end of what joins two processes.
 
     ``dialled`` says whether this end opens channels; ``opened`` is called with each channel that the other end opens.
@@ -539,7 +540,7 @@ class Link:
         self._again = deque(self._kept)
 
     def end(self, reason: str) -> None:
-        """The link is of the past, and all channels with it."""
+        """The line is of the past, and all channels with it."""
         if not self.alive:
             return
         self.alive = self.connected = False

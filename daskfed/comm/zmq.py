@@ -37,7 +37,7 @@ class Zmq(Comm):
         super().__init__(deserialize)
         self.line = line
         self.channel = channel
-        dialled = line.link.dialled  # that end needs no name of its own
+        dialled = line.multiplexer.dialled  # that end needs no name of its own
         self._local_addr = f"{PREFIX}{line.local}#{channel.name}" if dialled else PREFIX + line.local
         self._peer_addr = PREFIX + line.peer if dialled else f"{PREFIX}{line.peer}#{channel.name}"
         self._reading: asyncio.Future[None] | None = None
@@ -125,7 +125,7 @@ class Zmq(Comm):
         channel = self.channel
         channel.close()
         self.line.pump()
-        while channel.waits and self.line.link.alive:
+        while channel.waits and self.line.multiplexer.alive:
             await self._all_left()
 
     def abort(self) -> None:
@@ -220,9 +220,9 @@ class ZmqConnector(Connector):
         name = (where, own.public if own else b"", hub or b"")
         line = reactor.dialled.get(name) or DialledLine(reactor, where, own, hub)
         await asyncio.shield(line.ready)
-        if not line.link.alive:
+        if not line.multiplexer.alive:
             raise ConnectionRefusedError(f"the connection with {PREFIX}{address} has just ended")
-        channel = line.link.open()
+        channel = line.multiplexer.open()
         return self.comm_class(line, channel, deserialize)
 
 

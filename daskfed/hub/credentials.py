@@ -88,6 +88,12 @@ class Credentials:
             raise PermissionError(f"the key of {who.owner!r} does not let a site have what is {sorted(others)[0]!r}'s")
 
 
+def is_admin(comm: Any) -> bool:
+    """Whether the key at the other end, if it has one, is an admin's."""
+    who = _who(comm)
+    return who is not None and Role.ADMIN in who.roles
+
+
 def _who(comm: Any) -> Authorized | None:
     found = getattr(comm, "who", None)
     return found if isinstance(found, Authorized) else None

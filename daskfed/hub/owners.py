@@ -32,7 +32,7 @@ from weakref import WeakKeyDictionary
 from distributed.comm.core import Comm
 
 from daskfed.hub.coordination import DESIRE
-from daskfed.hub.credentials import SITES
+from daskfed.hub.credentials import SITES, is_admin
 from daskfed.hub.peers import FOREIGN, own_user, user_at
 from daskfed.hub.recovery import is_promise
 from daskfed.messages import COORDINATION, SESSION, Key
@@ -58,6 +58,7 @@ class Caller:
 
     owner: str
     client: str | None = None  # id of the client; None where the call does not say, as with stock clients
+    admin: bool = False  # its key lets it do what concerns everybody
 
 
 current: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("current", default=None)
@@ -96,13 +97,13 @@ class Owners:
         deadline = time.monotonic() + HELLO_S
         while secret is not None and time.monotonic() < deadline:
             if (session := self._session_of(secret)) is not None:
-                return Caller(session.owner, session.client)
+                return Caller(session.owner, session.client, is_admin(comm))
             await asyncio.sleep(POLL_S)
         user = self.user(comm)
         named = self.hub.sessions.sessions.get(client or "")
         if client is not None and (named is None or named.secret or named.owner != user):
             raise PermissionError(f"this connection does not speak for client {client!r}")
-        return Caller(user, client)
+        return Caller(user, client, is_admin(comm))
 
     def _session_of(self, secret: str) -> Any:
         sessions = self.hub.sessions.sessions.values()
@@ -194,8 +195,9 @@ class Owners:
         return self.mine if caller is None else caller.owner
 
     def rules(self) -> bool:
-        """Say whether the present caller may do what concerns everybody: it is the hub's own user, or root."""
-        return self.calling() in (self.mine, "root")
+        """Say whether the present caller may do what concerns everybody: the hub's own user, root, an admin's key."""
+        caller = current.get()
+        return self.calling() in (self.mine, "root") or (caller is not None and caller.admin)
 
     def check_rules(self, what: str) -> None:
         """Raise PermissionError where the present caller may not do ``what``, which concerns everybody."""

@@ -97,8 +97,14 @@ class Relay:
         """End all."""
         self.cut()
         self._do(self._server.close)
+        self._do(self._cancel)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
 
 
 @contextmanager

@@ -245,9 +245,9 @@ class Stranger:
         self.socket.linger = 0
         self.socket.connect(keyed.address.replace("zmq://", "tcp://"))
 
-    def greet(self) -> mux.Link:
+    def greet(self) -> mux.Multiplexer:
         """Shake hands as whoever dials does, and return the link."""
-        link = mux.Link(random.randbytes(16), dialled=True)
+        link = mux.Multiplexer(random.randbytes(16), dialled=True)
         self.socket.send_multipart(link.tell(mux.Kind.HELLO, body=mux.GREETING.pack(mux.PROTOCOL, link.session)))
         while self.socket.poll(20):  # it says nothing where the line has not ended meanwhile
             self.socket.recv_multipart()
@@ -259,7 +259,7 @@ class Stranger:
         self.context.term()
 
 
-def recorded(link: mux.Link) -> list[bytes]:
+def recorded(link: mux.Multiplexer) -> list[bytes]:
     """Return packets as a client sends them."""
     channel = link.open()
     channel.send([b"\x80", b"x" * 100], 101)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskfed.comm import multiplex as mux
-from daskfed.comm.multiplex import Channel, Kind, Link, ProtocolError, Window
+from daskfed.comm.multiplex import Channel, Kind, Multiplexer, ProtocolError, Window
 
 
 class Pair:
@@ -19,10 +19,13 @@ class Pair:
     def __init__(self) -> None:
         self.now = 0.0
         self.opened: list[Channel] = []
-        self.ends = Link(b"s" * 16, dialled=True), Link(b"s" * 16, dialled=False, opened=self.opened.append)
+        self.ends = (
+            Multiplexer(b"s" * 16, dialled=True),
+            Multiplexer(b"s" * 16, dialled=False, opened=self.opened.append),
+        )
         self.lines: tuple[deque[list[bytes]], deque[list[bytes]]] = deque(), deque()
-        for link in self.ends:
-            link.goes_on(0, 0.0)
+        for end in self.ends:
+            end.goes_on(0, 0.0)
 
     def open(self) -> tuple[Channel, Channel]:
         """Open a channel; returns both ends of it."""
@@ -55,8 +58,8 @@ class Pair:
 
     def break_and_go_on(self) -> None:
         """Lose what is on the line."""
-        for link, line in zip(self.ends, self.lines, strict=True):
-            link.broke()
+        for end, line in zip(self.ends, self.lines, strict=True):
+            end.broke()
             line.clear()
         first, second = self.ends
         had = second.received
@@ -106,9 +109,9 @@ def test_every_message_arrives_once_and_in_order_over_a_line_that_breaks(seed: i
         for end in sent:
             got[end] += taken(end)
     assert {end: got[other[end]] for end in sent} == sent
-    for link, end in zip(pair.ends, pair.ends[::-1], strict=True):
-        end.incoming(link.tell(Kind.ACK), pair.now)
-    assert not any(link._kept or link._under_way for link in pair.ends)
+    for end, end in zip(pair.ends, pair.ends[::-1], strict=True):
+        end.incoming(end.tell(Kind.ACK), pair.now)
+    assert not any(end._kept or end._under_way for end in pair.ends)
 
 
 def test_small_messages_go_before_large_ones_of_other_channels() -> None:
@@ -178,7 +181,12 @@ def test_what_was_sent_before_it_closed_arrives() -> None:
     assert channel.closed and channel.waits
     for _ in range(20):
         pair.settle()
-    assert len(taken(there)[0]) == 10**6 and there.ended and not there.link.channels and not channel.link.channels
+    assert (
+        len(taken(there)[0]) == 10**6
+        and there.ended
+        and not there.multiplexer.channels
+        and not channel.multiplexer.channels
+    )
 
 
 def test_a_message_that_is_too_large_closes_the_channel() -> None:
@@ -219,7 +227,7 @@ def test_the_end_of_a_link_ends_its_channels() -> None:
 def test_what_never_should_be_sent_is_refused(packet: tuple[str, object]) -> None:
     pair = Pair()
     channel, there = pair.open()
-    link = pair.ends[1]
+    end = pair.ends[1]
     name, what = packet
     if name == "a message within another":
         put(channel, b"x" * 10**6)
@@ -227,14 +235,14 @@ def test_what_never_should_be_sent_is_refused(packet: tuple[str, object]) -> Non
         pair.arrive(0)
     with pytest.raises(ProtocolError):
         if isinstance(what, bytes):
-            link.incoming([what], 0.0)
+            end.incoming([what], 0.0)
         elif isinstance(what, tuple):
             kind, flags, body = what
-            head = mux.HEADER.pack(kind, flags, there.name, link.received + 1, 0)
-            link.incoming([head + body], 0.0)
+            head = mux.HEADER.pack(kind, flags, there.name, end.received + 1, 0)
+            end.incoming([head + body], 0.0)
         else:
-            link._kept.append(mux.Packet(Kind.CREDIT, number=1))
-            link.incoming([mux.HEADER.pack(Kind.ACK, 0, 0, 0, 10**6)], 0.0)
+            end._kept.append(mux.Packet(Kind.CREDIT, number=1))
+            end.incoming([mux.HEADER.pack(Kind.ACK, 0, 0, 0, 10**6)], 0.0)
 
 
 def test_the_window_finds_the_line_it_has() -> None:
