@@ -566,7 +566,11 @@ class ListeningSocket:
             _send(self.socket, packet.encode(0), route)
 
     def _event(self, event: int, value: int) -> None:
-        """A peer is gone, it is not said which: who does not take a message is."""
+        """A peer is gone, it is not said which: who does not take a message is, as soon as zmq knows it as well."""
+        for after_s in (0.0, 0.05, TICK_S):
+            self.reactor.loop.call_later(after_s, self._ping)
+
+    def _ping(self) -> None:
         for line in list(self._lines.values()):
             if line.multiplexer.connected:
                 line.send(line.multiplexer.tell(mux.Kind.PING))
