@@ -109,8 +109,8 @@ def test_every_message_arrives_once_and_in_order_over_a_line_that_breaks(seed: i
         for end in sent:
             got[end] += taken(end)
     assert {end: got[other[end]] for end in sent} == sent
-    for end, end in zip(pair.ends, pair.ends[::-1], strict=True):
-        end.incoming(end.tell(Kind.ACK), pair.now)
+    for this, that in zip(pair.ends, pair.ends[::-1], strict=True):
+        that.incoming(this.tell(Kind.ACK), pair.now)
     assert not any(end._kept or end._under_way for end in pair.ends)
 
 
