@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fcntl
 import os
 import re
 import stat
@@ -157,32 +158,51 @@ class KeyFolder:
             found[entry.public] = entry
         return found
 
+    def named_in_file(self) -> str:
+        """Return the text that says who is let in, whatever is wrong with it."""
+        try:
+            return self.authorized_file.read_text(errors="replace")
+        except OSError:
+            return ""
+
     def authorize(self, entry: Authorized) -> None:
         """Let somebody in from now on; who was let in before with this key is now what ``entry`` says."""
-        self._change({**self.authorized(), entry.public: entry}.values())
+        with self._alone():
+            self._change({**self.authorized(), entry.public: entry}.values())
 
     def revoke(self, which: str) -> list[Authorized]:
         """Let a key, or all keys of an owner, in no more; return them. Raises KeyFileError where there is none."""
-        entries = list(self.authorized().values())
-        gone = [entry for entry in entries if which in (entry.owner, written(entry.public))]
-        if not gone:
-            raise KeyFileError(f"nobody is let in as {which!r}: daskfed keys list shows who is")
-        self._change(entry for entry in entries if entry not in gone)
+        with self._alone():
+            entries = list(self.authorized().values())
+            gone = [entry for entry in entries if which in (entry.owner, written(entry.public))]
+            if not gone:
+                raise KeyFileError(f"nobody is let in as {which!r}: daskfed keys list shows who is")
+            self._change(entry for entry in entries if entry not in gone)
         return gone
 
     def share(self, which: str, whom: Iterable[str], shared: bool = True) -> list[Authorized]:
         """Have the sites of an owner, or the site with this key, serve others as well, or no more."""
+        with self._alone():
+            return self._share(which, frozenset(whom), shared)
+
+    def _share(self, which: str, names: frozenset[str], shared: bool) -> list[Authorized]:
         entries = self.authorized()
         sites = [e for e in entries.values() if e.may(Role.SITE) and which in (e.owner, written(e.public))]
         if not sites:
             raise KeyFileError(f"no site is let in as {which!r}: daskfed keys list shows who is")
-        names = frozenset(whom)
         changed = [replace(each, shared=each.shared | names if shared else each.shared - names) for each in sites]
         self._change({**entries, **{each.public: each for each in changed}}.values())
         return changed
 
-    def _change(self, entries: Iterable[Authorized]) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other commands from changing who is let in meanwhile: what one revokes another would write back."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.path / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _change(self, entries: Iterable[Authorized]) -> None:
         _write(self.authorized_file, [entry.line() for entry in entries])
 
     # -- which hubs this user trusts ---------------------------------------------------------------------------------
@@ -276,8 +296,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         text = file.read_text()
     except FileNotFoundError:
         return
-    except OSError as exc:
-        raise KeyFileError(f"cannot read {file}: {exc.strerror}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise KeyFileError(f"cannot read {file}: {exc}") from exc
     for number, line in enumerate(text.splitlines(), 1):
         if (line := line.strip()) and not line.startswith("#"):
             yield number, line

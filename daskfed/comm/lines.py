@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from math import inf
 from typing import Any
 
 import dask
@@ -42,6 +43,7 @@ IDLE_S = 10.0  # a line without channels is kept so long
 RETRY_S = (0.05, 2.0)  # the first pause before a line is dialled again, and the longest
 DIAL_S = 10.0
 CUT_OFF_TRIES = 3
+PING_AT_S = (0.0, 0.05, 0.5)  # after somebody was cut off
 BATCH = 200  # packets that are taken in before others have their turn
 ZERO_COPY = 64 * 2**10  # bytes
 LINGER_MS = 1000
@@ -79,6 +81,8 @@ class Reactor:
     def running(cls) -> Reactor:
         """Return that of the running loop."""
         loop = asyncio.get_running_loop()
+        for ended in [each for each in list(cls._of) if each.is_closed()]:
+            cls._of.pop(ended).context.destroy(linger=0)
         if loop not in cls._of:
             cls._of[loop] = cls(loop)
         return cls._of[loop]
@@ -131,7 +135,7 @@ class Pipe:
             pass
         except Exception:
             logger.exception("what came over zmq:// could not be taken in")
-            self.check_soon()
+            self.loop.call_later(RETRY_S[0], self._check)
         else:
             self.check_soon()
         self.after()
@@ -175,7 +179,11 @@ class Gate:
     def _receive(self) -> None:
         version, request, domain, _, _, mechanism, *credentials = self._pipe.socket.recv_multipart(zmq.NOBLOCK)
         listening = self.listening.get(domain)
-        admitted = listening is not None and mechanism == b"CURVE" and listening.admits(credentials[0])
+        try:
+            admitted = listening is not None and mechanism == b"CURVE" and listening.admits(credentials[0])
+        except Exception:  # it must be answered, or nobody is heard any more
+            logger.exception("whether a key is let in could not be found out")
+            admitted = False
         status = (b"200", b"OK") if admitted else (b"400", b"this key is not let in")
         user = written(credentials[0]).encode() if admitted else b""
         self._pipe.socket.send_multipart([version, request, *status, user, b""])
@@ -229,8 +237,13 @@ class Line:
                 self.send(multiplexer.tell(mux.Kind.PING))
             elif multiplexer.owes_answer:
                 self.send(multiplexer.tell(mux.Kind.ACK))
-        elif now - self.broke_at > resume_s():
+        elif now - self.broke_at > self.patience_s:
             self.end("the connection broke, and could not be made again")
+
+    @property
+    def patience_s(self) -> float:
+        """How long a broken line is waited for."""
+        return resume_s()
 
     def broke(self, why: str) -> None:
         """The line is down."""
@@ -278,7 +291,8 @@ class DialledLine(Line):
             try:
                 async with asyncio.timeout(DIAL_S):
                     await self._dial()
-            except OSError as exc:
+            except (OSError, zmq.ZMQError) as error:
+                exc = error if isinstance(error, OSError) else OSError(error.errno, str(error))
                 self._hang_up()
                 tries += 1
                 if self._is_final(exc, tries):
@@ -340,10 +354,17 @@ class DialledLine(Line):
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._shaken = True
         elif self.multiplexer.connected:
+            self._drain()
             self.broke("it was cut")
             self._down.set()
         elif not self._answer.done():
             self._answer.set_exception(self._why_not(event))
+
+    def _drain(self) -> None:
+        """Take in what has arrived already."""
+        with suppress(zmq.Again):
+            while self._pipe is not None and self.multiplexer.connected:
+                self._receive()
 
     def _why_not(self, event: int) -> OSError:
         if event & FAILURES or (event == zmq.EVENT_DISCONNECTED and not self._shaken):
@@ -368,8 +389,8 @@ class DialledLine(Line):
     def _hang_up(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
-        if self._pipe is not None:
-            self._pipe.close()
+        if self._pipe is not None:  # what is sent again must not come late by the old connection
+            self._pipe.close(0 if self.multiplexer.alive else LINGER_MS)
         self._pipe = self._monitor = None
 
     def send(self, parts: list[mux.Buffer]) -> None:
@@ -382,6 +403,11 @@ class DialledLine(Line):
             self.broke("it was cut")
         self._pipe.check_soon()
 
+    @property
+    def patience_s(self) -> float:
+        """How long a broken line is dialled again; one that never was has its own limit."""
+        return resume_s() if self.ready.done() else inf
+
     def tick(self, now: float) -> None:
         """See how the line is, and whether it is of use."""
         super().tick(now)
@@ -391,8 +417,10 @@ class DialledLine(Line):
             self.end("it was of no use")
 
     def broke(self, why: str) -> None:
-        """The line is down: dial it again."""
+        """The line is down: dial it again, if the other end can know us again."""
         super().broke(why)
+        if self._keys[0] is None:
+            self.end(f"the connection broke: {why}")
         self._down.set()
 
     def end(self, reason: str) -> None:
@@ -412,6 +440,7 @@ class AcceptedLine(Line):
     ) -> None:
         self.listening = listening
         self.route = route
+        self._breaking = False
         super().__init__(listening.reactor, multiplexer, local, peer)
 
     def send(self, parts: list[mux.Buffer]) -> None:
@@ -423,6 +452,18 @@ class AcceptedLine(Line):
                 raise
             self.broke("it was cut")
         self.listening.pipe.check_soon()
+
+    def broke(self, why: str) -> None:
+        """The line is down: who comes by its route is somebody else until they have shown who they are."""
+        if self._breaking or not self.multiplexer.connected:
+            return
+        self._breaking = True
+        self.listening.drain()
+        self._breaking = False
+        super().broke(why)
+        self.listening.forget_route(self)
+        if self.who is None and self.multiplexer.alive:
+            self.end(f"the connection broke: {why}")
 
     def end(self, reason: str) -> None:
         """The line is of the past."""
@@ -463,6 +504,7 @@ class ListeningSocket:
         self.pipe.after = self._pump
         self._monitor = Monitor(reactor.loop, self.socket, zmq.EVENT_DISCONNECTED, self._event)
         self._busy: set[AcceptedLine] = set()
+        self._pinging = False
         reactor.tick_for(self)
 
     # -- who is let in -----------------------------------------------------------------------------------------------
@@ -491,11 +533,13 @@ class ListeningSocket:
             self._authorized = self.keys.authorized()
         except KeyFileError as exc:
             logger.error("Nobody new is let in: %s", exc)
+            still = self.keys.named_in_file()
+            self._authorized = {key: entry for key, entry in self._authorized.items() if written(key) in still}
 
     def tick(self, now: float) -> None:
         """See whether all are still let in, and whether it is the end."""
         if self._own is not None:
-            for line in list(self._lines.values()):
+            for line in list(self._sessions.values()):
                 if line.who is None or self._entry(line.who.public) != line.who:
                     logger.info("the key of %s is not let in any more as it was", line.peer)
                     line.end("its key is not let in any more as it was")
@@ -567,20 +611,33 @@ class ListeningSocket:
 
     def _event(self, event: int, value: int) -> None:
         """A peer is gone, it is not said which: who does not take a message is, as soon as zmq knows it as well."""
-        for after_s in (0.0, 0.05, TICK_S):
-            self.reactor.loop.call_later(after_s, self._ping)
+        if not self._pinging:
+            self._pinging = True
+            for after_s in PING_AT_S:
+                self.reactor.loop.call_later(after_s, self._ping, after_s == PING_AT_S[-1])
 
-    def _ping(self) -> None:
+    def _ping(self, last: bool) -> None:
+        self._pinging = not last
         for line in list(self._lines.values()):
             if line.multiplexer.connected:
                 line.send(line.multiplexer.tell(mux.Kind.PING))
+
+    def drain(self) -> None:
+        """Take in what has arrived already."""
+        with suppress(zmq.Again, zmq.ZMQError):
+            while not self.socket.closed:
+                self._receive()
+
+    def forget_route(self, line: AcceptedLine) -> None:
+        """What comes by the route of a line is not from its peer any more."""
+        if self._lines.get(line.route) is line:
+            del self._lines[line.route]
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def forget(self, line: AcceptedLine) -> None:
         """A line is of the past."""
-        if self._lines.get(line.route) is line:
-            del self._lines[line.route]
+        self.forget_route(line)
         self._sessions.pop(line.multiplexer.session, None)
 
     def stop(self) -> None:

@@ -42,8 +42,9 @@ MOST_PARTS = 8  # of a packet; more are joined
 SMALLEST_CHUNK, LARGEST_CHUNK = 16 * 2**10, 256 * 2**10  # bytes
 CREDIT = 8 * 2**20  # bytes a channel may have sent that its reader has not taken
 UNDER_WAY = 256 * 2**10  # bytes of small messages of one channel that count as small
-ACK_BYTES = 128 * 2**10  # received without a word about it
+ACK_BYTES = 32 * 2**10  # received without a word about it; the smallest window is larger
 MAX_FRAMES = 2**20
+MOST_MESSAGES = 2**16  # that arrived on a channel and nobody took
 MAX_CHANNELS = 2**16  # at a time
 MAX_PACKET = LARGEST_CHUNK + 2**20  # bytes of a part; the lengths of many frames take room as well
 
@@ -223,6 +224,7 @@ class Channel:
         self._under_way = 0
         self._coming: _Incoming | None = None
         self._owed = 0  # credit that the other end is to be told of
+        self._unpaid = 0  # bytes that arrived and that no credit was given for yet
 
     # -- what this end does ------------------------------------------------------------------------------------------
 
@@ -245,7 +247,7 @@ class Channel:
     def close(self, at_once: bool = False) -> None:
         """Say that no more comes: after all that waits, or ``at_once`` instead of it."""
         self.closed_here = True
-        if self.closed:
+        if self.closed and not (at_once and self._waiting):
             return
         self.closed = True
         if at_once:
@@ -270,6 +272,8 @@ class Channel:
     def data(self, flags: int, body: memoryview, parts: Sequence[Buffer]) -> None:
         """Take in a packet of a message."""
         if self.ended:
+            if self.closed_here and self._waiting:  # the other end may have to send all before it takes ours
+                self._give_credit(body.nbytes + sum(map(len, parts)))
             return
         if flags & FIRST:
             if self._coming is not None:
@@ -281,8 +285,10 @@ class Channel:
             self._coming = _Incoming(lengths)
         if (coming := self._coming) is None:
             raise ProtocolError("a message has no beginning")
-        coming.unpaid += coming.add(body, parts)
-        if coming.unpaid > 2 * CREDIT:
+        nbytes = coming.add(body, parts)
+        coming.unpaid += nbytes
+        self._unpaid += nbytes
+        if self._unpaid > 2 * CREDIT or len(self.messages) > MOST_MESSAGES:
             raise ProtocolError("more was sent than there was credit for")
         if not self.messages:  # it is what the reader waits for
             self._give_credit(coming.unpaid)
@@ -366,7 +372,8 @@ class Channel:
 
     def _give_credit(self, nbytes: int) -> None:
         self._owed += nbytes
-        if self._owed >= CREDIT // 4 and not self.ended:
+        self._unpaid -= nbytes
+        if self._owed >= CREDIT // 4 and (not self.ended or self._waiting):
             self.multiplexer.urgent.append(Packet(Kind.CREDIT, self.name, body=COUNT.pack(self._owed)))
             self._owed = 0
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from distributed.comm.addressing import parse_host_port, unparse_host_port
@@ -42,8 +44,9 @@ class Zmq(Comm):
         self._peer_addr = PREFIX + line.peer if dialled else f"{PREFIX}{line.peer}#{channel.name}"
         self._reading: asyncio.Future[None] | None = None
         self._leaving: asyncio.Future[None] | None = None
-        channel.arrived = self._arrived
-        channel.left = self._left
+        channel.arrived = _weak(self._arrived)
+        channel.left = _weak(self._left)
+        weakref.finalize(self, _forgotten, asyncio.get_running_loop(), line, channel).atexit = False
 
     @property
     def local_address(self) -> str:
@@ -105,9 +108,10 @@ class Zmq(Comm):
         return total
 
     async def _all_left(self) -> None:
-        self._leaving = asyncio.get_running_loop().create_future()
+        if self._leaving is None or self._leaving.done():
+            self._leaving = asyncio.get_running_loop().create_future()
         try:
-            await self._leaving
+            await asyncio.shield(self._leaving)
         except asyncio.CancelledError:
             self.abort()  # half of a message is no message
             raise
@@ -130,13 +134,36 @@ class Zmq(Comm):
 
     def abort(self) -> None:
         """Close at once."""
-        if not self.channel.closed:
+        if not self.channel.closed or self.channel.waits:
             self.channel.close(at_once=True)
             self.line.pump()
 
     def closed(self) -> bool:
         """Say whether nothing can be written any more."""
         return self.channel.closed
+
+
+def _weak(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a call of a method that does not keep its object."""
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (method := found()) is not None:
+            method()
+
+    return call
+
+
+def _forgotten(loop: asyncio.AbstractEventLoop, line: Line, channel: mux.Channel) -> None:
+    """A comm is gone that nobody closed, as where connecting was given up: close it for them."""
+
+    def close() -> None:
+        channel.close(at_once=True)
+        line.pump()
+
+    if not (channel.closed and not channel.waits) and not loop.is_closed():
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(close)
 
 
 class ZmqListener(BaseListener):
@@ -180,6 +207,11 @@ class ZmqListener(BaseListener):
             await self.on_connection(comm)
         except CommClosedError as exc:
             logger.info("no handshake with %s: %s", comm.peer_address, exc)
+            comm.abort()
+            return
+        except Exception as exc:  # whatever was wrong with what the peer said
+            logger.warning("no handshake with %s: %s: %s", comm.peer_address, type(exc).__name__, exc)
+            comm.abort()
             return
         await self.handler(comm)
 

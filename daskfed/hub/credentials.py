@@ -79,7 +79,7 @@ class Credentials:
         site = kwargs.get("site")
         if site is not None and op not in OF_OTHERS and self._sites.get(site) != who.public:
             raise PermissionError(f"the key of {who.owner!r} does not speak for site {site!r}")
-        if op == "relay-fetch":
+        if op in ("relay-fetch", "bring-keys"):
             self._check_fetch(who, kwargs.get("keys", ()))
 
     def _check_fetch(self, who: Authorized, keys: Iterable[Key]) -> None:

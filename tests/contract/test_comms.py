@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,62 @@ def test_what_was_written_before_it_closed_can_be_read(ends: Ends) -> None:
             assert len(await other.read()) == 2**20
             with pytest.raises(CommClosedError):
                 await other.read()
+
+    run(work())
+
+
+def test_what_had_arrived_when_the_peer_ended_can_be_read_late(ends: Ends) -> None:
+    async def say(comm: Comm) -> None:
+        for number in range(1000):
+            await comm.write(number)
+        await comm.close()
+
+    async def work() -> None:
+        async with ends.listening(say) as listener:
+            comm = await ends.dial(listener.contact_address)
+            await asyncio.sleep(0.2)
+            time.sleep(0.5)  # this end does not come to it
+            assert [await comm.read() for _ in range(1000)] == list(range(1000))
+            comm.abort()
+
+    run(work())
+
+
+def test_who_writes_while_the_comm_is_closed_is_not_left_waiting(ends: Ends) -> None:
+    async def work() -> None:
+        async with pair(ends) as (one, other):
+            for _ in range(40):  # more than fits without a reader
+                writing = asyncio.create_task(one.write(to_serialize(b"x" * 2**20)))
+                await asyncio.sleep(0)
+                if not writing.done():
+                    break
+            closing = asyncio.ensure_future(one.close())
+            await asyncio.sleep(0.1)
+            one.abort()
+            other.abort()
+            await asyncio.wait({writing, closing}, timeout=SOON_S)
+            assert writing.done() and closing.done()
+            writing.exception()
+            closing.exception()
+
+    run(work())
+
+
+def test_a_comm_that_nobody_holds_any_more_goes_away(ends: Ends) -> None:
+    async def work() -> None:
+        over = asyncio.Event()
+
+        async def wait(comm: Comm) -> None:
+            with contextlib.suppress(CommClosedError):
+                await comm.read()
+            over.set()
+
+        async with ends.listening(wait) as listener:
+            comm: Comm | None = await ends.dial(listener.contact_address)
+            assert comm is not None
+            comm = None
+            gc.collect()
+            await asyncio.wait_for(over.wait(), SOON_S)
 
     run(work())
 

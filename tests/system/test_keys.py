@@ -210,6 +210,8 @@ class TestRefused:
             future = ann.submit(len, "abc", key="private-to-ann", site="ann-north")
             future.result()
             said = keyed.call("bob", "relay-fetch", site="ann-north", keys=["private-to-ann"], token="")
+            with pytest.raises(Exception, match="does not let a site have what is 'ann'"):
+                keyed.call("bob", "bring-keys", site="bob-east", keys=["private-to-ann"], token="")
             assert said["error"] == "the key of 'bob' does not let a site have what is 'ann''s"
 
     def test_a_public_hub_without_a_key(self, tmp_path: Path) -> None:

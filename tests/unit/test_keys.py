@@ -105,6 +105,12 @@ class TestAuthorized:
             folder.authorized()
         assert f"{folder.authorized_file}, line 2: " in str(found.value)
 
+    def test_a_file_that_is_no_text(self, folder: KeyFolder) -> None:
+        folder.path.mkdir(parents=True)
+        folder.authorized_file.write_bytes(b"# caf\xe9\n")
+        with pytest.raises(KeyFileError, match="cannot read"):
+            folder.authorized()
+
     def test_roles(self) -> None:
         key = KeyPair.new().public
         assert Authorized(key, CLIENT, "ann").may(Role.CLIENT) and not Authorized(key, CLIENT, "ann").may(Role.SITE)

@@ -189,6 +189,42 @@ def test_what_was_sent_before_it_closed_arrives() -> None:
     )
 
 
+def test_credit_holds_for_many_messages_together() -> None:
+    pair = Pair()
+    _, there = pair.open()
+    end = pair.ends[1]
+    body = b"\x01\x00\x00\x00" + (60_000).to_bytes(8, "little") + b"x" * 60_000
+    with pytest.raises(ProtocolError, match="credit"):
+        for _ in range(1000):
+            head = mux.HEADER.pack(Kind.DATA, mux.FIRST | mux.LAST, there.name, end.received + 1, 0)
+            end.incoming([head + body], 0.0)
+
+
+def test_two_ends_that_close_with_much_to_say_both_end() -> None:
+    pair = Pair()
+    both = pair.open()
+    for channel in both:
+        for _ in range(30):
+            put(channel, b"x" * 2**20)
+        channel.close()
+    for _ in range(200):
+        pair.settle()
+    assert not any(channel.waits for channel in both)
+
+
+def test_closing_at_once_ends_a_close_that_waits() -> None:
+    pair = Pair()
+    channel, there = pair.open()
+    for _ in range(30):
+        put(channel, b"x" * 2**20)
+    pair.settle()
+    channel.close()
+    assert channel.waits
+    channel.close(at_once=True)
+    pair.settle()
+    assert not channel.waits and there.ended and not pair.ends[0].channels
+
+
 def test_a_message_that_is_too_large_closes_the_channel() -> None:
     pair = Pair()
     channel, there = pair.open()
