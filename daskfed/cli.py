@@ -45,7 +45,7 @@ def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
     """Run a hub until Ctrl-C."""
     warn_untested()
     security = _security(tls)
-    _checked_usage(lambda: check_listen(listen, security, KeyFolder().own("hub") is not None))
+    _checked_usage(lambda: check_listen(listen, security, KeyFolder().has_hub_key))
     _run(lambda stop: _run_hub(listen, state, policy, security, stop))
 
 

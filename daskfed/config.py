@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any
@@ -63,14 +63,15 @@ def patient_clusters() -> Iterator[None]:
         yield
 
 
-def check_listen(address: str, security: Any, has_key: bool = False) -> None:
+def check_listen(address: str, security: Any, has_key: Callable[[], bool] = lambda: False) -> None:
     """Raise ConfigurationError where others could connect and nothing is encrypted and authenticated.
 
-    That is ``tls://`` with certificates, or ``zmq://`` where the hub ``has_key``.
+    That is ``tls://`` with certificates, or ``zmq://`` where the hub ``has_key``, which is looked for only then.
     """
     parsed = urlparse(address if "://" in address else f"tcp://{address}")
-    safe = (security and parsed.scheme == "tls") or (has_key and parsed.scheme == "zmq")
-    if parsed.scheme == "inproc" or is_loopback(parsed.hostname or "") or safe:
+    if parsed.scheme == "inproc" or is_loopback(parsed.hostname or ""):
+        return
+    if (security and parsed.scheme == "tls") or (parsed.scheme == "zmq" and has_key()):
         return
     raise ConfigurationError(
         f"{address} can be reached from other machines and would be neither encrypted nor authenticated: listen on "

@@ -126,6 +126,10 @@ class KeyFolder:
             raise KeyFileError(f"{file}: {exc}") from None
         return KeyPair(z85.decode(zmq.curve_public(z85.encode(secret))), secret)
 
+    def has_hub_key(self) -> bool:
+        """Say whether there is a key of a hub; raises KeyFileError where others may read it."""
+        return self.own("hub") is not None
+
     def new(self, name: str) -> KeyPair:
         """Make the key ``id`` or ``hub``; raises KeyFileError where there is one already."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ class Federation(Cluster):
         self._hub_options: dict[str, Any] = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
         self._hub_options["dashboard"] = not (fixed and in_process and len(self.site_options) == 1)
         self._listen = listen or ("tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0")
-        check_listen(self._listen, self.security, KeyFolder().own("hub") is not None)
+        check_listen(self._listen, self.security, KeyFolder().has_hub_key)
         self._in_process = in_process
         self._start_timeout = start_timeout
         self.hub: Hub | None = None

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -31,7 +32,7 @@ from zmq.utils.monitor import parse_monitor_message
 from daskfed.comm import multiplex as mux
 from daskfed.dask_private import FatalCommClosedError
 from daskfed.errors import KeyFileError
-from daskfed.keys import Authorized, KeyFolder, KeyPair, written
+from daskfed.keys import Authorized, KeyFolder, KeyPair, parsed, written
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,13 @@ class Reactor:
         if loop not in cls._of:
             cls._of[loop] = cls(loop)
         return cls._of[loop]
+
+    def line_to(self, where: str, own: KeyPair | None, hub: bytes | None) -> DialledLine:
+        """Return the line to an address with these keys, which is dialled if there is none."""
+        name = (where, own.public if own else b"", hub or b"")
+        if name not in self.dialled:
+            self.dialled[name] = DialledLine(self, name, own, hub)
+        return self.dialled[name]
 
     @property
     def gate(self) -> Gate:
@@ -158,7 +166,7 @@ class Monitor:
 
     def _receive(self) -> None:
         event = parse_monitor_message(self._pipe.socket.recv_multipart(zmq.NOBLOCK))
-        self._tell(int(event["event"]), int(event["value"]))
+        self._tell(int(event["event"]))
 
     def close(self) -> None:
         """Stop watching; before the socket itself is closed."""
@@ -268,10 +276,12 @@ class _CutOffError(FatalCommClosedError):
 class DialledLine(Line):
     """A line that this end dials, again where it breaks."""
 
-    def __init__(self, reactor: Reactor, where: str, own: KeyPair | None, hub: bytes | None) -> None:
-        local = bracketed(ip_towards(parse_host_port(where)[0]))
-        super().__init__(reactor, mux.Multiplexer(secrets.token_bytes(16), dialled=True), local, where)
-        self.name = (where, own.public if own else b"", hub or b"")
+    def __init__(
+        self, reactor: Reactor, name: tuple[str, bytes, bytes], own: KeyPair | None, hub: bytes | None
+    ) -> None:
+        local = bracketed(ip_towards(parse_host_port(name[0])[0]))
+        super().__init__(reactor, mux.Multiplexer(secrets.token_bytes(16), dialled=True), local, name[0])
+        self.name = name  # as the reactor has it
         self._keys = (own, hub)
         self._pipe: Pipe | None = None
         self._monitor: Monitor | None = None
@@ -282,7 +292,6 @@ class DialledLine(Line):
         self.ready: asyncio.Future[None] = reactor.loop.create_future()
         self._task = reactor.loop.create_task(self._keep())
         self.broke_at = time.monotonic()
-        reactor.dialled[self.name] = self
 
     async def _keep(self) -> None:
         pause, tries = RETRY_S[0], 0
@@ -350,13 +359,12 @@ class DialledLine(Line):
             self.multiplexer.goes_on(received, time.monotonic())
             self._answer.set_result(None)
 
-    def _event(self, event: int, value: int) -> None:
+    def _event(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._shaken = True
         elif self.multiplexer.connected:
             self._drain()
             self.broke("it was cut")
-            self._down.set()
         elif not self._answer.done():
             self._answer.set_exception(self._why_not(event))
 
@@ -476,11 +484,11 @@ class ListeningSocket:
 
     def __init__(self, reactor: Reactor, where: str, keys: KeyFolder, opened: Callable[[Line, mux.Channel], None]):
         self.reactor = reactor
-        self.where = where
         self.keys = keys
         self.closing = False
         self._opened = opened
         self._own = keys.own("hub")
+        self._domain = secrets.token_hex(8).encode()  # names this socket where it is asked who is let in
         self._seen = self._state()
         self._authorized = keys.authorized() if self._own else {}
         self._lines: dict[bytes, AcceptedLine] = {}  # by route
@@ -489,15 +497,15 @@ class ListeningSocket:
         _prepare(self.socket, where)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._own is not None:
-            domain = secrets.token_hex(8).encode()
-            reactor.gate.listening[domain] = self
             self.socket.setsockopt(zmq.CURVE_SERVER, 1)
             self.socket.setsockopt(zmq.CURVE_SECRETKEY, z85.encode(self._own.secret))
-            self.socket.setsockopt(zmq.ZAP_DOMAIN, domain)
+            self.socket.setsockopt(zmq.ZAP_DOMAIN, self._domain)
+            reactor.gate.listening[self._domain] = self
         try:
             self.socket.bind(f"tcp://{where}")
         except zmq.ZMQError as exc:
             self.socket.close(0)
+            reactor.gate.listening.pop(self._domain, None)
             raise OSError(exc.errno, f"cannot listen on {PREFIX}{where}: {exc.strerror}") from exc
         self.endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
         self.pipe = Pipe(reactor.loop, self.socket, self._receive)
@@ -511,10 +519,10 @@ class ListeningSocket:
 
     def admits(self, public: bytes) -> bool:
         """Say whether a key is let in."""
+        self._read_again()
         return self._entry(public) is not None
 
     def _entry(self, public: bytes) -> Authorized | None:
-        self._read_again()
         entry = self._authorized.get(public)
         return entry if entry is not None and entry.valid(datetime.now(UTC)) else None
 
@@ -539,6 +547,7 @@ class ListeningSocket:
     def tick(self, now: float) -> None:
         """See whether all are still let in, and whether it is the end."""
         if self._own is not None:
+            self._read_again()
             for line in list(self._sessions.values()):
                 if line.who is None or self._entry(line.who.public) != line.who:
                     logger.info("the key of %s is not let in any more as it was", line.peer)
@@ -572,10 +581,11 @@ class ListeningSocket:
         received = mux.read_header(head)[4]
         protocol, session = mux.GREETING.unpack_from(head, mux.HEADER.size)
         user = _property(frame, "User-Id")
-        who = next((each for each in self._authorized.values() if written(each.public) == user), None)
+        self._read_again()
+        who = self._entry(parsed(user)) if user else None
         if protocol != mux.PROTOCOL:
             self._refuse(route, f"it speaks version {mux.PROTOCOL} of the protocol, and not {protocol}")
-        elif self._own is not None and (who is None or self._entry(who.public) != who):
+        elif self._own is not None and who is None:
             self._refuse(route, "its key is not let in any more")
         elif self.closing:
             self._refuse(route, "it ends")
@@ -593,7 +603,7 @@ class ListeningSocket:
             multiplexer = mux.Multiplexer(session, dialled=False)
             line = self._sessions[session] = AcceptedLine(self, multiplexer, route, *ends)
             line.who = who
-            multiplexer.opened = lambda channel, line=line: self._opened(line, channel)  # type: ignore[misc]
+            multiplexer.opened = partial(self._opened, line)
             flags = 0
         else:
             self._lines.pop(line.route, None)
@@ -609,7 +619,7 @@ class ListeningSocket:
         with suppress(zmq.ZMQError):
             _send(self.socket, packet.encode(0), route)
 
-    def _event(self, event: int, value: int) -> None:
+    def _event(self, event: int) -> None:
         """A peer is gone, it is not said which: who does not take a message is, as soon as zmq knows it as well."""
         if not self._pinging:
             self._pinging = True
@@ -652,9 +662,7 @@ class ListeningSocket:
         if not self.socket.closed:
             self._monitor.close()
             self.pipe.close()
-        listening = self.reactor.gate.listening if self._own is not None else {}
-        for domain in [domain for domain, listening in listening.items() if listening is self]:
-            del listening[domain]
+        self.reactor.gate.listening.pop(self._domain, None)
 
 
 def _prepare(socket: zmq.Socket[Any], where: str) -> None:

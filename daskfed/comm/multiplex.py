@@ -300,16 +300,14 @@ class Channel:
 
     def refuse(self, reason: str) -> None:
         """Close at once, since the other end does what it must not."""
-        self.closed = True
-        self._waiting.clear()
         self.multiplexer.urgent.append(Packet(Kind.CLOSE, self.name))
-        self.end(reason)
+        self.cut(reason)
 
-    def close_from_afar(self) -> None:
-        """The other end has closed: it takes nothing more."""
+    def cut(self, reason: str) -> None:
+        """Nothing is sent or taken any more, of what waits either."""
         self.closed = True
         self._waiting.clear()
-        self.end("the other end has closed it")
+        self.end(reason)
 
     def end(self, reason: str) -> None:
         """Nothing more will arrive, and nothing can be sent, but for what waits where this end closed it."""
@@ -504,7 +502,7 @@ class Multiplexer:
         elif channel is not None and kind == Kind.CREDIT:
             channel.credited(_count(body))
         elif channel is not None:
-            channel.close_from_afar()
+            channel.cut("the other end has closed it")
 
     def _open(self, name: int) -> None:
         if self.dialled or name <= self._last_channel or len(self.channels) >= MAX_CHANNELS:

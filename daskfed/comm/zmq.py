@@ -21,10 +21,10 @@ from distributed.comm.utils import from_frames, to_frames
 from distributed.utils import ensure_ip, get_ip, get_ipv6, nbytes
 
 from daskfed.comm import multiplex as mux
-from daskfed.comm.lines import PREFIX, DialledLine, Line, ListeningSocket, Reactor, ip_towards
-from daskfed.config import is_loopback
+from daskfed.comm.lines import PREFIX, Line, ListeningSocket, Reactor, ip_towards
+from daskfed.config import check_listen, is_loopback
 from daskfed.dask_private import BaseListener, Connector, FatalCommClosedError
-from daskfed.errors import ConfigurationError, KeyFileError
+from daskfed.errors import KeyFileError
 from daskfed.keys import Authorized, KeyFolder, KeyPair, plain
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,8 @@ class ZmqListener(BaseListener):
 
     def __init__(self, loc: str, handler: Handler, deserialize: bool = True, **connection_args: Any) -> None:
         super().__init__()
-        self.host, self.port = parse_host_port(loc, 0)
+        host, self.port = parse_host_port(loc, 0)
+        self.host = host or "127.0.0.1"
         self.handler = handler
         self.deserialize = deserialize
         self.keys = _keys(connection_args)
@@ -183,13 +184,8 @@ class ZmqListener(BaseListener):
 
     async def start(self) -> None:
         """Begin to listen; raises ConfigurationError where others could connect and the hub has no key."""
-        host = self.host or "127.0.0.1"
-        if not is_loopback(host) and self.keys.own("hub") is None:
-            raise ConfigurationError(
-                f"{PREFIX}{unparse_host_port(host, self.port)} can be reached from other machines, and "
-                f"{self.keys.path} has no key of the hub: make one (daskfed keys new hub), or listen on 127.0.0.1"
-            )
-        where = unparse_host_port(ensure_ip(host), self.port or "*")
+        check_listen(self.listen_address, None, self.keys.has_hub_key)
+        where = unparse_host_port(ensure_ip(self.host), self.port or "*")
         self._listening = ListeningSocket(Reactor.running(), where, self.keys, self._opened)
         self.port = int(self._listening.endpoint.rpartition(":")[2])
 
@@ -224,12 +220,12 @@ class ZmqListener(BaseListener):
     @property
     def listen_address(self) -> str:
         """The address that is listened on."""
-        return PREFIX + str(unparse_host_port(self.host or "127.0.0.1", self.port))
+        return PREFIX + str(unparse_host_port(self.host, self.port))
 
     @property
     def contact_address(self) -> str:
         """An address by which others may reach it."""
-        host = self.host or "127.0.0.1"
+        host = self.host
         if host in ("0.0.0.0", "::"):
             host = get_ip() if host == "0.0.0.0" else get_ipv6()
         return PREFIX + str(unparse_host_port(host, self.port))
@@ -248,9 +244,7 @@ class ZmqConnector(Connector):
         host, port = parse_host_port(address)
         where = unparse_host_port(ensure_ip(host), port)
         own, hub = _keys_for(address, host, _keys(connection_args))
-        reactor = Reactor.running()
-        name = (where, own.public if own else b"", hub or b"")
-        line = reactor.dialled.get(name) or DialledLine(reactor, where, own, hub)
+        line = Reactor.running().line_to(where, own, hub)
         await asyncio.shield(line.ready)
         if not line.multiplexer.alive:
             raise ConnectionRefusedError(f"the connection with {PREFIX}{address} has just ended")

@@ -21,6 +21,7 @@ from distributed.core import Status
 from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
 from daskfed.hub.owners import brief, is_key, named_keys, not_yours, proof_of, reserved
+from daskfed.hub.peers import key_holder
 from daskfed.messages import PROTOCOL_VERSION, BlockKind, BlockSpec, Constraint, Key, decode_block
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class ClientSessions:
         stream = BatchedSend(interval=f"{FLUSH_S * 1000:g}ms", loop=self.hub.loop)
         stream.start(comm)
         session = ClientSession(client, stream, self.hub.owners.user(comm))
-        session.with_key = getattr(comm, "who", None) is not None
+        session.with_key = key_holder(comm) is not None
         stream.send({"op": "stream-start"})
         try:
             first = await self._first_words(comm, client) if client in self.proofs else ()

@@ -14,6 +14,7 @@ from typing import Any
 from distributed.core import Status
 
 from daskfed.hub.ledger import KeyState
+from daskfed.hub.peers import key_holder
 from daskfed.keys import Authorized, Role
 from daskfed.messages import Key, SiteHello
 
@@ -41,7 +42,7 @@ class Credentials:
 
     def joins(self, comm: Any, hello: SiteHello) -> SiteHello:
         """Return a site's hello with whom it serves; raises ValueError where the site's name is another's."""
-        who = _who(comm)
+        who = key_holder(comm)
         if who is None:
             return hello
         if hello.site in self._connected and self._sites.get(hello.site) != who.public:
@@ -54,7 +55,7 @@ class Credentials:
         with_comm = next(iter(inspect.signature(handler).parameters), None) == "comm"
 
         async def serve(comm: Any = None, **kwargs: Any) -> Any:  # a site in this process calls without one
-            if (who := _who(comm)) is not None:
+            if (who := key_holder(comm)) is not None:
                 try:
                     self.check(who, op, kwargs)
                 except PermissionError as exc:
@@ -90,10 +91,5 @@ class Credentials:
 
 def is_admin(comm: Any) -> bool:
     """Whether the key at the other end, if it has one, is an admin's."""
-    who = _who(comm)
+    who = key_holder(comm)
     return who is not None and Role.ADMIN in who.roles
-
-
-def _who(comm: Any) -> Authorized | None:
-    found = getattr(comm, "who", None)
-    return found if isinstance(found, Authorized) else None

@@ -17,6 +17,7 @@ from typing import Any
 from distributed.comm.addressing import parse_host_port
 
 from daskfed.config import is_loopback
+from daskfed.keys import Authorized
 
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 FOREIGN = "@"
@@ -28,13 +29,19 @@ def own_user() -> str:
     return _name(os.getuid())
 
 
+def key_holder(comm: Any) -> Authorized | None:
+    """Return who is at the other end of ``comm`` by key; None where it has shown none."""
+    found = getattr(comm, "who", None)
+    return found if isinstance(found, Authorized) else None
+
+
 def user_at(comm: Any) -> str:
     """Return the user at the other end of ``comm``: whom its key names, of this machine by name, of another ``@host``.
 
     Where the system does not tell (it has no ``/proc/net``), who connects within the machine is taken for this user.
     """
-    if (who := getattr(comm, "who", None)) is not None:
-        return str(who.owner)
+    if (who := key_holder(comm)) is not None:
+        return who.owner
     scheme, _, peer = str(comm.peer_address).partition("://")
     peer = peer.partition("#")[0]
     if scheme == "inproc":
