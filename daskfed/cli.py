@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from daskfed.commands import guarded
 from daskfed.config import DEFAULT_CLUSTER, calm, check_listen, parse_labels
 from daskfed.dask_private import warn_untested
-from daskfed.ending import end_tasks
-from daskfed.errors import ConfigurationError, ConnectionRefused, DaskfedError, SiteLostError
+from daskfed.ending import stop_on_signals, until
+from daskfed.errors import ConfigurationError, DaskfedError, SiteLostError
 from daskfed.keycommands import keys, share
 from daskfed.keys import KeyFolder
+from daskfed.profilecommands import profile
+from daskfed.reach.agents import agent_of, serve
+from daskfed.reach.hubs import check_hub, sites_of
+from daskfed.sitecommands import COMMANDS, down, start_detached, up
 
 if TYPE_CHECKING:
     from daskfed.profile import SiteOptions
-
-CONNECT_TIMEOUT_S = 10.0
 
 
 @click.group("fed", context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,15 +59,19 @@ def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
 @click.option("--environment", "environments", multiple=True, help="environment of its workers; may be repeated")
 @click.option("--directory", type=click.Path(), help="working directory of its workers")
 @click.option("--spec", hidden=True, help="'-': read everything as a JSON line from standard input")
+@click.option("--detach", is_flag=True, hidden=True, help="with --spec: go on in the background, and print what became")
 @click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
 @click.option("--tls-cert", type=click.Path(exists=True), help="certificate of this site")
 @click.option("--tls-key", type=click.Path(exists=True), help="key of this site")
 @click.pass_context
-def site(context: click.Context, /, spec: str | None, **given: Any) -> None:
+def site(context: click.Context, /, spec: str | None, detach: bool, **given: Any) -> None:
     """Run a site until Ctrl-C: start its cluster and join the hub."""
     if context.invoked_subcommand is not None:
         return
     security = _security({name: given.pop(name) for name in ("tls_ca_file", "tls_cert", "tls_key")})
+    if spec == "-" and detach:
+        click.echo(json.dumps(_reported(lambda: start_detached(json.loads(sys.stdin.readline())))))
+        return
     if spec == "-":
         _run(lambda stop: _run_child_site(json.loads(sys.stdin.readline()), stop))
         return
@@ -75,8 +80,10 @@ def site(context: click.Context, /, spec: str | None, **given: Any) -> None:
     _run(lambda stop: _run_site(name, address, options, security, stop))
 
 
-site.add_command(share)
-cli.add_command(keys)
+for command in (share, *COMMANDS):
+    site.add_command(command)
+for command in (keys, up, down, profile):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -88,7 +95,7 @@ cli.add_command(keys)
 def status(hub_address: str, as_json: bool, **tls: str | None) -> None:
     """Show the sites of a federation and what they do."""
     security = _security(tls)
-    sites = _guarded(lambda: asyncio.run(_sites_of(hub_address, security)))
+    sites = guarded(lambda: asyncio.run(sites_of(hub_address, security)))
     click.echo(json.dumps(sites, indent=1) if as_json else _table(sites))
 
 
@@ -101,14 +108,14 @@ def main() -> None:
 
 
 async def _run_hub(listen: str, state: str | None, policy: str, security: Any, stop: asyncio.Event) -> None:
-    from daskfed.client.federation import policy_named
     from daskfed.hub.server import Hub
+    from daskfed.policies import policy_named
 
     server = await Hub(policy=policy_named(policy), security=security, state=state).start_at(listen)
     click.echo(f"daskfed hub at {server.address}")
     if server.dashboard.link:
         click.echo(f"its page is {server.dashboard.link}")
-    await _until(stop, server.finished())
+    await until(stop, server.finished())
     await server.close()
 
 
@@ -116,30 +123,22 @@ async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, st
     from daskfed.site.agent import Agent
     from daskfed.site.clusters import ClusterSpec
 
-    if not await _until(stop, _check_hub(hub, security, name)):
+    if not await until(stop, check_hub(hub, security, name)):
         return
     agent = Agent(
         name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
-        resources=options.resources, security=security,
+        resources=options.resources, security=security, orphan_timeout_s=options.orphan_timeout,
     )  # fmt: skip
-    await _serve_site(agent, f"daskfed site {name} joined {hub}", stop)
+    await serve(agent, stop, lambda: click.echo(f"daskfed site {name} joined {hub}"), lambda why: _ends(name, why))
 
 
 async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
     """Run a site for a parent process: tell it on standard output how the start went, end when it ends."""
-    from distributed.security import Security
-
-    from daskfed.site.agent import Agent
-    from daskfed.site.clusters import ClusterSpec
-
-    agent = Agent(
-        spec["name"], ClusterSpec(spec["pickled"], forks=spec["forks"]), hub=spec["hub"], labels=spec["labels"],
-        environments=tuple(spec["environments"]), resources=spec["resources"],
-        security=Security(**spec["security"]) if spec["security"] else None,
-    )  # fmt: skip
+    agent = agent_of(spec)
     watching = asyncio.create_task(_stop_without_parent(stop))
     try:
-        await _serve_site(agent, json.dumps({"joined": spec["name"]}), stop)
+        joined = json.dumps({"joined": spec["name"]})
+        await serve(agent, stop, lambda: click.echo(joined), lambda why: _ends(spec["name"], why))
     except SiteLostError:
         raise
     except (DaskfedError, OSError) as exc:  # for the parent to raise
@@ -148,29 +147,8 @@ async def _run_child_site(spec: dict[str, Any], stop: asyncio.Event) -> None:
         watching.cancel()
 
 
-async def _check_hub(hub: str, security: Any, name: str) -> None:
-    """Find out what the hub would refuse before a cluster is started, which may be dear; raises ConnectionRefused."""
-    known = (await _sites_of(hub, security)).get(name)
-    if known is not None and known["status"] != "away":  # else its place may be taken
-        raise ConnectionRefused(f"a site named {name!r} is connected to {hub} already: give this one another name")
-
-
-async def _serve_site(agent: Any, announcement: str, stop: asyncio.Event) -> None:
-    """Start a site, announce that it joined, and end it when told to; raises SiteLostError where it cannot go on."""
-    try:
-        if await _until(stop, _join(agent)):
-            click.echo(announcement)
-            if await _until(stop, agent.finished()) and not agent.failed:
-                click.echo(f"daskfed site {agent.name} ends: {agent.reason}", err=True)
-    finally:
-        await agent.close()
-    if agent.failed:
-        raise SiteLostError(f"site {agent.name} had to end: {agent.reason}")
-
-
-async def _join(agent: Any) -> None:
-    await agent.start()
-    await agent.joined()
+def _ends(name: str, reason: str) -> None:
+    click.echo(f"daskfed site {name} ends: {reason}", err=True)
 
 
 async def _stop_without_parent(stop: asyncio.Event) -> None:
@@ -181,59 +159,25 @@ async def _stop_without_parent(stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def _sites_of(hub: str, security: Any) -> dict[str, Any]:
-    from daskfed.comm.opaque import call_opaque, connect_opaque
-
-    connection_args = security.get_connection_args("client") if security is not None else {}
-    comm = await connect_opaque(hub, timeout=CONNECT_TIMEOUT_S, **connection_args)
-    try:
-        identity = await call_opaque(comm, "identity", n_workers=0)
-        if identity.get("type") != "Hub":
-            raise ConnectionRefused(f"{hub} is a {identity.get('type')}, no daskfed hub")
-        return await call_opaque(comm, "fed_sites")  # type: ignore[no-any-return]
-    finally:
-        await comm.close()
-
-
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
 def _run(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Run ``work`` until it ends or a signal asks it to; a second signal ends the process at once."""
 
-    async def guarded() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, number)
-        await work(stop)
+    async def until_told() -> None:
+        await work(stop_on_signals())
 
     calm(tick="250ms", system_monitor="5s")
-    _guarded(lambda: asyncio.run(guarded()))
+    guarded(lambda: asyncio.run(until_told()))
 
 
-def _on_signal(stop: asyncio.Event, number: int) -> None:
-    if stop.is_set():
-        os._exit(128 + number)
-    stop.set()
-
-
-async def _until(stop: asyncio.Event, work: Awaitable[Any]) -> bool:
-    """Return whether ``work`` ended before it was to stop; raises what it raises. Else it is cancelled."""
-    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-    ended = working.done()
-    await end_tasks(working, stopping)
-    if not working.cancelled():
-        working.result()
-    return ended
-
-
-def _guarded(work: Callable[[], Any]) -> Any:
-    """Run ``work``; what a user caused ends the process with one line and status 1."""
+def _reported(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``work`` returns, or the error for who reads it."""
     try:
         return work()
     except (DaskfedError, OSError) as exc:
-        raise click.ClickException(str(exc)) from None
+        return {"error": str(exc), "kind": type(exc).__name__}
 
 
 def _checked_usage(check: Callable[[], None]) -> None:
@@ -260,7 +204,7 @@ def _site_arguments(
     def checked() -> SiteOptions:
         return site_options(name, {**given, "labels": parse_labels(labels)})
 
-    return name, hub_address, _guarded(checked)
+    return name, hub_address, guarded(checked)
 
 
 def _security(tls: dict[str, str | None]) -> Any:

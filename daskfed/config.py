@@ -20,6 +20,7 @@ STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
 LOST_WORKER = "5m"
 DEFAULT_GRACE = "1h"
 DEFAULT_SITE_TIMEOUT = "5m"
+DEFAULT_ORPHAN_TIMEOUT = "1h"
 DEFAULT_HUB_MEMORY = "512 MiB"
 DEFAULT_CLIENT_MEMORY = "1 GiB"
 DEFAULT_CLUSTER = "dask.distributed.LocalCluster"
@@ -128,3 +129,11 @@ def client_grace_s() -> float:
     ``daskfed.client.grace`` in Dask's configuration, by default "1h".
     """
     return float(parse_timedelta(dask.config.get("daskfed.client.grace", DEFAULT_GRACE)))
+
+
+def orphan_timeout_s() -> float:
+    """Return how long a site goes on without a hub before it ends itself and its jobs, in seconds.
+
+    ``daskfed.site.orphan-timeout`` in Dask's configuration, by default "1h", as long as a client is waited for.
+    """
+    return float(parse_timedelta(dask.config.get("daskfed.site.orphan-timeout", DEFAULT_ORPHAN_TIMEOUT)))

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from functools import wraps
-from typing import Any
 
 import click
 from dask.utils import parse_timedelta
 
+from daskfed.commands import plain_errors
 from daskfed.errors import KeyFileError
 from daskfed.keys import Authorized, KeyFolder, moment, owner_named, parsed, roles_named, written
 
 NAMES = click.Choice(["id", "hub"])
-
-
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    @wraps(command)
-    def run(**given: Any) -> None:
-        try:
-            command(**given)
-        except KeyFileError as exc:
-            raise click.ClickException(str(exc)) from None
-
-    return run
 
 
 @click.group("keys")
@@ -34,7 +21,7 @@ def keys() -> None:
 
 @keys.command("new")
 @click.argument("name", type=NAMES, default="id")
-@_plain_errors
+@plain_errors
 def new(name: str) -> None:
     """Make your key, or with "hub" that of a hub that you run, and print its public half."""
     folder = KeyFolder()
@@ -44,7 +31,7 @@ def new(name: str) -> None:
 
 @keys.command("show")
 @click.argument("name", type=NAMES, default="id")
-@_plain_errors
+@plain_errors
 def show(name: str) -> None:
     """Print the public half of your key, or of your hub's."""
     folder = KeyFolder()
@@ -59,7 +46,7 @@ def show(name: str) -> None:
 @click.option("--owner", required=True, help="the user for whom its holder acts")
 @click.option("--role", "roles", default="client+site", show_default=True, help="client, site, admin; join with +")
 @click.option("--expires", help="when it ends: a time such as 2027-01-31T12:00, or from now, as 30d or 12h")
-@_plain_errors
+@plain_errors
 def authorize(key: str, owner: str, roles: str, expires: str | None) -> None:
     """Have your hub let in a public key; at once, also if it runs."""
     ends = None if expires is None else _ends(expires)
@@ -68,7 +55,7 @@ def authorize(key: str, owner: str, roles: str, expires: str | None) -> None:
 
 @keys.command("revoke")
 @click.argument("which")
-@_plain_errors
+@plain_errors
 def revoke(which: str) -> None:
     """Have your hub let in a public key, or all keys of an owner, no more; their connections end at once."""
     for entry in KeyFolder().revoke(which):
@@ -76,7 +63,7 @@ def revoke(which: str) -> None:
 
 
 @keys.command("list")
-@_plain_errors
+@plain_errors
 def listed() -> None:
     """Show whom your hub lets in, and which hubs you trust."""
     folder, now = KeyFolder(), datetime.now(UTC)
@@ -89,7 +76,7 @@ def listed() -> None:
 @keys.command("trust")
 @click.argument("address")
 @click.argument("key")
-@_plain_errors
+@plain_errors
 def trust(address: str, key: str) -> None:
     """Trust the hub at an address if it has this public key."""
     KeyFolder().trust(address, parsed(key))
@@ -99,7 +86,7 @@ def trust(address: str, key: str) -> None:
 @click.argument("which")
 @click.option("--with", "whom", multiple=True, required=True, help='an owner, or "*" for everybody; may be repeated')
 @click.option("--stop", is_flag=True, help="serve them no more")
-@_plain_errors
+@plain_errors
 def share(which: str, whom: tuple[str, ...], stop: bool) -> None:
     """Have the sites of an owner, or the one with a public key, serve others as well; at the hub's machine."""
     names = [name if name == "*" else owner_named(name) for name in whom]

@@ -5,6 +5,7 @@ All lie in one folder (``daskfed.keys`` in Dask's configuration, by default ``~/
     id.secret id.public      of this user, as a client and for the sites that they start
     hub.secret hub.public    of a hub that this user runs
     authorized               whom that hub lets in: a line for each key, ``pub-… role+role owner [name=value …]``
+    invitations/             what a site is told that joins with a token: a file for each (:mod:`daskfed.reach.tokens`)
     known-hubs               the public keys of hubs: a line for each, ``address pub-…``
 
 Keys are those of CurveZMQ: 32 bytes on Curve25519, written in base64 without ``+`` and ``/``. Secret ones are readable
@@ -46,6 +47,7 @@ class Role(StrEnum):
     CLIENT = "client"  # submit work, and see what is their own
     SITE = "site"  # join as a site, which runs the work of its owner
     ADMIN = "admin"  # all of it, also for others
+    JOIN = "join"  # have another key let in for a site, once: that of a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Authorized:
     owner: str
     expires: datetime | None = None
     shared: frozenset[str] = frozenset()  # of a site: whose work it serves as well; "*" is everybody's
+    site: str = ""  # of a token: the site that it is for
 
     def may(self, role: Role) -> bool:
         """Whether it is let in for what a role does."""
@@ -89,6 +92,7 @@ class Authorized:
         """Return how it is written down."""
         options = [f"expires={self.expires.isoformat(timespec='seconds')}"] if self.expires else []
         options += [f"shared={','.join(sorted(self.shared))}"] if self.shared else []
+        options += [f"site={self.site}"] if self.site else []
         return " ".join((written(self.public), "+".join(sorted(self.roles)), self.owner, *options))
 
     @classmethod
@@ -124,7 +128,7 @@ class KeyFolder:
             secret = parsed(text.strip(), SECRET)
         except KeyFileError as exc:
             raise KeyFileError(f"{file}: {exc}") from None
-        return KeyPair(z85.decode(zmq.curve_public(z85.encode(secret))), secret)
+        return pair_of(secret)
 
     def has_hub_key(self) -> bool:
         """Say whether there is a key of a hub; raises KeyFileError where others may read it."""
@@ -145,6 +149,11 @@ class KeyFolder:
             stream.write(written(pair.secret, SECRET) + "\n")
         _write(self.path / f"{name}.public", [written(pair.public)])
         return pair
+
+    def ensured(self, name: str) -> KeyPair:
+        """Return the key ``id`` or ``hub``, which is made where there is none; raises KeyFileError."""
+        with self._alone():
+            return self.own(name) or self.new(name)
 
     # -- whom a hub lets in ------------------------------------------------------------------------------------------
 
@@ -174,6 +183,21 @@ class KeyFolder:
         with self._alone():
             self._change({**self.authorized(), entry.public: entry}.values())
 
+    def admit(self, entry: Authorized) -> None:
+        """Let somebody in as well: who is let in already, for the same owner, may do more from now on, not less.
+
+        Raises KeyFileError where the key is another owner's.
+        """
+        with self._alone():
+            entries = self.authorized()
+            former = entries.get(entry.public)
+            if former is not None and former.owner != entry.owner:
+                raise KeyFileError(f"{written(entry.public)} is the key of {former.owner!r}, not of {entry.owner!r}")
+            if former is not None and former.valid(datetime.now(UTC)):
+                entry = replace(former, roles=former.roles | entry.roles)
+            if entry != former:
+                self._change({**entries, entry.public: entry}.values())
+
     def revoke(self, which: str) -> list[Authorized]:
         """Let a key, or all keys of an owner, in no more; return them. Raises KeyFileError where there is none."""
         with self._alone():
@@ -183,6 +207,20 @@ class KeyFolder:
                 raise KeyFileError(f"nobody is let in as {which!r}: daskfed keys list shows who is")
             self._change(entry for entry in entries if entry not in gone)
         return gone
+
+    def enrol(self, token: bytes, public: bytes) -> Authorized:
+        """Let in a key as that of the site which a token is for; the token is of no use from then on.
+
+        Raises KeyFileError where the token was used, taken back, or has expired.
+        """
+        with self._alone():
+            entries = self.authorized()
+            used = entries.pop(token, None)
+            if used is None or Role.JOIN not in used.roles or not used.valid(datetime.now(UTC)):
+                raise KeyFileError("this token was used or taken back, or has expired: ask for a new one")
+            entry = Authorized(public, frozenset({Role.SITE}), used.owner)
+            self._change([*entries.values(), *([] if public in entries else [entry])])
+        return used
 
     def share(self, which: str, whom: Iterable[str], shared: bool = True) -> list[Authorized]:
         """Have the sites of an owner, or the site with this key, serve others as well, or no more."""
@@ -225,6 +263,10 @@ class KeyFolder:
                 found[address] = parsed(key.strip())
         return found
 
+    def hub_at(self, address: str) -> bytes | None:
+        """Return the key that the hub at an address must have; None where none is known."""
+        return self.hubs().get(plain(address))
+
     def trust(self, address: str, public: bytes) -> None:
         """Trust the hub at an address if it has this key; raises KeyFileError where another one is known."""
         where, known = plain(address), self.hubs()
@@ -234,6 +276,30 @@ class KeyFolder:
             )
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(self.hubs_file, [f"{each} {written(key)}" for each, key in {**known, where: public}.items()])
+
+
+class GivenKeys(KeyFolder):
+    """Keys for one hub, which is known by its key alone: through a tunnel its address says nothing.
+
+    ``pair`` stands for the key ``id``; where it is not given, that is the user's own.
+    """
+
+    def __init__(self, hub: bytes, pair: KeyPair | None = None) -> None:
+        super().__init__()
+        self._hub, self._pair = hub, pair
+
+    def own(self, name: str) -> KeyPair | None:
+        """Return the key that was given, or the user's own."""
+        return self._pair or super().own(name)
+
+    def hub_at(self, address: str) -> bytes | None:
+        """Return the key of the hub."""
+        return self._hub
+
+
+def pair_of(secret: bytes) -> KeyPair:
+    """Return both halves of a key from its secret one."""
+    return KeyPair(z85.decode(zmq.curve_public(z85.encode(secret))), secret)
 
 
 def plain(address: str) -> str:
@@ -281,8 +347,10 @@ def _options(words: Iterable[str]) -> dict[str, Any]:
             found[name] = moment(value)
         elif name == "shared":
             found[name] = frozenset(value.split(","))
+        elif name == "site":
+            found[name] = value
         else:
-            raise KeyFileError(f"{word!r} is unknown: {hint_for(name, ['expires', 'shared'], 'there are')}")
+            raise KeyFileError(f"{word!r} is unknown: {hint_for(name, ['expires', 'shared', 'site'], 'there are')}")
     return found
 
 

@@ -6,6 +6,7 @@ configuration. Names there may be written with ``-`` or ``_``, as everywhere in 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from daskfed.errors import ConfigurationError
 from daskfed.settings import where_set
 
 EMBEDDED = "embedded"
+LOCAL, WAITING, SSH = "local", "waiting", "ssh://"
 PROFILES = "daskfed.profiles"
 DEFAULT_PROFILE = "daskfed.default-profile"
 LOOK_S = 1.0  # between two looks of an adaptive cluster, as in Dask
@@ -36,6 +38,14 @@ def _seconds(given: Any) -> float:
         raise ValueError("Input should be a duration, like '5m' or '30s'") from None
 
 
+def duration_s(text: str) -> float:
+    """Return a duration such as "24h" in seconds; raises ConfigurationError."""
+    try:
+        return _seconds(text)
+    except ValueError as exc:
+        raise ConfigurationError(f"{text!r}: {exc}") from None
+
+
 def _with_hyphens(name: str) -> str:
     return name.replace("_", "-")
 
@@ -43,9 +53,7 @@ def _with_hyphens(name: str) -> str:
 class Scale(BaseModel):
     """How many workers a site has, or jobs where its cluster is a batch system's: ``fixed``, or as work needs them."""
 
-    model_config = ConfigDict(
-        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
-    )
+    model_config = ConfigDict(extra="forbid", alias_generator=_with_hyphens, populate_by_name=True)
 
     fixed: int | None = Field(default=None, ge=0, description="so many, always")
     minimum: int | None = Field(default=None, ge=0, description="at least so many, by default 0")
@@ -84,18 +92,56 @@ class Scale(BaseModel):
         return "adapt", bounds
 
 
+def _reach(given: Any) -> Any:
+    if given not in (LOCAL, WAITING) and not str(given).startswith(SSH):
+        raise ValueError(f"{given!r} is none of local, ssh://[user@]host[:port], waiting")
+    return given
+
+
 class SiteOptions(BaseModel):
     """One site of a federation, as written in ``Federation(sites={name: options})``, in a profile, or for a command."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, alias_generator=_with_hyphens, populate_by_name=True
+    )
 
-    cluster: Any = Field(default=DEFAULT_CLUSTER, description="a Dask Cluster class, or its dotted name")
+    reach: Annotated[str, BeforeValidator(_reach)] = Field(
+        default=LOCAL, description="'local', 'ssh://[user@]host[:port]', or 'waiting' for an agent that dials in"
+    )
+    python: str = Field(default="", description="over SSH: the Python there that has daskfed, by default python3")
+    install: bool = Field(default=False, description="over SSH: install daskfed there where it is missing")
+    orphan_timeout: Annotated[float, BeforeValidator(_seconds)] | None = Field(
+        default=None, description="how long it goes on without a hub, like 1h"
+    )
+    cluster: Any = Field(
+        default=DEFAULT_CLUSTER, description="a Dask Cluster class, its dotted name, or the address of a scheduler"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="keywords of the Cluster class")
     scale: Scale | None = Field(default=None, description="how many workers or jobs; by default what the options say")
     labels: dict[str, str] = Field(default_factory=dict, description="name=value pairs that at() can select")
     environments: list[str] = Field(default_factory=lambda: ["default"], description="environments of its workers")
     resources: dict[str, float] = Field(default_factory=dict, description="the most that one worker offers")
     directory: Path | None = Field(default=None, description="working directory of its workers")
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is on another machine, as far as anybody can tell."""
+        return self.reach != LOCAL
+
+    def plain(self) -> dict[str, Any]:
+        """Return what is needed to start it elsewhere, beside its cluster."""
+        names = {"labels", "environments", "resources", "orphan_timeout"}
+        return self.model_dump(mode="json", include=names)
+
+    def written(self) -> dict[str, Any]:
+        """Return it as it may be written down, in JSON; raises ConfigurationError for what has no such form."""
+        given = self.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"cluster", "options"})
+        given |= {"cluster": self.cluster, "options": self.options}
+        try:
+            json.dumps(given)
+        except (TypeError, ValueError) as exc:
+            raise ConfigurationError(f"cluster and options must be plain to be told elsewhere: {exc}") from None
+        return given
 
 
 class Profile(BaseModel):
@@ -104,6 +150,8 @@ class Profile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     hub: str = Field(default=EMBEDDED, description="'embedded', in the client's process, or the address of a hub")
+    listen: str | None = Field(default=None, description="where an embedded hub listens as well, like zmq://host:8700")
+    contact: str | None = Field(default=None, description="the address of 'listen' as others see it")
     policy: str | None = Field(default=None, description="how sites are chosen, where the hub is embedded")
     sites: dict[str, Any] = Field(default_factory=dict, description="options by name of the site")
 
@@ -140,7 +188,7 @@ def site_options(name: str, given: Mapping[str, Any], profile: str = "") -> Site
     if not isinstance(given, Mapping):
         raise place.error((), f"expected a dict of options, got {given!r}")
     options = _checked(SiteOptions, given, place, " (keywords of the Cluster class go into 'options')")
-    if options.directory is not None and not options.directory.is_dir():
+    if options.directory is not None and not options.remote and not options.directory.is_dir():
         raise place.error(("directory",), f"there is no directory {str(options.directory)!r}; create it first")
     return options
 
@@ -169,6 +217,8 @@ def named_profile(name: str | None = None) -> Profile:
     profile = _checked(Profile, profiles[name], place)
     if not profile.embedded and "://" not in profile.hub:
         raise place.error(("hub",), f"hub {profile.hub!r} is neither 'embedded' nor an address like tls://host:8700")
+    if profile.listen is not None and not profile.listen.startswith("zmq://"):
+        raise place.error(("listen",), f"listen {profile.listen!r} is no address like zmq://0.0.0.0:8700")
     sites = {site: site_options(site, given, name) for site, given in profile.sites.items()}
     if profile.embedded and not sites:
         raise place.error((), "it has no sites; name at least one below 'sites'")

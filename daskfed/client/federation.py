@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import secrets
+import sys
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distributed.core import Status, clean_exception, rpc
 from distributed.deploy import Cluster
@@ -18,13 +20,19 @@ from daskfed.client.launch import SiteProcess
 from daskfed.comm.opaque import OpaqueError
 from daskfed.config import check_listen
 from daskfed.errors import ConfigurationError, SiteStartError, TransferError
-from daskfed.hub.placement import POLICIES, Policy
+from daskfed.hub.peers import own_user
+from daskfed.hub.placement import Policy
 from daskfed.hub.server import Hub
 from daskfed.keys import KeyFolder
 from daskfed.messages import Key, Message, SiteHello
-from daskfed.profile import Profile, SiteOptions, named_profile, site_options
+from daskfed.policies import policy_named
+from daskfed.profile import LOCAL, SSH, WAITING, Profile, SiteOptions, named_profile, site_options
+from daskfed.reach.listening import command_to_join, listen_also
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
+
+if TYPE_CHECKING:
+    from daskfed.reach.sites import SshSite
 
 START_TIMEOUT_S = 120.0
 POLL_S = 0.02
@@ -38,9 +46,12 @@ class Federation(Cluster):
 
     ``sites`` maps a name to options: ``cluster`` (a Dask Cluster class or its dotted name), ``options`` (its keywords),
     ``scale`` (``{"fixed": 4}``, or ``{"minimum": 0, "maximum": 40}`` to follow the work), ``labels``, ``environments``,
-    ``resources``, ``directory`` (working directory of its workers). ``policy`` is a placement policy or its name.
+    ``resources``, ``directory`` (working directory of its workers), and all else that a site of a profile may have.
+    ``policy`` is a placement policy or its name.
     ``fixed`` declares that no other site will join. ``security`` is a Dask ``Security``, or True for temporary
-    certificates; ``listen`` is the hub's address, by default of this machine only.
+    certificates; ``listen`` is the hub's address, by default of this machine only; a ``zmq://`` one is listened on as
+    well, and ``contact`` is the same as others see it. Sites that wait to be started elsewhere (``reach: waiting``) are
+    not waited for: :attr:`invitations` has the command to run there.
 
     Raises ConfigurationError for a wrong option, SiteStartError where a Cluster class does not import, rejects its
     options or does not start; nothing is left running then.
@@ -53,6 +64,7 @@ class Federation(Cluster):
         sites: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         listen: str | None = None,
+        contact: str | None = None,
         policy: Policy | str | None = None,
         security: Any = None,
         fixed: bool = False,
@@ -66,12 +78,17 @@ class Federation(Cluster):
         self.security = Security.temporary() if security is True else security or None
         self._hub_options: dict[str, Any] = {"policy": policy_named(policy), "security": self.security, "fixed": fixed}
         self._hub_options["dashboard"] = not (fixed and in_process and len(self.site_options) == 1)
-        self._listen = listen or ("tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0")
-        check_listen(self._listen, self.security, KeyFolder().has_hub_key)
+        self._public = listen if listen is not None and listen.startswith("zmq://") else None
+        here = "tls://127.0.0.1:0" if self.security else "tcp://127.0.0.1:0"
+        self._listen = listen if listen is not None and self._public is None else here
+        check_listen(self._public or self._listen, self.security, KeyFolder().has_hub_key)
         self._in_process = in_process
+        self._contact = contact
+        self._tunnel = ""  # where the hub listens for tunnels
+        self.invitations: dict[str, str] = {}  # of sites that wait -> the command to run there
         self._start_timeout = start_timeout
         self.hub: Hub | None = None
-        self._processes: dict[str, SiteProcess] = {}
+        self._processes: dict[str, SiteProcess | SshSite] = {}
         self._agents: dict[str, Agent] = {}
         super().__init__(asynchronous=asynchronous, loop=loop, name=name)
         _open.add(self)
@@ -99,7 +116,9 @@ class Federation(Cluster):
         if not profile.embedded:
             raise ConfigurationError(f"the hub of this profile runs elsewhere: connect with Client({profile.hub!r})")
         sites = {name: dict(site) for name, site in profile.sites.items()}
-        return cls(sites, policy=profile.policy, **options)
+        if profile.listen is not None:
+            KeyFolder().ensured("hub")
+        return cls(sites, policy=profile.policy, listen=profile.listen, contact=profile.contact, **options)
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
@@ -109,6 +128,7 @@ class Federation(Cluster):
         self.status = Status.starting
         try:
             self.hub = await Hub(**self._hub_options).start_at(self._listen)
+            await self._listen_also(self.hub)
             await asyncio.wait_for(self._start_sites(), self._start_timeout)
             security = self.security
             connection_args = security.get_connection_args("client") if security else {}
@@ -117,22 +137,51 @@ class Federation(Cluster):
         except BaseException as exc:
             await self._close()
             if isinstance(exc, asyncio.TimeoutError):
-                missing = sorted(set(self.site_options) - self._ready_sites())
+                missing = sorted(set(self.site_options) - self._ready_sites() - set(self.invitations))
                 raise SiteStartError(f"{missing} did not start within {self._start_timeout:g} s") from None
             raise
 
     async def _start_sites(self) -> None:
         await asyncio.gather(*(self._start_site(name, options) for name, options in self.site_options.items()))
 
+    async def _listen_also(self, hub: Hub) -> None:
+        """Have the hub listen for sites that come through tunnels, or dial in, beside for this machine."""
+        if self._tunnelled():
+            KeyFolder().ensured("hub")
+            self._tunnel = await listen_also(hub, "zmq://127.0.0.1:0")
+        if self._public:
+            address = await listen_also(hub, self._public)
+            self._contact = self._contact or address
+
+    def _tunnelled(self) -> bool:
+        return any(options.reach.startswith(SSH) for options in self.site_options.values())
+
     async def _start_site(self, name: str, options: SiteOptions) -> None:
         assert self.hub is not None
+        if options.reach == WAITING:
+            self._invite(name, options)
+            return
         if self._in_process:
             await self._start_here(name, options)
         else:
-            self._processes[name] = process = SiteProcess(name, self.hub.address, options, self.security)
+            self._processes[name] = process = self._process_of(name, options)
             await process.start()
         while name not in self._ready_sites():
             await asyncio.sleep(POLL_S)
+
+    def _process_of(self, name: str, options: SiteOptions) -> SiteProcess | SshSite:
+        assert self.hub is not None
+        if options.reach == LOCAL:
+            return SiteProcess(name, self.hub.address, options, self.security)
+        from daskfed.reach.sites import HubContact, SshSite
+
+        run = f"{name}.{secrets.token_hex(6)}"  # of this federation alone
+        return SshSite(name, options, HubContact.own(self._tunnel, own_user()), run)
+
+    def _invite(self, name: str, options: SiteOptions) -> None:
+        """Tell the user how a site joins that waits to be started there."""
+        self.invitations[name] = command = command_to_join(name, options, self._contact if self._public else None)
+        print(f"site {name} is waited for; run there, once, within a day:\n\n    {command}\n", file=sys.stderr)
 
     async def _start_here(self, name: str, options: SiteOptions) -> None:
         assert self.hub is not None
@@ -286,21 +335,6 @@ class LocalSite:
 
     async def close(self) -> None:
         """Nothing to end: the agent belongs to the federation object."""
-
-
-def policy_named(policy: Policy | str | None) -> Policy | None:
-    """Return a policy by its name or as given; raises ConfigurationError for a name that nobody registered."""
-    if not isinstance(policy, str):
-        return policy
-    from importlib.metadata import entry_points
-
-    if policy in POLICIES:
-        return POLICIES[policy]()
-    found = {entry.name: entry for entry in entry_points(group="daskfed.policies")}
-    if policy not in found:
-        names = ", ".join(sorted({*POLICIES, *found}))
-        raise ConfigurationError(f"no placement policy {policy!r}; there are {names}")
-    return found[policy].load()()  # type: ignore[no-any-return]
 
 
 @atexit.register

@@ -13,7 +13,8 @@ from typing import Any
 from daskfed import errors
 from daskfed.errors import SiteStartError
 from daskfed.profile import SiteOptions
-from daskfed.site.clusters import ClusterSpec, credentials
+from daskfed.reach.agents import spec_of
+from daskfed.site.clusters import credentials
 
 CLOSE_TIMEOUT_S = 20.0
 
@@ -53,11 +54,7 @@ class SiteProcess:
             raise kind(f"site {self.name!r}: {told['error']}")
 
     def _spec(self) -> dict[str, Any]:
-        plain = self.options.model_dump(mode="json", exclude={"cluster", "options", "scale"})
-        cluster = ClusterSpec.of(self.options)
-        security = credentials(self)  # on a pipe, so keys need not be in files
-        packed = {"pickled": cluster.pickle, "forks": cluster.forks}
-        return {"name": self.name, "hub": self.hub, **plain, **packed, "security": security}
+        return spec_of(self.name, self.hub, self.options, security=credentials(self))  # on a pipe: keys need no files
 
     async def close(self) -> None:
         """Ask the site to end, and kill it if it does not within some seconds."""

@@ -10,6 +10,7 @@ import dask
 import distributed
 
 from daskfed.profile import DEFAULT_PROFILE, Profile, named_profile
+from daskfed.reach.runs import hub_in_background
 
 OF_CLIENTS = frozenset(inspect.signature(distributed.Client.__init__).parameters) - {"self", "kwargs"}
 """Keywords of any client; others are for the LocalCluster that it starts."""
@@ -17,6 +18,8 @@ OF_CLIENTS = frozenset(inspect.signature(distributed.Client.__init__).parameters
 
 def profile_for(address: Any, name: str | None, kwargs: Mapping[str, Any]) -> Profile | None:
     """Return the profile that is named, or the default one where nothing says what to connect to or to start.
+
+    Where it is up (``daskfed up``), its hub is the one that runs.
 
     Raises TypeError where something else says so as well, ConfigurationError where something is wrong in the profile.
     """
@@ -28,7 +31,16 @@ def profile_for(address: Any, name: str | None, kwargs: Mapping[str, Any]) -> Pr
             raise TypeError(
                 f"profile= does not go with {', '.join(others)}: the profile says what is started, and where"
             )
-        return named_profile(name)
-    if others or dask.config.get("scheduler-address", None) or not dask.config.get(DEFAULT_PROFILE, None):
+        return _found(name)
+    default = dask.config.get(DEFAULT_PROFILE, None)
+    if others or dask.config.get("scheduler-address", None) or not default:
         return None
-    return named_profile()
+    return _found(default)
+
+
+def _found(name: str) -> Profile:
+    """Return a profile; of one that is up (``daskfed up``), the hub is the one that runs."""
+    found = named_profile(name)
+    if found.embedded and (address := hub_in_background(name)) is not None:
+        return found.model_copy(update={"hub": address})
+    return found

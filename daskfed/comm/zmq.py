@@ -25,7 +25,7 @@ from daskfed.comm.lines import PREFIX, Line, ListeningSocket, Reactor, ip_toward
 from daskfed.config import check_listen, is_loopback
 from daskfed.dask_private import BaseListener, Connector, FatalCommClosedError
 from daskfed.errors import KeyFileError
-from daskfed.keys import Authorized, KeyFolder, KeyPair, plain
+from daskfed.keys import Authorized, KeyFolder, KeyPair
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ def _keys(connection_args: dict[str, Any]) -> KeyFolder:
 def _keys_for(address: str, host: str, keys: KeyFolder) -> tuple[KeyPair | None, bytes | None]:
     """Return the own key and that of the hub; none of both on loopback, where no key of the hub is known."""
     try:
-        hub = keys.hubs().get(plain(address))
+        hub = keys.hub_at(address)
         if hub is None and is_loopback(host):
             return None, None
         own = keys.own("id")

@@ -34,6 +34,7 @@ from daskfed.hub.coordination import DESIRE, attach
 from daskfed.hub.core import HubCore
 from daskfed.hub.credentials import Credentials
 from daskfed.hub.dashboard import Dashboard
+from daskfed.hub.enrolment import enrol
 from daskfed.hub.fanout import Fanout
 from daskfed.hub.gateway import Gateway, Handlers
 from daskfed.hub.hosting import Hosting
@@ -131,6 +132,7 @@ class Hub(Hosting, OpaqueServer):
             "announce-keys": self.announce_keys,
             "bring-keys": self.bring_keys,
             "proxy": self.actors.proxy,
+            "enrol": enrol,
             "actor-answer": self.actor_answer,
             "terminate": self.terminate,
         }

@@ -22,14 +22,17 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from dask.utils import format_time
 from distributed.comm.addressing import get_address_host, unparse_host_port
 from distributed.comm.core import Comm
 from distributed.core import Status
 
+from daskfed import config
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.comm.pacing import Paced
 from daskfed.ending import end_tasks
 from daskfed.errors import DaskfedError, TransferError
+from daskfed.keys import KeyFolder
 from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
 from daskfed.site.actors import ActorCalls
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
@@ -41,6 +44,7 @@ from daskfed.site.session import Session
 
 logger = logging.getLogger(__name__)
 
+MOVED_S = 1.0  # how often it is looked whether the hub has another address
 REJOIN_S = (0.05, 5.0)  # first and longest pause between attempts to reach a hub that went away
 DRAIN_TIMEOUT_S = 300.0
 BRING_TIMEOUT_S = 60.0
@@ -51,8 +55,9 @@ REASK_S = 0.2  # pause before the hub is asked again after its connection broke
 class Agent:
     """A site named ``name`` whose cluster is given by ``spec``.
 
-    ``hub`` is the address of a hub, or a port to one in this process, which must then hand its messages to
-    :meth:`deliver` and its calls to :meth:`call`. ``security`` is for the connections with the hub.
+    ``hub`` is the address of a hub, or what returns it where it may change, or a port to one in this process, which
+    must then hand its messages to :meth:`deliver` and its calls to :meth:`call`. ``security`` or ``keys`` are for the
+    connections with the hub. Without a hub the site ends itself after ``orphan_timeout_s``.
     """
 
     def __init__(
@@ -60,11 +65,13 @@ class Agent:
         name: str,
         spec: ClusterSpec,
         *,
-        hub: str | HubPort,
+        hub: str | Callable[[], str] | HubPort,
         labels: Mapping[str, str] | None = None,
         environments: tuple[str, ...] = ("default",),
         resources: Mapping[str, float] | None = None,
         security: Any = None,
+        keys: KeyFolder | None = None,
+        orphan_timeout_s: float | None = None,
     ) -> None:
         self.name = name
         self.cluster: ClusterAdapter = spec.adapter()
@@ -73,6 +80,8 @@ class Agent:
         self.resources = dict(resources or {})
         self._hub = hub
         self._hub_args = security.get_connection_args("worker") if security is not None else {}
+        self._hub_args |= {"keys": keys} if keys is not None else {}
+        self._orphan_timeout_s = config.orphan_timeout_s() if orphan_timeout_s is None else orphan_timeout_s
         self._door = OpaqueServer(self._door_handlers())
         self._door_token = secrets.token_urlsafe(32)
         self._session: Session | None = None
@@ -144,13 +153,14 @@ class Agent:
 
     async def joined(self) -> None:
         """Join the hub and tell it what there is; raises ConnectionRefused with its reason, OSError if it is gone."""
-        if isinstance(self._hub, str):
-            port = self._port = RemoteHub(self._hub, self._hub_args)
+        hub = self._hub
+        if isinstance(hub, str) or callable(hub):
+            port = self._port = RemoteHub(hub if callable(hub) else lambda: hub, self._hub_args)
             await self._register(port)
             self._keeper = asyncio.create_task(self._keep_joined(port), name="keep joined")
         else:
-            self._port = self._hub
-            await self.session.join(self._hub, self)
+            self._port = hub
+            await self.session.join(hub, self)
 
     async def _register(self, port: RemoteHub) -> None:
         if not await port.register(self.hello, self, self.session.take_message):
@@ -159,9 +169,18 @@ class Agent:
     async def _keep_joined(self, port: RemoteHub) -> None:
         """Join again whenever the connection with the hub broke; work goes on meanwhile."""
         while True:
-            await port.lost.wait()
-            logger.warning("site %s lost its hub at %s and tries to join it again", self.name, self._hub)
-            await self._rejoin(port)
+            while not port.lost.is_set():
+                port.leave_where_moved()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(port.lost.wait(), MOVED_S)
+            logger.warning("site %s lost its hub at %s and tries to join it again", self.name, port.address)
+            try:
+                async with asyncio.timeout(self._orphan_timeout_s):
+                    await self._rejoin(port)
+            except TimeoutError:
+                waited = format_time(self._orphan_timeout_s)
+                self._end(f"there was no hub for {waited} (its orphan-timeout)", failed=True)
+                return
             logger.info("site %s is connected with its hub again", self.name)
 
     async def _rejoin(self, port: RemoteHub) -> None:
@@ -171,7 +190,7 @@ class Agent:
                 await self._register(port)
                 return
             except (OSError, DaskfedError) as exc:
-                logger.info("site %s cannot join %s yet: %s", self.name, self._hub, exc)
+                logger.info("site %s cannot join %s yet: %s", self.name, port.address, exc)
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 

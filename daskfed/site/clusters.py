@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import inspect
 import itertools
 import json
@@ -16,7 +17,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import cloudpickle
 from distributed import LocalCluster, Scheduler
+from distributed.core import rpc
 from distributed.deploy.adaptive import Adaptive
 from distributed.deploy.spec import SpecCluster
 from distributed.security import Security
@@ -87,7 +89,8 @@ class ClusterSpec:
     @classmethod
     def of(cls, options: SiteOptions, in_process: bool = False) -> ClusterSpec:
         """Return the spec of checked options."""
-        opened = {"cluster": options.cluster, "options": options.options, "scale": options.scale}
+        scale = None if options.scale is None else options.scale.model_dump()
+        opened = {"cluster": options.cluster, "options": options.options, "scale": scale}
         forks = options.cluster in LOCAL and options.options.get("processes") in (None, True)
         return cls(base64.b64encode(cloudpickle.dumps(opened)).decode(), options.directory, in_process, forks)
 
@@ -104,7 +107,15 @@ class ClusterSpec:
             opened = cloudpickle.loads(base64.b64decode(self.pickle))
         except Exception as exc:
             raise SiteStartError(f"the Cluster class or its options cannot be opened at the site: {exc!r}") from exc
-        return opened["cluster"], opened["options"], opened["scale"]
+        return opened["cluster"], opened["options"], _scale_of(opened["scale"])
+
+
+def _scale_of(given: Mapping[str, Any] | None) -> Scale | None:
+    if given is None:
+        return None
+    from daskfed.profile import Scale
+
+    return Scale(**given)
 
 
 # -- in the process where the cluster lives --------------------------------------------------------------------------
@@ -128,8 +139,8 @@ def resolve(cluster: Any) -> Any:
 async def start_cluster(spec: ClusterSpec) -> Any:
     """Start the cluster of ``spec`` on this event loop; raises SiteStartError."""
     given, options, scale = spec.opened()
-    cls = resolve(given)
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    cls: Any = functools.partial(RunningCluster, given) if is_address(given) else resolve(given)
+    name = given if is_address(given) else f"{cls.__module__}.{cls.__qualname__}"
     first = {"n_workers": scale.first} if scale is not None and _takes_n_workers(cls) else {}
     try:
         cluster = cls(**{**first, **options, "asynchronous": True})
@@ -146,6 +157,35 @@ async def start_cluster(spec: ClusterSpec) -> Any:
     if scale is not None:
         await _scale(cluster, scale)
     return cluster
+
+
+def is_address(cluster: Any) -> bool:
+    """Whether a site's cluster is given as the address of a scheduler that runs already."""
+    return isinstance(cluster, str) and "://" in cluster
+
+
+class RunningCluster:
+    """A scheduler that somebody else has started, and ends; ``security`` is a ``distributed.Security``."""
+
+    dashboard_link = ""
+
+    def __init__(self, address: str, security: Security | None = None, asynchronous: bool = True) -> None:
+        self.scheduler_address = address
+        self.security = security
+
+    def __await__(self) -> Generator[Any, None, RunningCluster]:
+        return self._start().__await__()
+
+    async def _start(self) -> RunningCluster:
+        args = self.security.get_connection_args("client") if self.security is not None else {}
+        async with rpc(self.scheduler_address, connection_args=args) as scheduler:
+            identity = await scheduler.identity()
+        if identity.get("type") != "Scheduler":
+            raise SiteStartError(f"{self.scheduler_address} is a {identity.get('type')}, no Dask scheduler")
+        return self
+
+    def close(self) -> None:
+        """Leave it as it is."""
 
 
 def _takes_n_workers(cls: Any) -> bool:

@@ -69,10 +69,14 @@ class AgentSide(Protocol):
 
 
 class RemoteHub:
-    """A hub at ``address`` that is dialled, and dialled again when the connection breaks: what is sent then waits."""
+    """A hub that is dialled, and dialled again when the connection breaks: what is sent then waits.
 
-    def __init__(self, address: str, connection_args: Mapping[str, Any] | None = None) -> None:
-        self.address = address
+    ``find`` returns its address, which may change: that of a tunnel does.
+    """
+
+    def __init__(self, find: Callable[[], str], connection_args: Mapping[str, Any] | None = None) -> None:
+        self._find = find
+        self.address = find()  # that is or was dialled last
         self.connection_args = dict(connection_args or {})
         self.epoch = 0
         self.federation = ""
@@ -95,6 +99,7 @@ class RemoteHub:
         Raises ConnectionRefused with its reason, OSError where nobody answers.
         """
         await self._hang_up()
+        self.address = self._find()
         comm = await connect_opaque(self.address, timeout=CONNECT_TIMEOUT_S, **self.connection_args)
         comm.name = "Agent->Hub"
         reply = await self._introduce(comm, hello)
@@ -112,6 +117,11 @@ class RemoteHub:
         self._start(self._measure_round_trip())
         self._channels.fill()
         return resumed
+
+    def leave_where_moved(self) -> None:
+        """End the connection where the hub has another address by now, so that it is dialled there."""
+        if self._stream is not None and not self.lost.is_set() and self._find() != self.address:
+            self._stream.comm.abort()
 
     def _received(self) -> int:
         return 0 if self._stream is None else self._stream.received

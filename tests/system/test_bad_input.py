@@ -241,7 +241,7 @@ def joined(address: str, said: SiteHello) -> Iterator[list[Any]]:
     def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
 
-    port = RemoteHub(address)
+    port = RemoteHub(lambda: address)
 
     async def join() -> None:
         await port.register(said, NoSite(), lambda message, payload: told.append(message))
@@ -258,7 +258,7 @@ def joined(address: str, said: SiteHello) -> Iterator[list[Any]]:
 
 def refusal(address: str, said: SiteHello) -> str:
     async def register() -> str:
-        port = RemoteHub(address)
+        port = RemoteHub(lambda: address)
         try:
             with pytest.raises(ConnectionRefused) as caught:
                 await port.register(said, NoSite(), lambda message, payload: None)

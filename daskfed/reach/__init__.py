@@ -1,0 +1,1 @@
+"""How the sites of a profile are reached: started here in the background, over SSH, or let in when they dial."""

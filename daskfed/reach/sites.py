@@ -1,0 +1,234 @@
+"""A site on another machine that is reached over SSH: started there, and kept in touch with its hub.
+
+::
+
+    hub  <──zmq, encrypted end to end──  port of the site's loopback  <──SSH──  agent, in the background there
+
+The agent outlives its SSH session. When that breaks, another one is made, with another port; the agent finds its
+address in a file and joins again. Where the site can dial the hub by itself it does, and SSH only starts and ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import platform
+import shlex
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from daskfed.config import is_loopback
+from daskfed.ending import end_tasks
+from daskfed.errors import DaskfedError, SiteStartError
+from daskfed.keys import Authorized, KeyFolder, Role, parsed, written
+from daskfed.reach.agents import spec_of
+from daskfed.reach.hubs import enrol
+from daskfed.reach.ssh import Shell, shown
+
+if TYPE_CHECKING:
+    from daskfed.profile import SiteOptions
+
+logger = logging.getLogger(__name__)
+
+PYTHON = "python3"
+INSTALLED = "~/.local/share/daskfed/venv/bin/python"
+RECONNECT_S = (0.5, 15.0)  # first and longest pause between two attempts to log in again
+START_S = 180.0
+STOP_S = 40.0
+LOOK_S = 2  # whether the agent still runs
+
+Admit = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class HubContact:
+    """A hub, as who starts a site knows it: its ``zmq://`` address from here, its key, and how to have a key let in."""
+
+    address: str
+    key: bytes
+    admit: Admit
+
+    @classmethod
+    def own(cls, address: str, owner: str) -> HubContact:
+        """Return that of a hub of this user, on this machine."""
+        folder = KeyFolder()
+
+        async def admit(public: bytes) -> None:
+            folder.admit(Authorized(public, frozenset({Role.SITE}), owner))
+
+        return cls(address, folder.ensured("hub").public, admit)
+
+    @classmethod
+    def elsewhere(cls, address: str) -> HubContact:
+        """Return that of a hub that this user trusts; raises ConfigurationError where none is known there."""
+        if (key := KeyFolder().hub_at(address)) is None:
+            raise SiteStartError(
+                f"the key of the hub at {address} is not known: do daskfed keys trust {address} KEY, with the key that "
+                "daskfed keys show hub prints there"
+            )
+
+        async def admit(public: bytes) -> None:
+            await enrol(address, public)
+
+        return cls(address, key, admit)
+
+    @property
+    def end(self) -> tuple[str, int]:
+        """Its host and port."""
+        parsed_ = urlparse(self.address)
+        return parsed_.hostname or "", parsed_.port or 0
+
+
+class SshSite:
+    """A site that is started over SSH. ``run`` names it there; one that runs there already by that name goes on."""
+
+    def __init__(self, name: str, options: SiteOptions, hub: HubContact, run: str) -> None:
+        self.name = name
+        self.options = options
+        self.hub = hub
+        self.run = run
+        self.python = options.python or PYTHON
+        self.pid = 0
+        self.log = ""  # there
+        self._folder = ""
+        self._direct = False  # it dials the hub by itself
+        self._shell: Shell | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self.reason = ""
+
+    async def start(self) -> None:
+        """Start it and wait until it has joined the hub; raises SiteStartError, and leaves nothing behind then."""
+        try:
+            self._shell = await Shell.connect(self.options.reach)
+            await self._start(self._shell)
+        except BaseException as exc:
+            await self._leave()
+            if isinstance(exc, DaskfedError) and not isinstance(exc, SiteStartError):
+                raise SiteStartError(str(exc)) from exc
+            raise
+        self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
+
+    async def _start(self, shell: Shell) -> None:
+        facts = await self.checked(shell)
+        await self.hub.admit(parsed(facts["key"]))
+        self._direct = not is_loopback(self.hub.end[0]) and bool(facts.get("reaches_hub"))
+        spec = spec_of(self.name, await self._address(shell), self.options, hub_key=written(self.hub.key), run=self.run)
+        command = f"{shown(self.python)} -m daskfed site --spec - --detach"
+        told = await shell.call(command, json.dumps(spec) + "\n", START_S)
+        if "error" in told:
+            raise SiteStartError(f"{shell.url}: {told['error']}")
+        self.pid, self._folder, self.log = int(told["pid"]), told["folder"], told["log"]
+
+    async def checked(self, shell: Shell) -> dict[str, Any]:
+        """Return what there is at the site; raises SiteStartError where it will not do."""
+        facts = await shell.facts(self.python, {"hub": self.hub.end})
+        if problems := environment_problems(facts, self.python):
+            raise SiteStartError(f"{shell.url}: " + "; ".join(problems))
+        return facts
+
+    async def _address(self, shell: Shell) -> str:
+        """Return the address of the hub as the site is to dial it."""
+        if self._direct:
+            return self.hub.address
+        return f"zmq://127.0.0.1:{await shell.lead_here(*self.hub.end)}"
+
+    async def _keep(self) -> None:
+        """Log in again whenever the connection ends, until the agent does."""
+        while True:
+            assert self._shell is not None
+            try:
+                if await self._watch(self._shell):
+                    break
+            except (DaskfedError, OSError) as exc:
+                logger.warning("lost %s: %s; logging in again", self.options.reach, exc)
+            await self._log_in_again()
+        self.reason = self.reason or "it has ended by itself"
+        with suppress(DaskfedError):
+            _, said, _ = await self._shell.run(f"tail -n 5 {shlex.quote(self.log)}", timeout_s=20)
+            self.reason = f"it has ended; the end of {self.log} there:\n{said.rstrip()}"
+        self._ended.set()
+
+    async def _watch(self, shell: Shell) -> bool:
+        """Wait until the agent has ended: then True; or until the connection has. May raise SiteStartError."""
+        look = f"kill -0 {self.pid} 2>/dev/null && echo"  # who writes to nobody ends with the connection
+        watch = f"while {look}; do sleep {LOOK_S}; done; echo ended"
+        status, said, _ = await shell.run(watch, timeout_s=10**8)
+        return status == 0 and said.strip().endswith("ended")
+
+    async def _log_in_again(self) -> None:
+        pause, longest = RECONNECT_S
+        while True:
+            await self._leave()
+            try:
+                shell = self._shell = await Shell.connect(self.options.reach)
+                if not self._direct:
+                    await self._tell_address(shell, await self._address(shell))
+                logger.info("logged in at %s again", self.options.reach)
+                return
+            except (DaskfedError, OSError) as exc:
+                logger.info("cannot log in at %s yet: %s", self.options.reach, exc)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    async def _tell_address(self, shell: Shell, address: str) -> None:
+        """Write down at the site where its hub is now."""
+        folder = shlex.quote(self._folder)
+        status, _, errors = await shell.run(
+            f"cd {folder} && cat > .address && mv .address address", json.dumps(address)
+        )
+        if status != 0:
+            raise SiteStartError(f"{shell.url}: cannot write to {self._folder}: {errors.strip()}")
+
+    async def finished(self) -> str:
+        """Wait until the agent has ended by itself, and return what its log says."""
+        await self._ended.wait()
+        return self.reason
+
+    async def close(self) -> None:
+        """End the agent and the connection; where nobody can log in, it ends by itself after its orphan-timeout."""
+        await end_tasks(self._keeper)
+        if self.pid and not self._ended.is_set():
+            try:
+                await asyncio.wait_for(self._stop(), 2 * STOP_S)
+            except (DaskfedError, OSError) as exc:
+                logger.warning("site %s could not be ended, it ends after its orphan-timeout: %s", self.name, exc)
+        await self._leave()
+        self._ended.set()
+
+    async def _stop(self) -> None:
+        if self._shell is None or self._shell.connection.is_closed():
+            self._shell = await Shell.connect(self.options.reach)
+        await stop_run(self._shell, self.python, self.run)
+
+    async def _leave(self) -> None:
+        if self._shell is not None:
+            shell, self._shell = self._shell, None
+            await shell.close()
+
+
+async def stop_run(shell: Shell, python: str, run: str) -> bool:
+    """End an agent in the background at another machine; say whether it ran. Raises SiteStartError."""
+    told = await shell.call(f"{shown(python)} -m daskfed site end {shlex.quote(run)} --json", timeout_s=STOP_S)
+    return bool(told.get("ran"))
+
+
+def environment_problems(facts: dict[str, Any], python: str) -> list[str]:
+    """Return what is wrong with the Python of a site."""
+    here, there = platform.python_version(), facts["python"]
+    problems = list(facts["problems"])
+    if here.split(".")[:2] != there.split(".")[:2]:
+        problems.append(
+            f"{python} there is Python {there}, here is {here}: what one pickles the other cannot run; name a Python "
+            f"{'.'.join(here.split('.')[:2])} with option 'python'"
+        )
+    if facts["versions"]["daskfed"] is None:
+        problems.append(
+            f"daskfed is not installed for {facts['executable']} there: install it, or say 'install: true', or name "
+            "another Python with option 'python'"
+        )
+    return problems
