@@ -9,11 +9,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 REQUIRES = [
+    "asyncssh>=2.14",  # sites that are reached over SSH
     "click>=8.1",  # the command line
     "cloudpickle>=3.0",  # functions that no other machine can import
     "dask>=2026.7",  # graphs, expressions, collections
     "dask-jobqueue>=0.9",  # Cluster classes for Slurm, PBS, SGE and others: for users; nothing here imports it yet
     "distributed>=2026.7",  # schedulers, workers, comms, futures
+    "packaging>=23",  # what a package requires, where it is installed at a site
     "pydantic>=2.7",  # profiles of hubs, sites and federations
     "pyyaml>=6.0",  # the lines of configuration files that errors name; Dask reads these files with it
     "pyzmq>=26",  # the zmq:// backend for comms, and its keys

@@ -109,7 +109,9 @@ class SiteOptions(BaseModel):
         default=LOCAL, description="'local', 'ssh://[user@]host[:port]', or 'waiting' for an agent that dials in"
     )
     python: str = Field(default="", description="over SSH: the Python there that has daskfed, by default python3")
-    install: bool = Field(default=False, description="over SSH: install daskfed there where it is missing")
+    install: bool | list[str] = Field(
+        default=False, description="over SSH: install daskfed there, and the packages that are listed"
+    )
     orphan_timeout: Annotated[float, BeforeValidator(_seconds)] | None = Field(
         default=None, description="how long it goes on without a hub, like 1h"
     )

@@ -15,9 +15,10 @@ from daskfed.hub.peers import own_user
 from daskfed.keys import KeyFolder, written
 from daskfed.policies import policy_named
 from daskfed.reach.agents import agent_of, serve, spec_of
+from daskfed.reach.hubs import sites_of
 from daskfed.reach.listening import command_to_join, listen_also
 from daskfed.reach.runs import PROFILES, Report, Run, Start, hub_run
-from daskfed.reach.sites import PYTHON, HubContact, SshSite, stop_run
+from daskfed.reach.sites import HubContact, SshSite, stop_run
 from daskfed.reach.ssh import Shell
 from daskfed.reach.tokens import VALID_S
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REJOINED_S = 60.0
+LOOK_S = 0.2
 ANY_PORT = {"local": "tcp://127.0.0.1:0", "tunnel": "zmq://127.0.0.1:0"}
 
 
@@ -97,15 +100,26 @@ class Background:
         quiet_process()
         stop, place = stop_on_signals(), self.site(name)
         site = SshSite(name, options, self.contact(), run_name)
-        place.write("reached", {"reach": options.reach, "python": options.python, "run": run_name})
+        place.write("reached", {"reach": options.reach, "python": site.python, "run": run_name})
+        joined = False
         try:
-            if await until(stop, site.start()):
-                place.write("reached", {**place.read("reached"), "log": site.log})
+            if joined := await until(stop, self._joined(site)):
+                place.write("reached", {**place.read("reached"), "log": site.log, "python": site.python})
                 report({"joined": name, "pid": os.getpid()})
                 if await until(stop, site.finished()):
                     raise SiteStartError(f"site {name}: {site.reason}")
         finally:
             await site.close()
+            if not joined:
+                place.forget("reached")
+
+    async def _joined(self, site: SshSite) -> None:
+        """Start a site and wait until the hub has it: an agent that ran already finds the hub's address anew."""
+        await site.start()
+        hub = self.addresses()["local"]
+        async with asyncio.timeout(REJOINED_S):
+            while (await sites_of(hub)).get(site.name, {}).get("status", "away") == "away":
+                await asyncio.sleep(LOOK_S)
 
     def stop_site(self, site: str) -> bool:
         """End a site, wherever it runs; say whether it did. Raises SiteStartError where nobody can log in."""
@@ -172,6 +186,6 @@ def quiet_process() -> None:
 async def _stop_there(reached: dict[str, Any]) -> bool:
     shell = await Shell.connect(reached["reach"])
     try:
-        return await stop_run(shell, reached["python"] or PYTHON, reached["run"])
+        return await stop_run(shell, reached["python"], reached["run"])
     finally:
         await shell.close()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from daskfed.dask_private import FatalCommClosedError
+from daskfed.errors import ConnectionRefused
 from daskfed.keys import KeyFolder, written
 from daskfed.profile import site_options
 from daskfed.reach.agents import spec_of
@@ -38,7 +40,12 @@ async def joined_spec(text: str) -> dict[str, Any]:
     """
     token = Token.read(text)
     key = KeyFolder().ensured("id").public
-    told = await enrol(token.hub, key, token.keys)
+    try:
+        told = await enrol(token.hub, key, token.keys)
+    except FatalCommClosedError as exc:
+        raise ConnectionRefused(
+            f"{token.hub} knows this token no more: it was used or taken back, or has expired; ask for another"
+        ) from exc
     options = site_options(told["site"], {**told["options"], "reach": "local"})
     return spec_of(told["site"], token.hub, options, hub_key=written(token.hub_key))
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PYTHON = "python3"
-INSTALLED = "~/.local/share/daskfed/venv/bin/python"
 RECONNECT_S = (0.5, 15.0)  # first and longest pause between two attempts to log in again
 START_S = 180.0
 STOP_S = 40.0
@@ -127,6 +126,12 @@ class SshSite:
     async def checked(self, shell: Shell) -> dict[str, Any]:
         """Return what there is at the site; raises SiteStartError where it will not do."""
         facts = await shell.facts(self.python, {"hub": self.hub.end})
+        if self.options.install is not False:
+            from daskfed.reach.installing import installed
+
+            more = self.options.install if isinstance(self.options.install, list) else ()
+            self.python = await installed(shell, facts, self.python, more)
+            facts = await shell.facts(self.python, {"hub": self.hub.end})
         if problems := environment_problems(facts, self.python):
             raise SiteStartError(f"{shell.url}: " + "; ".join(problems))
         return facts

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -45,7 +48,8 @@ class Shell:
                 login_timeout=CONNECT_S, keepalive_interval=KEEPALIVE_S,
             )  # fmt: skip
         except (OSError, asyncssh.Error, TimeoutError) as exc:
-            raise SiteStartError(f"{url}: {_in_words(exc, host)}") from exc
+            command = f"-p {port} {host}" if port else host
+            raise SiteStartError(f"{url}: {_in_words(exc, command)}") from exc
         return cls(url, connection)
 
     async def run(self, command: str, given: str = "", timeout_s: float = CALL_S) -> tuple[int, str, str]:
@@ -91,6 +95,21 @@ class Shell:
             f"{self.url}: {python} does not run there (status {status}: {said or 'no word'}); name another Python "
             "with option 'python'"
         )
+
+    async def put(self, files: Sequence[Path], folder: str) -> None:
+        """Send files into a folder there, where nobody needs SFTP; raises SiteStartError."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for file in files:
+                archive.add(file, file.name)
+        command = f"mkdir -p {shown(folder)} && tar -xf - -C {shown(folder)}"
+        try:
+            done = await self.connection.run(command, input=packed.getvalue(), encoding=None, timeout=CALL_S)
+        except (OSError, asyncssh.Error) as exc:
+            raise SiteStartError(f"{self.url}: files cannot be sent to {folder}: {exc}") from exc
+        if done.exit_status != 0:
+            said = bytes(done.stderr or b"").decode(errors="replace")  # type: ignore[arg-type]
+            raise SiteStartError(f"{self.url}: files cannot be written to {folder}: {said.strip()}")
 
     async def lead_here(self, host: str, port: int) -> int:
         """Have a port of the other machine's loopback lead to ``host:port`` as seen from here; return it."""

@@ -1,0 +1,152 @@
+"""Installing daskfed at a site that has only a Python: wheels are fetched here, sent there, and installed into a venv.
+
+The versions are those that are installed here, so that what one side pickles the other can open. At the site all lies
+in ``~/.local/share/daskfed/HASH``, where HASH stands for the packages and their versions; what is there is used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import dask
+from packaging.requirements import Requirement
+
+from daskfed.errors import SiteStartError
+from daskfed.reach.ssh import Shell, shown
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_WHEELS = "~/.cache/daskfed/wheels"
+THERE = "~/.local/share/daskfed"
+FETCH_S = 600.0
+PLATFORMS = {"Linux x86_64": "x86_64", "Linux aarch64": "aarch64", "Linux ppc64le": "ppc64le"}
+MANYLINUX = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")  # newest first; pip takes any of them
+TOOLS = ("pip",)
+INSTALL = """\
+set -e
+cd {folder}
+{python} -m venv --without-pip venv
+venv/bin/python "$(echo wheels/pip-*.whl)/pip" install --quiet --no-index --find-links wheels {packages}
+touch ready
+"""
+
+
+async def installed(shell: Shell, facts: dict[str, Any], python: str, more: Sequence[str] = ()) -> str:
+    """Return the Python at a site that has daskfed as it is here, and ``more`` packages; they are installed if need be.
+
+    Raises SiteStartError where that cannot be done.
+    """
+    found = {name: distribution_of(name) for name in closure(("daskfed", *more))}
+    pins = {name: each.version for name, each in found.items()}
+    folder = f"{THERE}/{_digest(pins, facts)}"
+    there = f"{folder}/venv/bin/python"
+    status, _, _ = await shell.run(f"test -e {shown(folder)}/ready")
+    if status != 0:
+        wheels = await fetched(pins, facts)
+        logger.info("sending %d wheels to %s", len(wheels), shell.url)
+        await shell.run(f"rm -rf {shown(folder)}")  # what was left half way
+        await shell.put(wheels, f"{folder}/wheels")
+        command = INSTALL.format(
+            folder=shown(folder), python=shown(python), packages=" ".join(map(shlex.quote, ("daskfed", *more)))
+        )
+        status, said, errors = await shell.run(command, timeout_s=FETCH_S)
+        if status != 0:
+            raise SiteStartError(f"{shell.url}: daskfed cannot be installed in {folder}: {_end(errors or said)}")
+    return there
+
+
+def closure(names: Iterable[str]) -> list[str]:
+    """Return packages with all that they require, as far as that is installed here, sorted."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name not in found:
+            found.add(name)
+            waiting += _required(distribution_of(name))
+    return sorted(found)
+
+
+def distribution_of(name: str) -> Distribution:
+    """Return a package that is installed here; raises SiteStartError where it is not."""
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        raise SiteStartError(f"option 'install': package {name!r} is not installed here; is it spelt right?") from None
+
+
+def _required(package: Distribution) -> Iterator[str]:
+    for text in package.requires or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement.name
+
+
+async def fetched(pins: dict[str, str], facts: dict[str, Any]) -> list[Path]:
+    """Return the wheels of packages for a site's Python and machine, which are fetched where they are not here yet."""
+    folder = Path(dask.config.get("daskfed.wheels", None) or DEFAULT_WHEELS).expanduser() / _digest(pins, facts)
+    ready = folder / "ready"
+    if not ready.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        local = {name: source for name in pins if (source := _source(name)) is not None}
+        released = [f"{name}=={version}" for name, version in pins.items() if name not in local]
+        await _pip("download", *_target(facts), "--no-deps", "--dest", str(folder), *released, *TOOLS)
+        for source in local.values():
+            await _pip("wheel", "--no-deps", "--wheel-dir", str(folder), source)
+        ready.touch()
+    return sorted(folder.glob("*.whl"))
+
+
+def _target(facts: dict[str, Any]) -> list[str]:
+    """Return pip's options for the Python and the machine of a site."""
+    machine = PLATFORMS.get(facts["platform"])
+    if machine is None:
+        raise SiteStartError(f"daskfed cannot be installed on {facts['platform']}: install it there by hand")
+    version = ".".join(facts["python"].split(".")[:2])
+    platforms = [option for name in MANYLINUX for option in ("--platform", f"{name}_{machine}")]
+    return ["--only-binary", ":all:", "--python-version", version, *platforms]
+
+
+def _source(name: str) -> str | None:
+    """Return the folder that a package was installed from here; None for a released one."""
+    text = distribution_of(name).read_text("direct_url.json")
+    url = json.loads(text).get("url", "") if text else ""
+    return url.removeprefix("file://") if url.startswith("file://") else None
+
+
+def _digest(pins: dict[str, str], facts: dict[str, Any]) -> str:
+    """Return what stands for packages, those of local folders with what is in these, and for a Python and machine."""
+    known = hashlib.sha256(json.dumps([pins, facts["python"].split(".")[:2], facts["platform"]]).encode())
+    for name in pins:
+        if (source := _source(name)) is not None:
+            for file in sorted(Path(source).rglob("*.py")):
+                if not any(part.startswith(".") for part in file.relative_to(source).parts):
+                    known.update(file.read_bytes())
+    return known.hexdigest()[:16]
+
+
+async def _pip(*arguments: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check", "--no-input",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        said, _ = await asyncio.wait_for(process.communicate(), FETCH_S)
+    except BaseException:
+        process.kill()
+        raise
+    if process.returncode != 0:
+        raise SiteStartError(f"what daskfed needs at the site cannot be fetched here: {_end(said.decode())}")
+
+
+def _end(said: str) -> str:
+    return "\n".join(said.strip().splitlines()[-5:])
