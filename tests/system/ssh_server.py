@@ -122,7 +122,9 @@ class SshServer:
 
     def sessions(self) -> list[int]:
         """Return the processes that serve a connection each; one that is killed is a connection that breaks."""
-        return [child.pid for child in psutil.Process(self._process.pid).children()] if self._process else []
+        if self._process is None or self._process.poll() is not None:
+            return []
+        return [child.pid for child in psutil.Process(self._process.pid).children()]
 
     def log(self) -> str:
         """Return what it said since it was started."""

@@ -101,7 +101,8 @@ class Wan:
         assert self._keeper.stdin is not None and self._keeper.stdout is not None
         self._keeper.stdin.write(f"{line}\n")
         self._keeper.stdin.flush()
-        assert self._keeper.stdout.readline() == "ok\n", f"the network did not do {line!r}"
+        answer = self._keeper.stdout.readline().strip()
+        assert answer == "ok", f"the network did not do {line!r}: {answer or 'it has ended'}"
 
 
 def listener(line: str) -> Listener:
@@ -124,7 +125,7 @@ def wan(delay_s: float = DELAY_S) -> Iterator[Wan]:
     """
     if reason := why_not():
         pytest.fail(reason) if os.environ.get("DASKFED_REQUIRE") == "all" else pytest.skip(reason)
-    tag = uuid.uuid4().hex[:4]
+    tag = uuid.uuid4().hex[:8]  # no other run has it: what has this name is taken down
     keeper = start_keeper(tag, delay_s)
     try:
         yield Wan(tag, keeper, delay_s)
@@ -166,7 +167,7 @@ def end_keeper(tag: str, keeper: subprocess.Popen[str]) -> str:
     except subprocess.TimeoutExpired:
         keeper.kill()
         said, complaint = keeper.communicate()
-    left = re.findall(r"(?m)^left (.*)$", said) + wan_keeper.tear_down(tag, spared=(os.getpid(),))
+    left = re.findall(r"(?m)^left (.*)$", said) + wan_keeper.tear_down(tag, os.getpid())
     if keeper.returncode != 0:
-        left.append(f"the network failed:\n{complaint}")
+        left.append(f"its process failed:\n{complaint}")
     return "\n".join(left)

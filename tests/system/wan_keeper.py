@@ -1,12 +1,13 @@
 """The process behind :mod:`tests.system.wan`: it makes the namespaces, carries their packets, and takes all down again.
 
-``python -m tests.system.wan_keeper TAG DELAY_S`` says "ready", obeys lines on its standard input ("cut nat", "mend nat",
-"delay 0.05") and answers "ok" to each. When its input ends, or the process that started it is gone, it ends what still runs
-inside the namespaces, names it ("left 4711 sleep 60"), and leaves nothing. So that also holds when a test is killed.
+``python -m tests.system.wan_keeper TAG DELAY_S`` says "ready", obeys lines on its standard input ("cut nat",
+"mend nat", "delay 0.05") and answers each, with "ok" or a complaint. When its input ends, or the process that started
+it is gone, it ends what still runs inside the namespaces, names it ("left 4711 sleep 60"), and leaves nothing. So that
+also holds when a test is killed.
 
-Packets cross between the sites in user space: each site has a TUN device, and what is read from one is written to another
-after the delay. Kernels of test machines often have no netem. The devices pass whole TCP segments of up to 64 KB
-(IFF_VNET_HDR, TUN_F_TSO4), which is many times as fast as packets of 1500 bytes.
+Packets cross between the sites in user space: each site has a TUN device, and what is read from one is written to
+another after the delay. Kernels of test machines often have no netem. The devices pass whole TCP segments of up to
+64 KB (IFF_VNET_HDR, TUN_F_TSO4), which is many times as fast as packets of 1500 bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ INNER, GATEWAY = "192.168.81.2", "192.168.81.1"  # of "nat" and of its router, b
 QUEUE_PACKETS = 50_000  # more that are on their way are lost, as in a router
 AT_ONCE = 32  # packets read from one site before the others have their turn
 LOOK_S = 1.0  # between looks whether the starter still lives
-GRACE_S = 3.0  # for processes that are about to end when the test does
+GRACE_S = 2.0  # for processes that are about to end when the test does
 END_S = 10.0  # most seconds for all of them to end
 
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -164,13 +165,16 @@ def put_behind_router(namespace: str, router: str) -> None:
     inside(router, "nft", "-f", "-", given=MASQUERADE % {"network": NETWORK})
 
 
-def tear_down(tag: str, spared: Sequence[int] = ()) -> list[str]:
-    """End the processes inside the namespaces of a run, but ``spared``; remove these; return what had to be ended."""
+def tear_down(tag: str, starter: int) -> list[str]:
+    """End what runs inside the namespaces of a run, but its ``starter``; remove these; return what had to be ended.
+
+    There is a grace while the starter is our parent: it did not die, and its processes may be about to end.
+    """
     there = [namespace for namespace in namespaces(tag).values() if path_of(namespace).exists()]
     ended: dict[int, str] = {}
     start = time.monotonic()
-    while (pids := pids_in(there) - {os.getpid(), *spared}) and time.monotonic() < start + END_S:
-        if time.monotonic() > start + GRACE_S:
+    while (pids := pids_in(there) - {os.getpid(), starter}) and time.monotonic() < start + END_S:
+        if os.getppid() != starter or time.monotonic() > start + GRACE_S:
             ended |= {pid: kill(pid) for pid in pids - ended.keys()}
         time.sleep(0.02)
     for namespace in there:
@@ -267,8 +271,11 @@ class Relay:
         """Obey the lines that have come and answer each; say whether more can come. A line comes whole: it is short."""
         lines = os.read(control, 4096).decode().splitlines()
         for line in lines:
-            self.obey(line)
-            print("ok", flush=True)
+            try:
+                self.obey(line)
+                print("ok", flush=True)
+            except ValueError as exc:
+                print(exc, flush=True)
         return bool(lines)
 
 
@@ -283,7 +290,7 @@ def main(tag: str, delay_s: str) -> None:
         print("ready", flush=True)
         Relay(links, float(delay_s)).run(sys.stdin.fileno(), starter)
     finally:
-        left = tear_down(tag, spared=(starter,))
+        left = tear_down(tag, starter)
         with suppress(BrokenPipeError):  # nobody is left to read it
             print("".join(f"left {line}\n" for line in left), end="", flush=True)
 
