@@ -40,6 +40,7 @@ EXTRAS = {
     ],
     "test": [
         *COLLECTIONS,
+        "asyncssh>=2.18",  # logs in to the sshd of the tests
         "bokeh>=3.1",  # task streams and profiles as plots, performance reports
         "hypothesis>=6.100",
         "mypy>=1.13",

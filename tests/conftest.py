@@ -27,6 +27,9 @@ settings.load_profile("daskfed")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: what tests start would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Some programs that tests need lie where only root's shells look.
+os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+
 # Workers in processes of their own find functions of test modules by name.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
