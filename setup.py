@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 REQUIRES = [
-    "asyncssh>=2.14",  # sites that are reached over SSH
+    "asyncssh>=2.18",  # sites that are reached over SSH
     "click>=8.1",  # the command line
     "cloudpickle>=3.0",  # functions that no other machine can import
     "dask>=2026.7",  # graphs, expressions, collections
@@ -40,7 +40,6 @@ EXTRAS = {
     ],
     "test": [
         *COLLECTIONS,
-        "asyncssh>=2.18",  # logs in to the sshd of the tests
         "bokeh>=3.1",  # task streams and profiles as plots, performance reports
         "hypothesis>=6.100",
         "mypy>=1.13",

@@ -149,17 +149,18 @@ def stop(name: str, profile_name: str | None) -> None:
     """End one site of a profile, or one that has joined from here with a token."""
     from daskfed.reach.background import Background
 
-    if profile_name is None and Run(JOINED, name).pid() is not None:
-        Run(JOINED, name).stop()
-        click.echo(f"site {name} has ended")
+    joined = Run(JOINED, name)
+    if profile_name is None and joined.read("spec") is not None:
+        _tell_stopped(name, joined.stop())
         return
     profile, found = _profile(profile_name)
     _known(name, found)
     with Run("profiles", profile).alone():
-        if not Background(profile, found).stop_site(name):
-            click.echo(f"site {name} does not run in the background here")
-        else:
-            click.echo(f"site {name} has ended")
+        _tell_stopped(name, Background(profile, found).stop_site(name))
+
+
+def _tell_stopped(site: str, ran: bool) -> None:
+    click.echo(f"site {site} has ended" if ran else f"site {site} does not run in the background here")
 
 
 @click.command("logs")

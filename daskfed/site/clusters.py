@@ -43,6 +43,7 @@ PLAIN = (str, int, float, bool, type(None))
 SECRET = re.compile("pass|secret|token|key|credential|auth|env", re.IGNORECASE)  # options that errors do not show
 HOST = "from daskfed.site.host import main; main({})"  # not by -m: processes that it spawns would import it again
 LOCAL = (LocalCluster, "dask.distributed.LocalCluster", "distributed.LocalCluster")
+DASHBOARD = "127.0.0.1:8787"  # or another port where that is taken
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
 
@@ -143,7 +144,7 @@ async def start_cluster(spec: ClusterSpec) -> Any:
     name = given if is_address(given) else f"{cls.__module__}.{cls.__qualname__}"
     first = {"n_workers": scale.first} if scale is not None and _takes_n_workers(cls) else {}
     try:
-        cluster = cls(**{**first, **options, "asynchronous": True})
+        cluster = cls(**{**first, **_own_dashboard(cls, spec), **options, "asynchronous": True})
     except Exception as exc:
         raise SiteStartError(f"{name} rejected its options ({_shown(options)}): {_in_words(exc)}") from exc
     try:
@@ -157,6 +158,11 @@ async def start_cluster(spec: ClusterSpec) -> Any:
     if scale is not None:
         await _scale(cluster, scale)
     return cluster
+
+
+def _own_dashboard(cls: Any, spec: ClusterSpec) -> dict[str, str]:
+    """Have the dashboard of a site listen on loopback: nothing of a site is to be reached from elsewhere unasked."""
+    return {"dashboard_address": DASHBOARD} if cls is LocalCluster and not spec.in_process else {}
 
 
 def is_address(cluster: Any) -> bool:
