@@ -67,11 +67,11 @@ def trial(name: str, options: dict[str, Any]) -> list[str]:
     if kind is None:
         return []
     command, dry = SUBMIT[kind]
+    script = job_script(cls, options)
     path = shutil.which(command)
     if path is None:
         return [f"{command} is not on the PATH of this machine ({os.environ.get('PATH', '')}): load its module in your "
                 "shell's start-up file"]  # fmt: skip
-    script = job_script(cls, options)
     return [] if dry is None else dry_run([path, *dry], script)
 
 

@@ -97,7 +97,9 @@ class FarSites:
 
     def status(self) -> dict[str, dict[str, object]]:
         """Return what the hub knows of its sites."""
-        local = json.loads((self.hub.folder / "state" / "profiles" / PROFILE / "hub" / "addresses").read_text())["local"]
+        local = json.loads((self.hub.folder / "state" / "profiles" / PROFILE / "hub" / "addresses").read_text())[
+            "local"
+        ]
         return dict(json.loads(self.hub.run(*DASKFED, "status", "--hub", local, "--json")))
 
     def login_agent(self) -> int:
@@ -133,5 +135,3 @@ def far_sites(folder: Path) -> Iterator[FarSites]:
                 yield sites
             finally:
                 sites.down()
-
-

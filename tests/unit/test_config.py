@@ -18,7 +18,8 @@ class TestOptions:
     def test_none_are_needed(self) -> None:
         assert site_options("north", {}).model_dump() == {
             "cluster": DEFAULT_CLUSTER, "options": {}, "scale": None, "labels": {}, "environments": ["default"],
-            "resources": {}, "directory": None,
+            "resources": {}, "directory": None, "reach": "local", "python": "", "install": False,
+            "orphan_timeout": None,
         }  # fmt: skip
 
     def test_all_that_is_given_is_kept(self, tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ class TestOptions:
             "cluster": int, "options": {"cores": 4}, "labels": {"country": "de"}, "environments": ["torch"],
             "resources": {"GPU": 2}, "directory": str(tmp_path),
         }  # fmt: skip
-        assert site_options("north", given).model_dump() == {**given, "scale": None, "directory": tmp_path}
+        assert site_options("north", given).model_dump(exclude_unset=True) == {**given, "directory": tmp_path}
 
     def test_defaults_are_not_shared_between_sites(self) -> None:
         site_options("north", {}).environments.append("torch")
@@ -36,13 +37,15 @@ class TestOptions:
         ("given", "complaint"),
         [
             ({"optoins": {}}, "unknown option 'optoins'; did you mean 'options'?"),
-            ({"n_workers": 2}, "unknown option 'n_workers'; options are cluster, options, scale, labels"),
+            ({"n_workers": 2}, "unknown option 'n_workers'; options are reach, python, install, orphan-timeout, cluster"),
             ({"n_workers": 2}, "(keywords of the Cluster class go into 'options')"),
             ({"options": [1]}, "option 'options': Input should be a valid dictionary"),
             ({"labels": {"disk": 7}}, "option 'labels.disk': Input should be a valid string"),
             ({"environments": "torch"}, "option 'environments': Input should be a valid list"),
             ({"resources": {"GPU": "many"}}, "option 'resources.GPU': Input should be a valid number"),
             ({"directory": "/no/such/folder"}, "there is no directory '/no/such/folder'; create it first"),
+            ({"reach": "sssh://host"}, "option 'reach': 'sssh://host' is none of local, ssh://[user@]host[:port], wait"),
+            ({"orphan-timeout": "soon"}, "option 'orphan-timeout': Input should be a duration"),
             ({1: 2}, "option '1': Keys should be strings"),
             (["cluster"], "expected a dict of options, got ['cluster']"),
             (None, "expected a dict of options, got None"),
