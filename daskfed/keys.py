@@ -365,11 +365,13 @@ def moment(text: str) -> datetime:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
-        text = file.read_text()
+        mode, text = file.stat().st_mode, file.read_text()
     except FileNotFoundError:
         return
     except (OSError, UnicodeDecodeError) as exc:
         raise KeyFileError(f"cannot read {file}: {exc}") from exc
+    if stat.S_IMODE(mode) & 0o022:
+        raise KeyFileError(f"others may change {file}: see that nobody has, and do chmod 600 {file}")
     for number, line in enumerate(text.splitlines(), 1):
         if (line := line.strip()) and not line.startswith("#"):
             yield number, line

@@ -288,6 +288,7 @@ class LocalHub:
         self.site = site
         self.epoch = hub.core.ledger.epoch
         self.federation = hub.secret
+        self.door = hub.door_of(site)
 
     def send(self, message: Message, payload: Any = None) -> None:
         """Give the hub a message of the site."""

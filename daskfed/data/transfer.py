@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from daskfed.comm.opaque import OpaqueError, OpaquePool
@@ -44,11 +44,19 @@ class Arrival:
     missing: bool = False  # the site does not have it
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where an agent can be dialled, and what it wants to be shown; no address: only the hub may be asked."""
+
+    address: str
+    token: str = field(default="", repr=False)
+
+
 class Directory(Protocol):
     """What a fetcher needs of the hub."""
 
-    async def address_of(self, site: str) -> str:
-        """Return where the agent of ``site`` can be dialled; empty if only the hub reaches it. Raises OSError."""
+    async def door_of(self, site: str) -> Door:
+        """Return where the agent of ``site`` can be dialled. Raises OSError."""
         ...
 
     def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
@@ -119,16 +127,15 @@ def grouped(sized: Sequence[tuple[Key, int]]) -> Iterator[list[Key]]:
 class Fetcher:
     """Fetches keys from other sites and hands each to ``deliver`` as it arrives, or why it did not.
 
-    ``token`` is the federation's secret, ``connection_args`` are for dialling other agents.
+    ``connection_args`` are for dialling other agents.
     """
 
     def __init__(
-        self, directory: Directory, token: str, deliver: Deliver, connection_args: dict[str, Any] | None = None
+        self, directory: Directory, deliver: Deliver, connection_args: dict[str, Any] | None = None
     ) -> None:
         self.directory = directory
-        self.token = token
         self.deliver = deliver
-        self._addresses: dict[str, str] = {}
+        self._doors: dict[str, Door] = {}
         self._unreachable: dict[str, float] = {}  # site -> when to dial it again
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,7 +154,7 @@ class Fetcher:
 
     def forget(self, site: str) -> None:
         """Ask the hub anew where a site is, the next time that something is fetched from it."""
-        self._addresses.pop(site, None)
+        self._doors.pop(site, None)
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -165,31 +172,31 @@ class Fetcher:
 
     async def _direct(self, request: _Request) -> str | None:
         """Fetch over a direct connection; returns None where there is none, else why keys are still pending."""
-        known = request.source in self._addresses
+        known = request.source in self._doors
         try:
-            address = await self._address_of(request.source)
+            door = await self._door_of(request.source)
         except (OSError, OpaqueError) as exc:
             return f"the hub does not say where site {request.source!r} is: {exc}"
-        if not address:
+        if not door.address:
             return None
         try:
-            comm = await self._pool.connect(address)
+            comm = await self._pool.connect(door.address)
         except (OSError, ValueError, TypeError):  # TypeError: it wants TLS, and there is no certificate here
             self.forget(request.source)
             if known:  # it may have another address since it was asked for
                 return await self._direct(request)
             self._not_reached(request.source)
             return None
-        return await self._receive_from(comm, address, request)
+        return await self._receive_from(comm, door, request)
 
     def _not_reached(self, site: str) -> None:
         self._unreachable[site] = time.monotonic() + UNREACHABLE_S
 
-    async def _receive_from(self, comm: Any, address: str, request: _Request) -> str | None:
+    async def _receive_from(self, comm: Any, door: Door, request: _Request) -> str | None:
         keys = list(request.pending)
         try:
             await comm.write(
-                {"op": "get_keys", "site": request.source, "keys": keys, "token": self.token, "reply": False}
+                {"op": "get_keys", "site": request.source, "keys": keys, "token": door.token, "reply": False}
             )
             return await self._receive(_messages(comm), request)
         except _StrangerError:  # of two private networks, in which the same address is another machine
@@ -203,14 +210,14 @@ class Fetcher:
             comm.abort()
             raise
         finally:
-            self._pool.reuse(address, comm)
+            self._pool.reuse(door.address, comm)
 
-    async def _address_of(self, source: str) -> str:
+    async def _door_of(self, source: str) -> Door:
         if self._unreachable.get(source, 0.0) > time.monotonic():
-            return ""
-        if source not in self._addresses:
-            self._addresses[source] = await self.directory.address_of(source)
-        return self._addresses[source]
+            return Door("")
+        if source not in self._doors:
+            self._doors[source] = await self.directory.door_of(source)
+        return self._doors[source]
 
     async def _relayed(self, request: _Request) -> str:
         request.relayed = True

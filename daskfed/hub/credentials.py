@@ -91,6 +91,13 @@ class Credentials:
             raise PermissionError(f"the key of {who.owner!r} does not let a site have what is {sorted(others)[0]!r}'s")
 
 
+def may_have_all_of(who: Authorized | None, serves: Collection[str]) -> bool:
+    """Whether a site with this key serves everybody whom another one ``serves``; of that, nobody means everybody."""
+    if who is None or Role.ADMIN in who.roles or not who.serves:
+        return True
+    return bool(serves) and set(serves) <= set(who.serves)
+
+
 def is_admin(comm: Any) -> bool:
     """Whether the key at the other end, if it has one, is an admin's."""
     who = key_holder(comm)

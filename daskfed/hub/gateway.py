@@ -14,12 +14,14 @@ from daskfed.comm.opaque import relays_errors
 from daskfed.comm.pacing import Paced
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
+from daskfed.hub.credentials import may_have_all_of
 from daskfed.hub.dispatch import SiteState
 from daskfed.hub.fanout import answers_errors
 from daskfed.hub.gathering import Gathering
 from daskfed.hub.inspection import progress_of
 from daskfed.hub.lookups import Roster
 from daskfed.hub.observing import Observing
+from daskfed.hub.peers import key_holder
 from daskfed.hub.replay import Replay
 from daskfed.hub.scattering import scatter
 from daskfed.hub.states import KeyPhase
@@ -132,12 +134,17 @@ class Gateway:
             raise UnknownSiteError(f"no site {site!r}; sites are {sorted(self.hub.ports)}")
         return await self.hub.ports[site].call("cluster", method=method, kwargs=dict(kwargs))
 
-    async def site_address(self, site: str, token: str) -> dict[str, Any]:
-        """Tell an agent where it may fetch keys of another site; an empty address means: only through the hub."""
+    async def site_address(self, comm: Comm | None, site: str, token: str) -> dict[str, Any]:
+        """Tell an agent where it may fetch keys of another site; an empty address means: only through the hub.
+
+        So it is where that site serves somebody whom the one which asks does not: the hub sees which keys are whose.
+        """
         port = self.hub.ports.get(site)
         if port is None or not self.hub.trusts(token):
             return {"status": "error", "reason": f"no site {site!r} is connected, or the caller is no site of the hub"}
-        return {"status": "OK", "address": port.hello.data_address, "federation": self.hub.secret}
+        if not may_have_all_of(key_holder(comm), port.hello.serves):
+            return {"status": "OK", "address": "", "door": ""}
+        return {"status": "OK", "address": port.hello.data_address, "door": self.hub.door_of(site)}
 
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""

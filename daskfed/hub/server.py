@@ -96,7 +96,7 @@ class Hub(Hosting, OpaqueServer):
         self.payloads = Spilled(hub_memory())
         self.stores = Stores(self.payloads)
         self.ports: dict[str, SitePort] = {}
-        self.secret = self.journal.secret  # lets the agents of this federation fetch keys from each other
+        self.secret = shown_by(self.journal.secret, "site")  # by this federation's sites, when they call
         self.owners = Owners(self)
         self.credentials = Credentials(self.ports, self.core.ledger.keys)
         self.sessions = ClientSessions(self)
@@ -259,7 +259,7 @@ class Hub(Hosting, OpaqueServer):
         port = self.ports.get(decoded.site)
         if isinstance(port, RemoteSite) and port.stream.session == session:
             await port.detach()
-            await self._welcome(comm, session, port.stream.received)
+            await self._welcome(comm, decoded.site, session, port.stream.received)
             port.stream.resume(comm, received)
             port.hello = decoded
             self.take(ev.SiteServes(decoded.site, decoded.serves))
@@ -273,14 +273,14 @@ class Hub(Hosting, OpaqueServer):
         if (former := self.ports.get(hello.site)) is not None:
             self.remove_site(former.hello)
         session = f"{hello.site}/{hello.incarnation}/{self.core.ledger.epoch}/{next(self._sessions)}"
-        await self._welcome(comm, session, 0)
+        await self._welcome(comm, hello.site, session, 0)
         stream = ControlStream(comm, session, lambda message, payload: self.from_site(hello.site, message, payload))
         port = RemoteSite(hello, stream)
         self.add_site(port)
         return port
 
-    async def _welcome(self, comm: Comm, session: str, received: int) -> None:
-        known = {"epoch": self.core.ledger.epoch, "federation": self.secret}
+    async def _welcome(self, comm: Comm, site: str, session: str, received: int) -> None:
+        known = {"epoch": self.core.ledger.epoch, "federation": self.secret, "door": self.door_of(site)}
         await comm.write({"status": "OK", "session": session, "received": received, **known})
 
     def _accepted(self, hello: dict[str, Any]) -> SiteHello:
@@ -440,6 +440,10 @@ class Hub(Hosting, OpaqueServer):
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_put(kwargs)))
 
+    def door_of(self, site: str) -> str:
+        """Return what an agent shows that of a site, to fetch keys from it."""
+        return shown_by(self.journal.secret, f"door of {site}")
+
     def trusts(self, token: str) -> bool:
         """Say whether a caller knows the secret that the hub gave its sites."""
         return hmac.compare_digest(token or "", self.secret)
@@ -447,6 +451,11 @@ class Hub(Hosting, OpaqueServer):
     def _check_token(self, token: str) -> None:
         if not self.trusts(token):
             raise PermissionError("the token is not this federation's")
+
+
+def shown_by(secret: str, what: str) -> str:
+    """Return what only who knows a secret can show; it tells nothing of the secret, nor of what others show."""
+    return hmac.new(secret.encode(), what.encode(), "sha256").hexdigest()
 
 
 def _keys_put(kwargs: Mapping[str, Any]) -> tuple[Key, ...]:

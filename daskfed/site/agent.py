@@ -30,6 +30,7 @@ from distributed.core import Status
 from daskfed import config
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.comm.pacing import Paced
+from daskfed.data.transfer import Door
 from daskfed.ending import end_tasks
 from daskfed.errors import DaskfedError, TransferError
 from daskfed.keys import KeyFolder
@@ -304,7 +305,7 @@ class Agent:
         return {"get_keys": self._get_keys, "get-import": self._get_import, "forward-to-hub": self._serve_forwarding}
 
     async def _get_keys(self, comm: Comm, keys: Collection[Key], token: str, site: str) -> Status:
-        trusted = self._port is not None and hmac.compare_digest(token, self._port.federation)
+        trusted = self._port is not None and hmac.compare_digest(token, self._port.door)
         if not trusted or site != self.name:
             error = f"this is site {self.name!r}, which does not know the caller"
             await comm.write({"end": True, "stranger": True, "error": error})
@@ -355,13 +356,13 @@ class Agent:
         except TimeoutError:
             raise TransferError(f"{list(keys)[:3]} did not arrive within {BRING_TIMEOUT_S:g} s") from None
 
-    async def address_of(self, site: str) -> str:
-        """Return where the agent of another site can be dialled; empty if only the hub reaches it. Raises OSError."""
+    async def door_of(self, site: str) -> Door:
+        """Return where the agent of another site can be dialled, if it may be. Raises OSError."""
         port = self._joined_port()
         reply = await port.call("site-address", site=site, token=port.federation)
         if reply["status"] != "OK":
             raise TransferError(reply["reason"])
-        return str(reply["address"])
+        return Door(str(reply["address"]), str(reply["door"]))
 
     def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages of a stream of keys of another site, which comes through the hub."""

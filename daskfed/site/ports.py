@@ -41,7 +41,8 @@ class HubPort(Protocol):
     """The hub, as the agent sees it."""
 
     epoch: int  # of the hub
-    federation: str  # secret that lets agents fetch keys from each other
+    federation: str  # secret of its sites, which shows the hub that a call is one's
+    door: str  # what agents show that fetch keys from this one
 
     def send(self, message: Message, payload: Any = None) -> None:
         """Queue a message for the hub, with what travels beside it."""
@@ -80,6 +81,7 @@ class RemoteHub:
         self.connection_args = dict(connection_args or {})
         self.epoch = 0
         self.federation = ""
+        self.door = ""
         self._round_trips: deque[float] = deque(maxlen=5)  # seconds
         self._pool = OpaquePool(limit=MOST_CALLS, timeout=CONNECT_TIMEOUT_S, connection_args=self.connection_args)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,7 +105,7 @@ class RemoteHub:
         comm = await connect_opaque(self.address, timeout=CONNECT_TIMEOUT_S, **self.connection_args)
         comm.name = "Agent->Hub"
         reply = await self._introduce(comm, hello)
-        self.epoch, self.federation = reply["epoch"], reply["federation"]
+        self.epoch, self.federation, self.door = reply["epoch"], reply["federation"], reply["door"]
         await self._pool.start()
         resumed = self._stream is not None and reply["session"] == self._stream.session
         if self._stream is not None and resumed:

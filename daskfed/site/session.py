@@ -141,9 +141,8 @@ class Session:
         self.port = port
         self._tell_holdings()
         if self.fetcher is None:
-            self.fetcher = Fetcher(directory, port.federation, self._take_arrival, connection_args)
+            self.fetcher = Fetcher(directory, self._take_arrival, connection_args)
             await self.fetcher.start()
-        self.fetcher.token = port.federation
         self.status = replace(self.status, round_trip_s=self._round_trip_s())
         self.send_status()
 

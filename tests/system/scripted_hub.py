@@ -140,7 +140,7 @@ class ScriptedHub(OpaqueServer):
         decoded = decode(hello)
         assert isinstance(decoded, SiteHello)
         fresh = f"{decoded.site}/{decoded.incarnation}/{next(self._sessions)}"  # this hub takes up nothing again
-        known = {"epoch": 1, "federation": self.secret}
+        known = {"epoch": 1, "federation": self.secret, "door": self.secret}
         await comm.write({"status": "OK", "session": fresh, "received": 0, **known})
         link = SiteLink(decoded)
         link.stream = ControlStream(comm, fresh, link.take)
@@ -164,7 +164,8 @@ class ScriptedHub(OpaqueServer):
         assert token == self.secret
         if site not in self.sites:
             return {"status": "error", "reason": f"no site {site!r}"}
-        return {"status": "OK", "address": "" if self.hide_addresses else self.sites[site].hello.data_address}
+        address = "" if self.hide_addresses else self.sites[site].hello.data_address
+        return {"status": "OK", "address": address, "door": self.secret}
 
     async def relay_fetch(self, comm: Comm, site: str, keys: list[Key], token: str) -> Status:
         channel = await self.sites[site].take_channel()

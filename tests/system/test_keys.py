@@ -23,6 +23,7 @@ from daskfed import Client
 from daskfed.comm import multiplex as mux
 from daskfed.comm.opaque import call_opaque, connect_opaque
 from daskfed.keys import Authorized, KeyFolder, KeyPair, Role, written
+from daskfed.messages import PROTOCOL_VERSION, SiteHello, encode
 from tests.system import commands
 from tests.system.commands import Command
 
@@ -126,6 +127,44 @@ def test_work_goes_to_sites_of_its_owner_only(keyed: Keyed) -> None:
         bob.gather(futures)
         sites = {bob.explain(future)["block"] and bob.explain(future)["sites"][0] for future in futures}
         assert sites == {"bob-east"}
+
+
+def test_only_who_serves_the_same_owners_is_told_the_door_of_a_site(keyed: Keyed) -> None:
+    async def told(owner: str) -> tuple[dict[str, Any], str]:
+        """Join as a site of somebody, by hand, and ask where another site is; return that, and the sites' secret."""
+        keys = keyed.person(owner)
+        nothing: Any = {"labels": (), "environments": (), "resources": (), "versions": ()}
+        nothing |= {"data_address": "", "dashboard": ""}
+        hello = SiteHello(site=f"{owner}-by-hand", incarnation="1", protocol=PROTOCOL_VERSION, **nothing)
+        comm = await connect_opaque(keyed.address, timeout=10, keys=keys)
+        try:
+            first = {"op": "register-site", "hello": encode(hello), "token": "", "session": "", "received": 0}
+            await comm.write({**first, "reply": False})
+            welcome = await comm.read()
+            other = await connect_opaque(keyed.address, timeout=10, keys=keys)
+            token = welcome["federation"]
+            try:
+                return await call_opaque(other, "site-address", site="ann-north", token=token), welcome["door"]
+            finally:
+                await other.close()
+        finally:
+            await comm.close()
+
+    async def first_of(address: str, token: str) -> dict[str, Any]:
+        """Ask an agent for a key, and return the first that it answers."""
+        comm = await connect_opaque(address, timeout=10)
+        try:
+            await comm.write({"op": "get_keys", "site": "ann-north", "keys": ["x"], "token": token, "reply": False})
+            return dict(await comm.read())
+        finally:
+            comm.abort()
+
+    anns, _ = asyncio.run(told("ann"))
+    assert anns["address"] and anns["door"]
+    bobs, own_door = asyncio.run(told("bob"))
+    assert (bobs["address"], bobs["door"]) == ("", "")
+    assert "stranger" not in asyncio.run(first_of(anns["address"], anns["door"]))
+    assert asyncio.run(first_of(anns["address"], own_door))["stranger"]
 
 
 def test_a_site_that_is_shared_serves_others_too_and_then_no_more(keyed: Keyed) -> None:

@@ -19,6 +19,7 @@ from distributed.protocol.serialize import serialize
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.dask_private import LLGExpr, Serialized, Task, TaskRef
 from daskfed.data.parcels import Parcel, pack
+from daskfed.data.transfer import Door
 from daskfed.errors import TransferError
 from daskfed.messages import (
     Attempt,
@@ -69,8 +70,8 @@ class Elsewhere:
     async def call(self, op: str, /, **kwargs: Any) -> Any:
         raise AssertionError(op)
 
-    async def address_of(self, site: str) -> str:
-        return ""
+    async def door_of(self, site: str) -> Door:
+        return Door("")
 
     async def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
         for key in keys:

@@ -44,6 +44,17 @@ def test_a_secret_that_others_may_read_is_refused(folder: KeyFolder) -> None:
         folder.own("id")
 
 
+@pytest.mark.parametrize("name", ["authorized", "known-hubs"])
+def test_a_file_that_others_may_change_is_refused(folder: KeyFolder, name: str) -> None:
+    folder.authorize(Authorized(KeyPair.new().public, frozenset({Role.SITE}), "ann"))
+    folder.trust("zmq://hub:1", KeyPair.new().public)
+    read = {"authorized": folder.authorized, "known-hubs": folder.hubs}[name]
+    assert len(read()) == 1
+    (folder.path / name).chmod(0o620)
+    with pytest.raises(KeyFileError, match="others may change .*chmod 600"):
+        read()
+
+
 def test_what_is_no_secret_key_is_not_repeated(folder: KeyFolder) -> None:
     folder.new("id")
     (folder.path / "id.secret").write_text("sec-hush-hush")

@@ -17,7 +17,7 @@ from daskfed.dask_private import Serialized
 from daskfed.data import transfer
 from daskfed.data.fetch import open_import
 from daskfed.data.parcels import CHUNK_BYTES
-from daskfed.data.transfer import GROUP_BYTES, GROUP_KEYS, Arrival, Fetcher, Source, grouped
+from daskfed.data.transfer import GROUP_BYTES, GROUP_KEYS, Arrival, Door, Fetcher, Source, grouped
 from daskfed.messages import Key
 from daskfed.site.agent import Agent
 
@@ -61,11 +61,11 @@ class NorthSite:
             count += 1
             yield message
 
-    async def address_of(self, site: str) -> str:
+    async def door_of(self, site: str) -> Door:
         self.asked.append(site)
         if site != "north":
             raise OSError(f"no site {site!r}")
-        return self.server.address if self.said_address is None else self.said_address
+        return Door(self.server.address if self.said_address is None else self.said_address, "secret")
 
     def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
         return self.messages(keys)
@@ -79,7 +79,7 @@ async def fetched(
         await north.server.listen("inproc://")
         await north.server.start()
     arrivals: dict[Key, Arrival] = {}
-    fetcher = fetcher or Fetcher(north, "secret", lambda arrival: None)
+    fetcher = fetcher or Fetcher(north, lambda arrival: None)
     fetcher.deliver = lambda arrival: arrivals.__setitem__(arrival.key, arrival)
     await fetcher.start()
     fetcher.fetch(source, [(key, 1) for key in keys])
@@ -110,7 +110,7 @@ def test_keys_come_over_one_connection_and_say_how() -> None:
 def test_the_hub_is_asked_once_for_an_address_and_a_connection_is_used_again() -> None:
     async def check() -> None:
         north = NorthSite({"a": 1, "b": 2})
-        fetcher = Fetcher(north, "secret", lambda arrival: None)
+        fetcher = Fetcher(north, lambda arrival: None)
         assert value((await fetched(north, "a", fetcher=fetcher))["a"]) == 1
         assert value((await fetched(north, "b", fetcher=fetcher))["b"]) == 2
         assert north.asked == ["north"]
@@ -133,12 +133,12 @@ def test_a_site_at_whose_address_another_one_answers_is_reached_through_the_hub(
     """As in two private networks with the same addresses."""
 
     async def check() -> None:
-        south = SimpleNamespace(name="south", _port=SimpleNamespace(federation="another secret"))
+        south = SimpleNamespace(name="south", _port=SimpleNamespace(door="another secret"))
         server = OpaqueServer({"get_keys": MethodType(Agent._get_keys, south)})
         await server.listen("inproc://")
         await server.start()
         north = NorthSite({"a": 1, "b": 2}, server.address)
-        fetcher = Fetcher(north, "secret", lambda arrival: None)
+        fetcher = Fetcher(north, lambda arrival: None)
         for key in "ab":
             arrival = (await fetched(north, key, fetcher=fetcher))[key]
             assert value(arrival) == north.values[key] and arrival.relayed and north.asked == ["north"]
@@ -151,9 +151,9 @@ def test_a_site_at_whose_address_another_one_answers_is_reached_through_the_hub(
 def test_a_site_that_moved_is_looked_up_again() -> None:
     async def check() -> None:
         north = NorthSite({"a": 1, "b": 2})
-        fetcher = Fetcher(north, "secret", lambda arrival: None)
+        fetcher = Fetcher(north, lambda arrival: None)
         await fetched(north, "a", fetcher=fetcher)
-        fetcher._addresses["north"] = "inproc://10.0.0.1/1/1"
+        fetcher._doors["north"] = Door("inproc://10.0.0.1/1/1")
         arrival = (await fetched(north, "b", fetcher=fetcher))["b"]
         assert value(arrival) == 2 and not arrival.relayed
         assert north.asked == ["north", "north"]
