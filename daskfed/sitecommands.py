@@ -16,7 +16,7 @@ import click
 from daskfed.commands import guarded, plain_errors
 from daskfed.config import hint_for
 from daskfed.errors import ConfigurationError, DaskfedError
-from daskfed.reach.runs import Run, Start, running
+from daskfed.reach.runs import Run, Start, hub_in_background, running
 
 if TYPE_CHECKING:
     from daskfed.profile import Profile
@@ -59,7 +59,7 @@ def down(profile: str | None) -> None:
     """End what of a profile runs in the background: its sites, their jobs, and its hub."""
     from daskfed.reach.background import Background
 
-    name, found = _profile(profile)
+    name, found = _profile_or_what_is_left(profile)
     background = Background(name, found)
     with Run("profiles", name).alone():
         known = sorted({*found.sites, *running("profiles", name, "sites")})
@@ -330,6 +330,18 @@ def _profile(name: str | None) -> tuple[str, Profile]:
 
     found = named_profile(name)
     return str(name or dask.config.get(DEFAULT_PROFILE)), found
+
+
+def _profile_or_what_is_left(name: str | None) -> tuple[str, Profile]:
+    """Return a profile, or, where it is configured no more but something of it runs, an empty one of its name."""
+    from daskfed.profile import Profile
+
+    try:
+        return _profile(name)
+    except ConfigurationError:
+        if name is None or (hub_in_background(name) is None and not running("profiles", name, "sites")):
+            raise
+        return name, Profile()
 
 
 def _known(site: str, profile: Profile) -> None:

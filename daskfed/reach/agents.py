@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from daskfed.ending import until
 from daskfed.errors import SiteLostError
-from daskfed.keys import GivenKeys, parsed
+from daskfed.keys import GivenKeys, KeyFolder, parsed
 
 if TYPE_CHECKING:
     from daskfed.profile import SiteOptions
@@ -45,9 +45,14 @@ def agent_of(spec: Mapping[str, Any], find_hub: Callable[[], str] | None = None)
         spec["name"], cluster, hub=find_hub or spec["hub"], labels=spec["labels"],
         environments=tuple(spec["environments"]), resources=spec["resources"],
         security=Security(**spec["security"]) if spec.get("security") else None,
-        keys=GivenKeys(parsed(spec["hub_key"])) if spec.get("hub_key") else None,
+        keys=keys_of(spec),
         orphan_timeout_s=spec.get("orphan_timeout"),
     )  # fmt: skip
+
+
+def keys_of(spec: Mapping[str, Any]) -> KeyFolder | None:
+    """Return the keys of a spec for the connection with its hub; None for those that the user has anyway."""
+    return GivenKeys(parsed(spec["hub_key"])) if spec.get("hub_key") else None
 
 
 async def serve(agent: Agent, stop: asyncio.Event, joined: Callable[[], None], ends: Callable[[str], None]) -> None:

@@ -8,14 +8,15 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from daskfed.comm.lines import resume_s
 from daskfed.config import calm
 from daskfed.ending import stop_on_signals, until
 from daskfed.errors import ConfigurationError, SiteStartError
 from daskfed.hub.peers import own_user
 from daskfed.keys import KeyFolder, written
 from daskfed.policies import policy_named
-from daskfed.reach.agents import agent_of, serve, spec_of
-from daskfed.reach.hubs import sites_of
+from daskfed.reach.agents import agent_of, keys_of, serve, spec_of
+from daskfed.reach.hubs import check_hub, sites_of
 from daskfed.reach.listening import command_to_join, listen_also
 from daskfed.reach.runs import PROFILES, Report, Run, Start, hub_run
 from daskfed.reach.sites import HubContact, SshSite, stop_run
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REJOINED_S = 60.0
+GONE_S = 5.0  # after its connection cannot be resumed any more, until the hub has given up a site
 LOOK_S = 0.2
 ANY_PORT = {"local": "tcp://127.0.0.1:0", "tunnel": "zmq://127.0.0.1:0"}
 
@@ -169,6 +171,9 @@ async def run_agent(report: Report, run: Run, spec: dict[str, Any]) -> None:
     quiet_process()
     stop = stop_on_signals()
     run.write("address", spec["hub"])
+    check = check_hub(spec["hub"], None, spec["name"], keys_of(spec), patience_s=resume_s() + GONE_S)
+    if not await until(stop, check):
+        return
     agent = agent_of(spec, lambda: run.read("address") or spec["hub"])
     told = {"joined": spec["name"], "pid": os.getpid(), "folder": str(run.folder), "log": str(run.log)}
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from daskfed.errors import ConnectionRefused
 from daskfed.keys import KeyFolder, written
 
 CONNECT_TIMEOUT_S = 10.0
+LOOK_S = 0.5
 
 
 async def sites_of(hub: str, security: Any = None, keys: KeyFolder | None = None) -> dict[str, Any]:
@@ -21,11 +24,16 @@ async def sites_of(hub: str, security: Any = None, keys: KeyFolder | None = None
         return await call_opaque(comm, "fed_sites")  # type: ignore[no-any-return]
 
 
-async def check_hub(hub: str, security: Any, name: str) -> None:
-    """Find out what the hub would refuse before a cluster is started, which may be dear; raises ConnectionRefused."""
-    known = (await sites_of(hub, security)).get(name)
-    if known is not None and known["status"] != "away":  # else its place may be taken
-        raise ConnectionRefused(f"a site named {name!r} is connected to {hub} already: give this one another name")
+async def check_hub(hub: str, security: Any, name: str, keys: KeyFolder | None = None, patience_s: float = 0.0) -> None:
+    """Find out what the hub would refuse before a cluster is started, which may be dear; raises ConnectionRefused.
+
+    A site of that name is waited for to be gone: of one that was killed the hub may not know it at once.
+    """
+    deadline = time.monotonic() + patience_s
+    while (known := (await sites_of(hub, security, keys)).get(name)) is not None and known["status"] != "away":
+        if time.monotonic() >= deadline:  # else its place may be taken
+            raise ConnectionRefused(f"a site named {name!r} is connected to {hub} already: give this one another name")
+        await asyncio.sleep(LOOK_S)
 
 
 async def enrol(hub: str, public: bytes, keys: KeyFolder | None = None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ FETCH_S = 600.0
 PLATFORMS = {"Linux x86_64": "x86_64", "Linux aarch64": "aarch64", "Linux ppc64le": "ppc64le"}
 MANYLINUX = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")  # newest first; pip takes any of them
 TOOLS = ("pip",)
+MADE = ("build", "dist", "__pycache__")  # in a folder of sources, by building a wheel of it
 INSTALL = """\
 set -e
 cd {folder}
@@ -129,7 +130,7 @@ def _digest(pins: dict[str, str], facts: dict[str, Any]) -> str:
     for name in pins:
         if (source := _source(name)) is not None:
             for file in sorted(Path(source).rglob("*.py")):
-                if not any(part.startswith(".") for part in file.relative_to(source).parts):
+                if not any(part.startswith(".") or part in MADE for part in file.relative_to(source).parts):
                     known.update(file.read_bytes())
     return known.hexdigest()[:16]
 

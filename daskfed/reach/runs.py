@@ -157,7 +157,8 @@ class Run:
             time.sleep(POLL_S)
         if self.pid() is not None:
             with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                kill = os.killpg if os.getpgid(pid) == pid else os.kill  # one in front is of its shell's group
+                kill(pid, signal.SIGKILL)
         (self.folder / "process").unlink(missing_ok=True)
         return True
 

@@ -21,6 +21,7 @@ from tests.system.wan import Wan, wan
 
 ROOT = Path(__file__).resolve().parents[2]
 DASKFED = (sys.executable, "-m", "daskfed")
+BARE_PYTHON = str(Path(sys.base_prefix) / "bin" / "python3")  # which has none of our packages
 PROFILE = "far"
 DIAL_IN = ("waiting", "nat")
 WORKER = {"n_workers": 1, "threads_per_worker": 1}
@@ -65,12 +66,17 @@ class FarSites:
 
     def __init__(self, net: Wan, server: SshServer, folder: Path) -> None:
         self.net, self.server = net, server
-        self._login = folder / "login"
+        self.login_home = folder / "login"
         self.address = f"zmq://{net.address('hub')}:{net.port('hub')}"
         dialling = {site: {"reach": "waiting", "options": WORKER} for site in DIAL_IN}
         reached = {"reach": f"ssh://{server.name}", "python": sys.executable, "options": WORKER}
-        profile = {"listen": self.address, "sites": {"login": reached, **dialling}}
-        self.hub = Place(net, "hub", folder / "hub", {"profiles": {PROFILE: profile}})
+        bare = {**reached, "python": BARE_PYTHON, "install": True}
+        profiles = {
+            PROFILE: {"listen": self.address, "sites": {"login": reached, **dialling}},
+            "own": {"sites": {"login": reached, "here": {"options": WORKER}}},
+            "bare": {"sites": {"fresh": bare}},
+        }
+        self.hub = Place(net, "hub", folder / "hub", {"profiles": profiles, "wheels": str(folder / "wheels")})
         (self.hub.folder / ".ssh").symlink_to(server.client)
         self.dialling = {site: Place(net, site, folder / site, {}) for site in DIAL_IN}
 
@@ -104,7 +110,7 @@ class FarSites:
 
     def login_agent(self) -> int:
         """Return the process id of the agent behind sshd."""
-        (told,) = self._login.glob("state/joined/*/process")
+        (told,) = self.login_home.glob("state/joined/*/process")
         return int(json.loads(told.read_text())["pid"])
 
     def all_running(self) -> bool:

@@ -155,6 +155,16 @@ def test_a_site_that_does_not_start_says_why_and_the_others_do(tmp_path: Path) -
         user.down()
 
 
+def test_what_is_configured_no_more_is_ended_all_the_same(user: User) -> None:
+    user.run("up")
+    file = user.folder / "config" / "daskfed.yaml"
+    written = file.read_text()
+    file.write_text(yaml.safe_dump({"daskfed": {**user.config["daskfed"], "profiles": {}}}))
+    said = user.run("down", "two")
+    file.write_text(written)
+    assert said.count("has ended") == 3
+
+
 def test_without_a_hub_a_site_ends_itself_after_its_orphan_timeout(tmp_path: Path) -> None:
     user = User(tmp_path, "ann", {"one": {"sites": {"north": {**WORKER, "orphan-timeout": "2s"}}}})
     try:
