@@ -13,6 +13,8 @@ them, which every packet does: after a break both ends tell what they have, and 
   one is cut into chunks.
 - What is small goes first, whichever channel it is of; chunks of large messages take turns. A channel that has much
   under way counts as large, so that it cannot keep others waiting with many small messages.
+- What arrives of a large message is copied at once to where it stays: what it came in can be used again, before it is
+  cold. Frames of one object lie side by side, others apart, so that each can be let go of by itself.
 - Of large messages no more is under way than the line holds (:class:`Window`): nothing queues in buffers that the small
   ones would have to wait behind.
 - Each channel has credit for what its reader has not taken yet: a slow reader holds its own channel up and no other.
@@ -577,11 +579,12 @@ def _lengths(frames: Sequence[Buffer]) -> bytes:
 
 
 def _marked_lengths(frames: Sequence[Buffer]) -> bytes:
-    """Return the lengths, of which those are marked that are of one object with the frame before: Dask splits large ones.
+    """Return the lengths, and mark which frames are of one object with the one before.
 
-    Whoever puts them together again need not copy them where they lie side by side.
+    Dask splits what is large. Whoever puts it together again need not copy it where it lies side by side.
     """
-    lengths, before = [], None
+    lengths: list[int] = []
+    before: object = None
     for frame in frames:
         of = frame.obj if isinstance(frame, memoryview) else None
         lengths.append(memoryview(frame).nbytes | (JOINED if of is not None and of is before else 0))
