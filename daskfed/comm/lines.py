@@ -48,6 +48,7 @@ PING_AT_S = (0.0, 0.05, 0.5)  # after somebody was cut off
 BATCH = 200  # packets that are taken in before others have their turn
 ZERO_COPY = 64 * 2**10  # bytes
 LINGER_MS = 1000
+READABLE = int(zmq.POLLIN)
 WAITING = 1000  # packets that arrived and are not taken in yet, of each peer
 ZAP = "inproc://zeromq.zap.01"
 FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -127,8 +128,8 @@ class Pipe:
         loop.add_reader(self._descriptor, self._check)
 
     def check_soon(self) -> None:
-        """Look for messages: whatever is done with a socket may swallow the sign that there are some."""
-        if not self._soon:
+        """Look for messages if there are some: whatever is done with a socket may swallow the sign of them."""
+        if not self._soon and not self.socket.closed and self.socket.getsockopt(zmq.EVENTS) & READABLE:
             self._soon = True
             self.loop.call_soon(self._check)
 
@@ -409,6 +410,7 @@ class DialledLine(Line):
             _send(self._pipe.socket, parts)
         except zmq.Again:
             self.broke("it was cut")
+            return
         self._pipe.check_soon()
 
     @property

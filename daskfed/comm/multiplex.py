@@ -13,6 +13,8 @@ them, which every packet does: after a break both ends tell what they have, and 
   one is cut into chunks.
 - What is small goes first, whichever channel it is of; chunks of large messages take turns. A channel that has much
   under way counts as large, so that it cannot keep others waiting with many small messages.
+- What arrives of a large message is copied at once to where it stays: what it came in can be used again, before it is
+  cold. Frames of one object lie side by side, others apart, so that each can be let go of by itself.
 - Of large messages no more is under way than the line holds (:class:`Window`): nothing queues in buffers that the small
   ones would have to wait behind.
 - Each channel has credit for what its reader has not taken yet: a slow reader holds its own channel up and no other.
@@ -22,9 +24,10 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from math import inf
 
 from daskfed.dask_private import host_array
@@ -32,10 +35,11 @@ from daskfed.errors import DaskfedError
 
 Buffer = bytes | memoryview
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER = struct.Struct("<BBIQQ")
 GREETING = struct.Struct("<I16s")  # protocol, session
 COUNT = struct.Struct("<I")
+JOINED = 2**63  # mark of a length: the frame shares a buffer with the one before
 SMALL = 64 * 2**10  # bytes of a message that is sent in one piece, before large ones
 INLINE = 4 * 2**10  # bytes that are rather copied than sent as a part of their own
 MOST_PARTS = 8  # of a packet; more are joined
@@ -137,7 +141,7 @@ class Outgoing:
     """A large message, of which chunks leave as there is room."""
 
     def __init__(self, frames: Sequence[Buffer]) -> None:
-        self._body = _lengths(frames)
+        self._body = _marked_lengths(frames)
         self._flags = FIRST | BULK
         self._rest = deque(view for frame in frames if (view := memoryview(frame).cast("B")).nbytes)
 
@@ -161,49 +165,53 @@ class Outgoing:
 
 
 class _Incoming:
-    """A message that arrives in pieces."""
+    """A message that arrives in pieces. Each is copied to where it stays, so that what it came in is free at once."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = lengths
-        self.missing = sum(lengths)
+        self.lengths = [length & ~JOINED for length in lengths]
+        self.nbytes = self.missing = sum(self.lengths)
         self.unpaid = 0  # bytes that no credit was given for yet
-        self._pieces: deque[memoryview] = deque()
+        self._buffers = _shared(lengths)
+        self._frames: list[Buffer] = []
+        self._room = memoryview(b"")  # what is not filled yet of the last frames
 
     def add(self, body: memoryview, parts: Sequence[Buffer]) -> int:
-        """Take in content; returns how many bytes it is."""
+        """Take in content; returns how many bytes it is. Raises MemoryError where there is no room for a frame."""
         pieces = [view for part in (body, *parts) if (view := memoryview(part)).nbytes]
         nbytes = sum(piece.nbytes for piece in pieces)
-        self.missing -= nbytes
-        if self.missing < 0:
+        if nbytes > self.missing:
             raise ProtocolError("a message is longer than it said")
-        self._pieces.extend(pieces)
+        if len(pieces) == 1 and nbytes == self.nbytes <= SMALL:
+            self._frames = _slices(pieces[0], self.lengths)
+        else:
+            for piece in pieces:
+                self._fill(piece)
+        self.missing -= nbytes
         return nbytes
 
     def frames(self) -> list[Buffer]:
         """Return the whole message."""
         if self.missing:
             raise ProtocolError(f"a message ended {self.missing} bytes early")
-        return [self._frame(length) for length in self.lengths]
+        while len(self._frames) < len(self.lengths):  # only those without content
+            self._make_room()
+        return self._frames
 
-    def _frame(self, length: int) -> Buffer:
-        if not length:
-            return b""
-        first = self._pieces.popleft()
-        if first.nbytes >= length and first.nbytes <= SMALL:
-            if first.nbytes > length:
-                self._pieces.appendleft(first[length:])
-            return first[:length]
-        frame = memoryview(host_array(length)).cast("B")  # one that may be written to, as over tcp
-        filled = 0
-        while True:
-            piece = first[: length - filled]
-            frame[filled : filled + piece.nbytes] = piece
-            filled += piece.nbytes
-            if filled == length:
-                if first.nbytes > piece.nbytes:
-                    self._pieces.appendleft(first[piece.nbytes :])
-                return frame
-            first = self._pieces.popleft()
+    def _fill(self, piece: memoryview) -> None:
+        while piece.nbytes:
+            if not self._room.nbytes:
+                self._make_room()
+            nbytes = min(piece.nbytes, self._room.nbytes)
+            self._room[:nbytes] = piece[:nbytes]
+            piece, self._room = piece[nbytes:], self._room[nbytes:]
+
+    def _make_room(self) -> None:
+        lengths = next(self._buffers)
+        try:
+            self._room = memoryview(host_array(sum(lengths))).cast("B")  # may be written to, as over tcp
+        except ValueError as exc:  # numpy's word for what no machine has
+            raise MemoryError(str(exc)) from exc
+        self._frames += _slices(self._room, lengths)
 
 
 class Channel:
@@ -279,13 +287,17 @@ class Channel:
             if self._coming is not None:
                 raise ProtocolError("a message began within another")
             lengths, body = _read_lengths(body)
-            if sum(lengths) > self.max_bytes:
-                self.refuse(f"a message of {sum(lengths)} bytes came, the limit is {self.max_bytes:g}")
-                return
             self._coming = _Incoming(lengths)
+            if self._coming.nbytes > self.max_bytes:
+                self.refuse(f"a message of {self._coming.nbytes} bytes came, the limit is {self.max_bytes:g}")
+                return
         if (coming := self._coming) is None:
             raise ProtocolError("a message has no beginning")
-        nbytes = coming.add(body, parts)
+        try:
+            nbytes = coming.add(body, parts)
+        except MemoryError:
+            self.refuse(f"a message of {coming.nbytes} bytes came, for which there is no memory")
+            return
         coming.unpaid += nbytes
         self._unpaid += nbytes
         if self._unpaid > 2 * CREDIT or len(self.messages) > MOST_MESSAGES:
@@ -563,7 +575,47 @@ def read_header(head: memoryview) -> tuple[int, int, int, int, int]:
 
 
 def _lengths(frames: Sequence[Buffer]) -> bytes:
-    return struct.pack(f"<I{len(frames)}Q", len(frames), *(memoryview(frame).nbytes for frame in frames))
+    return _packed([memoryview(frame).nbytes for frame in frames])
+
+
+def _marked_lengths(frames: Sequence[Buffer]) -> bytes:
+    """Return the lengths, and mark which frames are of one object with the one before.
+
+    Dask splits what is large. Whoever puts it together again need not copy it where it lies side by side.
+    """
+    lengths: list[int] = []
+    before: object = None
+    for frame in frames:
+        of = frame.obj if isinstance(frame, memoryview) else None
+        lengths.append(memoryview(frame).nbytes | (JOINED if of is not None and of is before else 0))
+        before = of
+    return _packed(lengths)
+
+
+def _packed(lengths: Sequence[int]) -> bytes:
+    return struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths)
+
+
+def _shared(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield lengths of frames that share a buffer: marked ones, and small ones up to a size.
+
+    All others get a buffer of their own, so that each can be let go of without the others.
+    """
+    together: list[int] = []
+    total = 0
+    for length in lengths:
+        nbytes = length & ~JOINED
+        if together and not (length & JOINED or total + nbytes <= SMALL):
+            yield together
+            together, total = [], 0
+        together.append(nbytes)
+        total += nbytes
+    yield together
+
+
+def _slices(buffer: memoryview, lengths: Sequence[int]) -> list[Buffer]:
+    ends = list(accumulate(lengths))
+    return [buffer[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
 
 def _read_lengths(body: memoryview) -> tuple[tuple[int, ...], memoryview]:

@@ -327,6 +327,8 @@ def test_a_listener_that_stops_leaves_its_comms_alone(ends: Ends) -> None:
         async with ends.listening(echo) as listener:
             address = listener.contact_address
             comm = await ends.dial(address)
+            await comm.write("here")  # who listens may not have read the handshake yet: that one it would cut off
+            assert await comm.read() == "here"
         await asyncio.sleep(0.1)
         await comm.write("still there")
         assert await comm.read() == "still there"

@@ -95,6 +95,21 @@ def test_comms_end_when_the_line_stays_cut(tmp_path: Path) -> None:
         run(work())
 
 
+def test_who_writes_to_a_line_without_keys_that_was_cut_meanwhile_is_told() -> None:
+    async def work() -> None:
+        async with listen("zmq://127.0.0.1:0", echo) as listener:
+            with relay(int(listener.contact_address.rpartition(":")[2])) as line:
+                comm = await connect(f"zmq://127.0.0.1:{line.port}")
+                line.cut()
+                await asyncio.sleep(0)
+                time.sleep(0.5)  # this end does not come to it
+                with pytest.raises(CommClosedError):
+                    for _ in range(100):
+                        await comm.write("there?")
+
+    run(work())
+
+
 def test_small_messages_do_not_wait_for_large_ones_on_a_narrow_line(tmp_path: Path) -> None:
     """100 Mbit/s and a round trip of 40 ms, with much to send on it."""
 

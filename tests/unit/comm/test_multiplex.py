@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from daskfed.comm import multiplex as mux
 from daskfed.comm.multiplex import Channel, Kind, Multiplexer, ProtocolError, Window
+from daskfed.dask_private import merge_memoryviews
 
 
 class Pair:
@@ -75,7 +76,7 @@ def taken(channel: Channel) -> list[bytes]:
     return found
 
 
-def put(channel: Channel, *frames: bytes) -> None:
+def put(channel: Channel, *frames: mux.Buffer) -> None:
     """Send a message."""
     channel.send(frames, sum(map(len, frames)))
 
@@ -94,7 +95,9 @@ def test_every_message_arrives_once_and_in_order_over_a_line_that_breaks(seed: i
         if what <= 1:
             size = dice.choice([0, 1, 100, 5000, mux.SMALL, mux.SMALL + 1, 700_000])
             frames = [dice.randbytes(dice.randrange(size + 1)) for _ in range(dice.randint(1, 3))]
-            put(end, *frames)
+            middle = dice.randrange(len(frames[0]) + 1)
+            put(end, memoryview(frames[0])[:middle], memoryview(frames[0])[middle:], *frames[1:])
+            frames[:1] = [frames[0][:middle], frames[0][middle:]]
             sent[end].append(b"|".join(frames))
         elif what == 2:
             pair.send(dice.randrange(2), dice.randint(1, 5))
@@ -232,6 +235,44 @@ def test_a_message_that_is_too_large_closes_the_channel() -> None:
     put(channel, b"x" * 1001)
     pair.settle()
     assert "the limit is 1000" in there.ended and channel.closed
+
+
+def test_a_message_for_which_there_is_no_memory_closes_the_channel() -> None:
+    pair = Pair()
+    channel, there = pair.open()
+    put(channel, b"x" * 10**6)
+    pair.send(0, 1)
+    first = pair.lines[0][0]
+    first[0] = first[0][:-8] + (2**62).to_bytes(8, "little")
+    pair.settle()
+    assert f"{2**62} bytes came, for which there is no memory" in there.ended and channel.closed
+
+
+def test_parts_of_one_object_lie_side_by_side_and_other_large_frames_apart() -> None:
+    pair = Pair()
+    channel, there = pair.open()
+    split, other = memoryview(bytearray(range(200)) * 2000), memoryview(bytearray(b"y" * 100_000))
+    frames = [b"head", split[:300_000], split[300_000:], b"small", b"", other]
+    channel.send(frames, sum(map(len, frames)))
+    pair.settle()
+    arrived = [memoryview(frame) for frame in there.take()]
+    assert arrived == frames and not any(frame.readonly for frame in arrived)
+    assert merge_memoryviews(arrived[1:3]) == split
+    assert arrived[2].obj is not arrived[5].obj
+
+
+def test_what_a_large_message_came_in_is_not_kept() -> None:
+    pair = Pair()
+    channel, there = pair.open()
+    put(channel, b"h" * 100, b"x" * 10**6)
+    pair.send(0, 1)
+    packet = bytearray(pair.lines[0][0][1])
+    pair.lines[0][0][1] = memoryview(packet)  # type: ignore[assignment]
+    pair.arrive(0)
+    packet[:] = b"?" * len(packet)
+    packet.clear()  # raises BufferError while somebody has a view of it
+    pair.settle()
+    assert taken(there) == [b"h" * 100 + b"|" + b"x" * 10**6]
 
 
 def test_the_end_of_a_link_ends_its_channels() -> None:
