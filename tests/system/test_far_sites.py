@@ -90,6 +90,7 @@ def test_the_ssh_session_is_killed(far: FarSites) -> None:
     answer(example)
     until(far.all_running, 60)
     assert far.login_agent() == agent, "another agent was started"
+    assert "site login lost its hub" in far.hub.run(*DASKFED, "site", "logs", "login", "--profile", PROFILE)
 
 
 def test_the_hub_is_killed_and_started_again(far: FarSites) -> None:

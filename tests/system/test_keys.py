@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -270,6 +271,62 @@ def test_who_is_revoked_is_cut_off_at_once_and_the_others_work_on(keyed: Keyed) 
                 assert time.monotonic() - start < 10
                 time.sleep(0.05)
         assert running.result() == "done"
+
+
+class Recorder:
+    """Passes one connection on to a hub, and keeps what was sent there."""
+
+    def __init__(self, port: int) -> None:
+        self.sent: list[bytes] = []
+        self._hub = ("127.0.0.1", port)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"zmq://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with self._server.accept()[0] as near, socket.create_connection(self._hub) as far:
+            back = threading.Thread(target=self._pass, args=(far, near, []), daemon=True)
+            back.start()
+            self._pass(near, far, self.sent)
+            back.join(5)
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket, kept: list[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                kept.append(data)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_what_was_recorded_is_of_no_use_again(keyed: Keyed) -> None:
+    port = int(keyed.address.rpartition(":")[2])
+    recorder = Recorder(port)
+    keys = keyed.person("ann")
+    keys.trust(recorder.address, keyed.hub_key.public)
+
+    async def act() -> None:
+        comm = await connect_opaque(recorder.address, timeout=10, keys=keys)
+        await call_opaque(comm, "log_event", topic="recorded", msg=1)
+        await comm.close()
+        await asyncio.sleep(0.3)
+
+    def happened() -> int:
+        return len(keyed.call("ann", "events", topic="recorded"))
+
+    asyncio.run(act())
+    assert happened() == 1 and sum(map(len, recorder.sent)) > 500
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as again:
+        again.settimeout(0.3)
+        answered = b""
+        for piece in [*recorder.sent, b""]:
+            with contextlib.suppress(OSError):
+                again.sendall(piece)
+                answered += again.recv(2**16)
+        assert b"ERROR" in answered or len(answered) < 500  # the hub's half of the handshake, and no message
+    assert happened() == 1
+    with keyed.client("ann") as client:
+        assert client.submit(len, "abc", pure=False).result(timeout=60) == 3
 
 
 class Stranger:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import dask
+import distributed
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from daskfed import Client
 from daskfed.errors import ConfigurationError, SiteStartError
+from tests.conftest import HELPERS
 from tests.system.commands import NO_DASHBOARD
 from tests.system.waiting import until
 
@@ -33,7 +36,15 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+    return {child.pid for child in psutil.Process().children(recursive=True) if not is_helper(child)}
+
+
+def is_helper(process: psutil.Process) -> bool:
+    """Whether it is one of Python's own, which lives as long as the tests do."""
+    try:
+        return any(name in " ".join(process.cmdline()) for name in HELPERS)
+    except psutil.Error:  # it has ended
+        return False
 
 
 def workers_of(client: Client, site: str) -> int:
@@ -66,6 +77,24 @@ def test_one_that_is_named_counts_more_than_an_address_that_is_configured() -> N
         Client(profile="one", set_as_default=False) as client,
     ):
         assert list(client.sites()) == ["laptop"]
+
+
+def test_a_scheduler_that_runs_already_is_a_site_and_goes_on_afterwards() -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", protocol="tcp://") as cluster:
+        theirs = {"sites": {"theirs": {"cluster": cluster.scheduler_address}}}
+        with dask.config.set({"daskfed.profiles.one": theirs}), Client(profile="one", set_as_default=False) as client:
+            assert client.submit(sum, [1, 2]).result(timeout=60) == 3
+            assert workers_of(client, "theirs") == 1
+        with distributed.Client(cluster, set_as_default=False) as stock:
+            assert stock.submit(sum, [1, 2]).result(timeout=60) == 3
+            assert until(lambda: not stock.who_has(), 20)
+
+
+def test_an_address_where_no_scheduler_is() -> None:
+    nobody = {"sites": {"theirs": {"cluster": "tcp://127.0.0.1:9"}}}
+    with dask.config.set({"daskfed.profiles.one": nobody, "distributed.comm.timeouts.connect": "1s"}):
+        with pytest.raises(SiteStartError, match="site 'theirs': tcp://127.0.0.1:9 did not start"):
+            Client(profile="one", set_as_default=False)
 
 
 @pytest.mark.parametrize(
