@@ -70,7 +70,7 @@ def site(context: click.Context, /, spec: str | None, detach: bool, **given: Any
         return
     security = _security({name: given.pop(name) for name in ("tls_ca_file", "tls_cert", "tls_key")})
     if spec == "-" and detach:
-        click.echo(json.dumps(_reported(lambda: start_detached(json.loads(sys.stdin.readline())))))
+        click.echo("\n" + json.dumps(_reported(lambda: start_detached(json.loads(sys.stdin.readline())))))
         return
     if spec == "-":
         _run(lambda stop: _run_child_site(json.loads(sys.stdin.readline()), stop))

@@ -38,7 +38,8 @@ from daskfed.errors import KeyFileError
 DEFAULT_FOLDER = "~/.config/daskfed/keys"
 KEY_BYTES = 32
 PUBLIC, SECRET = "pub-", "sec-"
-NAME = re.compile(r"[A-Za-z0-9][\w.@-]*")
+NAME = re.compile(r"\w[\w.@+$\\-]*")  # as users are called, also those of a domain
+MOST_KEYS = 1000  # of one owner
 
 
 class Role(StrEnum):
@@ -93,7 +94,8 @@ class Authorized:
         options = [f"expires={self.expires.isoformat(timespec='seconds')}"] if self.expires else []
         options += [f"shared={','.join(sorted(self.shared))}"] if self.shared else []
         options += [f"site={self.site}"] if self.site else []
-        return " ".join((written(self.public), "+".join(sorted(self.roles)), self.owner, *options))
+        owner = owner_named(self.owner)  # else the line could not be read, and nobody new would be let in
+        return " ".join((written(self.public), "+".join(sorted(self.roles)), owner, *options))
 
     @classmethod
     def read(cls, line: str) -> Authorized:
@@ -186,15 +188,14 @@ class KeyFolder:
     def admit(self, entry: Authorized) -> None:
         """Let somebody in as well: who is let in already, for the same owner, may do more from now on, not less.
 
-        Raises KeyFileError where the key is another owner's.
+        Raises KeyFileError where the key is another owner's, has expired, or the owner has very many.
         """
         with self._alone():
             entries = self.authorized()
             former = entries.get(entry.public)
-            if former is not None and former.owner != entry.owner:
-                raise KeyFileError(f"{written(entry.public)} is the key of {former.owner!r}, not of {entry.owner!r}")
-            if former is not None and former.valid(datetime.now(UTC)):
-                entry = replace(former, roles=former.roles | entry.roles)
+            if former is None and sum(each.owner == entry.owner for each in entries.values()) >= MOST_KEYS:
+                raise KeyFileError(f"{entry.owner!r} has {MOST_KEYS} keys already: daskfed keys revoke takes some back")
+            entry = _merged(former, entry)
             if entry != former:
                 self._change({**entries, entry.public: entry}.values())
 
@@ -218,8 +219,8 @@ class KeyFolder:
             used = entries.pop(token, None)
             if used is None or Role.JOIN not in used.roles or not used.valid(datetime.now(UTC)):
                 raise KeyFileError("this token was used or taken back, or has expired: ask for a new one")
-            entry = Authorized(public, frozenset({Role.SITE}), used.owner)
-            self._change([*entries.values(), *([] if public in entries else [entry])])
+            entry = _merged(entries.get(public), Authorized(public, frozenset({Role.SITE}), used.owner))
+            self._change({**entries, public: entry}.values())
         return used
 
     def share(self, which: str, whom: Iterable[str], shared: bool = True) -> list[Authorized]:
@@ -276,6 +277,17 @@ class KeyFolder:
             )
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(self.hubs_file, [f"{each} {written(key)}" for each, key in {**known, where: public}.items()])
+
+
+def _merged(former: Authorized | None, entry: Authorized) -> Authorized:
+    """Return what a key is let in for from now on; raises KeyFileError where it is another's, or has expired."""
+    if former is None:
+        return entry
+    if former.owner != entry.owner:
+        raise KeyFileError(f"{written(entry.public)} is the key of {former.owner!r}, not of {entry.owner!r}")
+    if not former.valid(datetime.now(UTC)):
+        raise KeyFileError(f"{written(entry.public)} has expired: daskfed keys authorize lets it in again")
+    return replace(former, roles=former.roles | entry.roles)
 
 
 class GivenKeys(KeyFolder):
@@ -335,7 +347,7 @@ def roles_named(text: str) -> frozenset[Role]:
 def owner_named(text: str) -> str:
     """Return the name of an owner; raises KeyFileError where it cannot be one."""
     if not NAME.fullmatch(text):
-        raise KeyFileError(f"{text!r} is no name of a user: letters, digits, and . _ - @ after the first")
+        raise KeyFileError(f"{text!r} is no name of a user: letters, digits, and . _ - @ + $ \\ after the first")
     return text
 
 

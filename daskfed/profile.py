@@ -125,6 +125,12 @@ class SiteOptions(BaseModel):
     resources: dict[str, float] = Field(default_factory=dict, description="the most that one worker offers")
     directory: Path | None = Field(default=None, description="working directory of its workers")
 
+    @model_validator(mode="after")
+    def _of_others_is_not_scaled(self) -> SiteOptions:
+        if self.scale is not None and isinstance(self.cluster, str) and "://" in self.cluster:
+            raise ValueError("'scale' does not go with the address of a scheduler, whose workers are somebody else's")
+        return self
+
     @property
     def remote(self) -> bool:
         """Whether it is on another machine, as far as anybody can tell."""

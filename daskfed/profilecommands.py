@@ -80,11 +80,13 @@ def _plain(options: SiteOptions) -> dict[str, Any]:
 def _without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
     from daskfed.site.clusters import PLAIN, SECRET
 
-    shown = {}
-    for name, value in options.items():
-        plain = isinstance(value, PLAIN) or (isinstance(value, list) and all(isinstance(each, PLAIN) for each in value))
-        shown[name] = value if plain and not SECRET.search(name) else HIDDEN
-    return shown
+    def is_plain(value: Any) -> bool:
+        """Whether it may be shown: a setting within a text, as in lines of a job script, may be of any kind."""
+        if isinstance(value, list):
+            return all(map(is_plain, value))
+        return isinstance(value, PLAIN) and not (isinstance(value, str) and (SECRET.search(value) or "export" in value))
+
+    return {name: value if is_plain(value) and not SECRET.search(name) else HIDDEN for name, value in options.items()}
 
 
 @profile.command("template")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,7 +85,7 @@ def _start_sites(background: Background, sites: list[str], began: float) -> list
                 click.echo(f"site {site} runs already")
             else:
                 starting[site] = background.start_site(site)
-        except DaskfedError as exc:
+        except (DaskfedError, OSError) as exc:
             failed.append(_told(site, exc))
     for site, start in starting.items():
         try:
@@ -107,7 +108,9 @@ def _tell_how_to_join(background: Background, site: str) -> None:
     if site in there:
         click.echo(f"site {site} is connected already")
     else:
-        click.echo(f"site {site} is waited for; run there, once, within a day:\n\n    {background.invitation(site)}\n")
+        command = background.invitation(site)
+        click.echo(f"site {site} is waited for; run there, once, within a day (an earlier command is void):\n")
+        click.echo(f"    {command}\n")
 
 
 def _stopped(background: Background, site: str) -> bool:
@@ -211,8 +214,12 @@ def invite(name: str, profile_name: str | None, address: str | None, valid: str)
 
     valid_s = guarded(lambda: duration_s(valid))
     if address is not None:
-        options = named_profile(profile_name).sites.get(name) if profile_name else None
-        click.echo(command_to_join(name, options or site_options(name, {"reach": "waiting"}), address, valid_s))
+        options = site_options(name, {"reach": "waiting"})
+        if profile_name:
+            found = named_profile(profile_name)
+            _known(name, found)
+            options = found.sites[name]
+        click.echo(command_to_join(name, options, address, valid_s))
         return
     profile, found = _profile(profile_name)
     _known(name, found)
@@ -230,8 +237,6 @@ def join(token: str, detach: bool) -> None:
     text = sys.stdin.readline() if token == "-" else token
     spec = asyncio.run(joined_spec(text))
     run = Run(JOINED, spec["name"])
-    if run.pid() is not None:
-        raise ConfigurationError(f"a site {spec['name']!r} runs here already: daskfed site stop {spec['name']} ends it")
     run.write("spec", spec)
     click.echo(
         f"this is site {spec['name']} from now on; daskfed site run {spec['name']} runs it again, without a token"
@@ -245,10 +250,7 @@ def join(token: str, detach: bool) -> None:
 @plain_errors
 def run(name: str, detach: bool) -> None:
     """Run a site again that has joined from here with a token."""
-    place, spec = _joined(name)
-    if place.pid() is not None:
-        raise ConfigurationError(f"site {name!r} runs already: daskfed site stop {name} ends it")
-    _run_joined(place, spec, detach)
+    _run_joined(*_joined(name), detach)
 
 
 @click.command("install-service")
@@ -272,8 +274,10 @@ def install_service(name: str) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def end(run_name: str, as_json: bool) -> None:
     """End an agent that somebody has started here over SSH."""
-    ran = Run(JOINED, run_name).stop()
-    click.echo(json.dumps({"ran": ran}) if as_json else f"{run_name} {'has ended' if ran else 'did not run'}")
+    place = Run(JOINED, run_name)
+    ran = place.stop()
+    place.remove()
+    click.echo("\n" + json.dumps({"ran": ran}) if as_json else f"{run_name} {'has ended' if ran else 'did not run'}")
 
 
 COMMANDS = (start, stop, logs, invite, join, run, install_service, end)
@@ -302,11 +306,19 @@ def _same(before: dict[str, Any] | None, spec: dict[str, Any]) -> bool:
 def _run_joined(place: Run, spec: dict[str, Any], detach: bool) -> None:
     from daskfed.reach.background import run_agent
 
+    if spec["directory"] and not Path(spec["directory"]).is_dir():
+        raise ConfigurationError(
+            f"there is no directory {spec['directory']!r} here: create it, then daskfed site run {spec['name']}"
+        )
+    with place.alone():
+        if place.pid() is not None:
+            raise ConfigurationError(f"site {spec['name']!r} runs already: daskfed site stop {spec['name']} ends it")
+        if not detach:
+            place.write_own_process()
     if detach:
         told = place.start(lambda report: run_agent(report, place, spec)).report()
         click.echo(f"site {spec['name']} joined {spec['hub']} and goes on in the background; its log is {told['log']}")
         return
-    place.write_own_process()
     told_once: Callable[[dict[str, Any]], None] = lambda told: click.echo(f"site {told['joined']} joined {spec['hub']}")  # noqa: E731
     try:
         asyncio.run(run_agent(told_once, place, spec))

@@ -19,6 +19,7 @@ from distributed.security import Security
 from daskfed.client.launch import SiteProcess
 from daskfed.comm.opaque import OpaqueError
 from daskfed.config import check_listen
+from daskfed.ending import end_tasks
 from daskfed.errors import ConfigurationError, SiteStartError, TransferError
 from daskfed.hub.peers import own_user
 from daskfed.hub.placement import Policy
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from daskfed.reach.sites import SshSite
 
 START_TIMEOUT_S = 120.0
+INSTALL_S = 1200.0
 POLL_S = 0.02
 LOCAL_SITE = "local"
 
@@ -129,7 +131,7 @@ class Federation(Cluster):
         try:
             self.hub = await Hub(**self._hub_options).start_at(self._listen)
             await self._listen_also(self.hub)
-            await asyncio.wait_for(self._start_sites(), self._start_timeout)
+            await asyncio.wait_for(self._start_sites(), self._start_timeout + self._install_s())
             security = self.security
             connection_args = security.get_connection_args("client") if security else {}
             self.scheduler_comm = rpc(self.hub.address, connection_args=connection_args)
@@ -142,7 +144,11 @@ class Federation(Cluster):
             raise
 
     async def _start_sites(self) -> None:
-        await asyncio.gather(*(self._start_site(name, options) for name, options in self.site_options.items()))
+        starting = [asyncio.ensure_future(self._start_site(*each)) for each in self.site_options.items()]
+        try:
+            await asyncio.gather(*starting)
+        finally:
+            await end_tasks(*starting)  # where one has failed the others are not to go on
 
     async def _listen_also(self, hub: Hub) -> None:
         """Have the hub listen for sites that come through tunnels, or dial in, beside for this machine."""
@@ -152,6 +158,10 @@ class Federation(Cluster):
         if self._public:
             address = await listen_also(hub, self._public)
             self._contact = self._contact or address
+
+    def _install_s(self) -> float:
+        """Return how much longer a start may take since something is installed before."""
+        return INSTALL_S if any(options.install is not False for options in self.site_options.values()) else 0.0
 
     def _tunnelled(self) -> bool:
         return any(options.reach.startswith(SSH) for options in self.site_options.values())
@@ -288,7 +298,7 @@ class LocalHub:
         self.site = site
         self.epoch = hub.core.ledger.epoch
         self.federation = hub.secret
-        self.door = hub.door_of(site)
+        self.door = ""  # it has none that others could reach
 
     def send(self, message: Message, payload: Any = None) -> None:
         """Give the hub a message of the site."""

@@ -72,6 +72,8 @@ class Credentials:
 
     def check(self, who: Authorized, op: str, kwargs: Mapping[str, Any]) -> None:
         """Raise PermissionError where a key does not allow an op, or that its holder speaks for this site."""
+        if Role.JOIN in who.roles and op != ENROL and not (op == "identity" and kwargs.get("n_workers") == 0):
+            raise PermissionError(f"the key of a token is for joining, not for {op!r}")
         role = Role.SITE if op in SITES else Role.CLIENT
         allowed = who.may(role) or (op == ENROL and Role.JOIN in who.roles)
         if op not in ANYBODYS and not allowed:

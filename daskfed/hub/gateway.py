@@ -144,7 +144,7 @@ class Gateway:
             return {"status": "error", "reason": f"no site {site!r} is connected, or the caller is no site of the hub"}
         if not may_have_all_of(key_holder(comm), port.hello.serves):
             return {"status": "OK", "address": "", "door": ""}
-        return {"status": "OK", "address": port.hello.data_address, "door": self.hub.door_of(site)}
+        return {"status": "OK", "address": port.hello.data_address, "door": self.hub.door_of(port.hello)}
 
     async def subscribe_worker_status(self, comm: Comm) -> Status:
         """Tell a cluster object about workers, as a scheduler does."""

@@ -259,7 +259,7 @@ class Hub(Hosting, OpaqueServer):
         port = self.ports.get(decoded.site)
         if isinstance(port, RemoteSite) and port.stream.session == session:
             await port.detach()
-            await self._welcome(comm, decoded.site, session, port.stream.received)
+            await self._welcome(comm, decoded, session, port.stream.received)
             port.stream.resume(comm, received)
             port.hello = decoded
             self.take(ev.SiteServes(decoded.site, decoded.serves))
@@ -273,14 +273,14 @@ class Hub(Hosting, OpaqueServer):
         if (former := self.ports.get(hello.site)) is not None:
             self.remove_site(former.hello)
         session = f"{hello.site}/{hello.incarnation}/{self.core.ledger.epoch}/{next(self._sessions)}"
-        await self._welcome(comm, hello.site, session, 0)
+        await self._welcome(comm, hello, session, 0)
         stream = ControlStream(comm, session, lambda message, payload: self.from_site(hello.site, message, payload))
         port = RemoteSite(hello, stream)
         self.add_site(port)
         return port
 
-    async def _welcome(self, comm: Comm, site: str, session: str, received: int) -> None:
-        known = {"epoch": self.core.ledger.epoch, "federation": self.secret, "door": self.door_of(site)}
+    async def _welcome(self, comm: Comm, hello: SiteHello, session: str, received: int) -> None:
+        known = {"epoch": self.core.ledger.epoch, "federation": self.secret, "door": self.door_of(hello)}
         await comm.write({"status": "OK", "session": session, "received": received, **known})
 
     def _accepted(self, hello: dict[str, Any]) -> SiteHello:
@@ -440,9 +440,9 @@ class Hub(Hosting, OpaqueServer):
         finally:
             self.take(ev.KeysReleased(_announcer(site), _keys_put(kwargs)))
 
-    def door_of(self, site: str) -> str:
-        """Return what an agent shows that of a site, to fetch keys from it."""
-        return shown_by(self.journal.secret, f"door of {site}")
+    def door_of(self, hello: SiteHello) -> str:
+        """Return what an agent shows that of a site, to fetch keys from it; another one each time that it starts."""
+        return shown_by(self.journal.secret, f"door of {hello.site} {hello.incarnation}")
 
     def trusts(self, token: str) -> bool:
         """Say whether a caller knows the secret that the hub gave its sites."""

@@ -28,7 +28,8 @@ def spec_of(name: str, hub: str, options: SiteOptions, **more: Any) -> dict[str,
 
     cluster = ClusterSpec.of(options)
     packed = {"pickled": cluster.pickle, "forks": cluster.forks}
-    directory = None if options.directory is None else str(options.directory)
+    found = options.directory
+    directory = None if found is None else str(found if options.remote else found.absolute())
     return {"name": name, "hub": hub, **options.plain(), **packed, "directory": directory, **more}
 
 

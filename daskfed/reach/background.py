@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,10 @@ class Background:
             await hub.close()
 
     def stop_hub(self) -> bool:
-        """End the hub, and forget what it would have kept for another life; say whether it ran."""
+        """End the hub, and forget what it would have kept for another life; say whether it ran.
+
+        Raises ConfigurationError where it runs at another machine.
+        """
         ran = self.hub.stop()
         self.hub.forget("state")
         return ran
@@ -78,7 +82,7 @@ class Background:
             return {"local": self.profile.hub}
         if self.hub.pid() is None:
             raise ConfigurationError(f"the hub of profile {self.name!r} does not run: daskfed up {self.name} starts it")
-        return dict(self.hub.read("addresses"))
+        return dict(self.hub.read("addresses") or {})
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
@@ -95,46 +99,67 @@ class Background:
     def contact(self) -> HubContact:
         """Return the hub as sites on other machines are told of it."""
         if self.profile.embedded:
-            return HubContact.own(self.addresses()["tunnel"], own_user())
+            tunnel = self.addresses().get("tunnel")
+            if tunnel is None:
+                raise ConfigurationError(
+                    f"the hub of {self.name!r} was started when no site was reached over SSH: do daskfed down "
+                    f"{self.name}, then daskfed up {self.name}"
+                )
+            return HubContact.own(tunnel, own_user())
         return HubContact.elsewhere(self.profile.hub)
 
     async def _keep_site(self, report: Report, name: str, options: SiteOptions, run_name: str) -> None:
         quiet_process()
         stop, place = stop_on_signals(), self.site(name)
         site = SshSite(name, options, self.contact(), run_name)
-        place.write("reached", {"reach": options.reach, "python": site.python, "run": run_name})
-        joined = False
+        before = place.read("reached")  # of one that was killed, and whose agent may run
+        place.write("reached", {"reach": options.reach, "python": site.python, "run": run_name, **(before or {})})
         try:
-            if joined := await until(stop, self._joined(site)):
-                place.write("reached", {**place.read("reached"), "log": site.log, "python": site.python})
+            if await until(stop, self._joined(site)):
+                told = {"reach": options.reach, "python": site.python, "run": run_name, "log": site.log}
+                place.write("reached", told)
                 report({"joined": name, "pid": os.getpid()})
                 if await until(stop, site.finished()):
                     raise SiteStartError(f"site {name}: {site.reason}")
         finally:
             await site.close()
-            if not joined:
+            if not site.left and (site.pid or before is None):
                 place.forget("reached")
 
     async def _joined(self, site: SshSite) -> None:
         """Start a site and wait until the hub has it: an agent that ran already finds the hub's address anew."""
         await site.start()
-        hub = self.addresses()["local"]
-        async with asyncio.timeout(REJOINED_S):
-            while (await sites_of(hub)).get(site.name, {}).get("status", "away") == "away":
-                await asyncio.sleep(LOOK_S)
+        hub, deadline = self.addresses()["local"], time.monotonic() + REJOINED_S
+        while (await sites_of(hub)).get(site.name, {}).get("status", "away") == "away":
+            if time.monotonic() > deadline:
+                raise SiteStartError(
+                    f"its agent runs there, but has not joined the hub within {REJOINED_S:g} s; its log: {site.log}"
+                )
+            await asyncio.sleep(LOOK_S)
 
     def stop_site(self, site: str) -> bool:
         """End a site, wherever it runs; say whether it did. Raises SiteStartError where nobody can log in."""
         run = self.site(site)
-        ran, reached = run.stop(timeout_s=100.0), run.read("reached")
-        if not ran and reached:  # who kept it was killed
-            ran = asyncio.run(_stop_there(reached))
-        run.forget("reached")
+        ran = run.stop(timeout_s=100.0)
+        if reached := run.read("reached"):  # who kept it was killed, or could not log in
+            ran = asyncio.run(_stop_there(reached)) or ran
+            run.forget("reached")
         return ran
 
     def invitation(self, site: str, valid_s: float = VALID_S) -> str:
         """Return the command by which a waiting site joins; raises ConfigurationError where it could not."""
-        return command_to_join(site, self.profile.sites[site], self.addresses().get("public"), valid_s)
+        if not self.profile.embedded:
+            raise ConfigurationError(
+                f"site {site!r} waits, and its hub runs elsewhere: there, daskfed site invite {site} --hub "
+                f"{self.profile.hub} prints the command by which it joins"
+            )
+        addresses = self.addresses()
+        if self.profile.listen and "public" not in addresses:
+            raise ConfigurationError(
+                f"the hub of {self.name!r} was started without 'listen': daskfed down {self.name}, then daskfed up "
+                f"{self.name}"
+            )
+        return command_to_join(site, self.profile.sites[site], addresses.get("public"), valid_s)
 
 
 async def listen_for(hub: Any, profile: Profile, before: dict[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from daskfed.errors import ConfigurationError
 from daskfed.reach import probe
 from daskfed.reach.hubs import sites_of
-from daskfed.reach.sites import PYTHON, environment_problems
+from daskfed.reach.sites import PYTHON, environment_problems, python_problems
 from daskfed.reach.ssh import Shell
 from daskfed.site.clusters import is_address, resolve
 
@@ -29,8 +29,9 @@ async def check_hub_of(profile: Profile) -> Found:
 async def check_site(options: SiteOptions, profile: Profile) -> Found:
     """Say what is at a site, and what is wrong; raises SiteStartError where nobody can log in."""
     if options.reach == "waiting":
-        reachable = profile.listen or not profile.embedded
-        problems = [] if reachable else ["the profile has no 'listen', so that it cannot dial the hub"]
+        problems = [] if profile.listen else ["the profile has no 'listen', so that it cannot dial the hub"]
+        if not profile.embedded:
+            return f"is invited where the hub runs: daskfed site invite NAME --hub {profile.hub}", []
         return "waits for an agent that dials in; what is there is seen when it has", problems
     asked = {"cluster": _name(options.cluster), "options": options.options, "trial": True}
     if options.reach == "local":
@@ -41,7 +42,10 @@ async def check_site(options: SiteOptions, profile: Profile) -> Found:
         facts = await shell.facts(options.python or PYTHON, asked)
     finally:
         await shell.close()
-    return f"{options.reach}, {_in_words(facts)}", environment_problems(facts, options.python or PYTHON)
+    python, found = options.python or PYTHON, f"{options.reach}, {_in_words(facts)}"
+    if options.install is not False:
+        return f"{found}; daskfed is installed there when it starts", python_problems(facts, python)
+    return found, environment_problems(facts, python)
 
 
 async def _local_problems(options: SiteOptions) -> list[str]:

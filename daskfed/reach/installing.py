@@ -10,9 +10,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import secrets
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -37,8 +40,9 @@ set -e
 cd {folder}
 {python} -m venv --without-pip venv
 venv/bin/python "$(echo wheels/pip-*.whl)/pip" install --quiet --no-index --find-links wheels {packages}
-touch ready
-"""
+rm -rf wheels
+ln -sfn {name} ../{digest}
+"""  # in a folder of its own, which gets its name when all is there: another site may do the same at once
 
 
 async def installed(shell: Shell, facts: dict[str, Any], python: str, more: Sequence[str] = ()) -> str:
@@ -48,21 +52,29 @@ async def installed(shell: Shell, facts: dict[str, Any], python: str, more: Sequ
     """
     found = {name: distribution_of(name) for name in closure(("daskfed", *more))}
     pins = {name: each.version for name, each in found.items()}
-    folder = f"{THERE}/{_digest(pins, facts)}"
-    there = f"{folder}/venv/bin/python"
-    status, _, _ = await shell.run(f"test -e {shown(folder)}/ready")
+    digest = _digest(pins, facts)
+    there = f"{THERE}/{digest}/venv/bin/python"
+    status, _, _ = await shell.run(f"test -e {shown(there)}")
     if status != 0:
-        wheels = await fetched(pins, facts)
-        logger.info("sending %d wheels to %s", len(wheels), shell.url)
-        await shell.run(f"rm -rf {shown(folder)}")  # what was left half way
+        await _install(shell, python, digest, await fetched(pins, facts), ["daskfed", *more])
+    return there
+
+
+async def _install(shell: Shell, python: str, digest: str, wheels: list[Path], packages: list[str]) -> None:
+    logger.info("sending %d wheels to %s", len(wheels), shell.url)
+    name = f"{digest}.{secrets.token_hex(4)}"
+    folder = f"{THERE}/{name}"
+    quoted = " ".join(map(shlex.quote, packages))
+    command = INSTALL.format(folder=shown(folder), python=shown(python), packages=quoted, name=name, digest=digest)
+    try:
         await shell.put(wheels, f"{folder}/wheels")
-        command = INSTALL.format(
-            folder=shown(folder), python=shown(python), packages=" ".join(map(shlex.quote, ("daskfed", *more)))
-        )
         status, said, errors = await shell.run(command, timeout_s=FETCH_S)
         if status != 0:
             raise SiteStartError(f"{shell.url}: daskfed cannot be installed in {folder}: {_end(errors or said)}")
-    return there
+    except BaseException:
+        with suppress(SiteStartError):
+            await shell.run(f"rm -rf {shown(folder)}", timeout_s=30)
+        raise
 
 
 def closure(names: Iterable[str]) -> list[str]:
@@ -94,17 +106,24 @@ def _required(package: Distribution) -> Iterator[str]:
 
 async def fetched(pins: dict[str, str], facts: dict[str, Any]) -> list[Path]:
     """Return the wheels of packages for a site's Python and machine, which are fetched where they are not here yet."""
-    folder = Path(dask.config.get("daskfed.wheels", None) or DEFAULT_WHEELS).expanduser() / _digest(pins, facts)
-    ready = folder / "ready"
-    if not ready.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        local = {name: source for name in pins if (source := _source(name)) is not None}
-        released = [f"{name}=={version}" for name, version in pins.items() if name not in local]
-        await _pip("download", *_target(facts), "--no-deps", "--dest", str(folder), *released, *TOOLS)
-        for source in local.values():
-            await _pip("wheel", "--no-deps", "--wheel-dir", str(folder), source)
-        ready.touch()
+    wheels = Path(dask.config.get("daskfed.wheels", None) or DEFAULT_WHEELS).expanduser()
+    folder = wheels / _digest(pins, facts)
+    if not folder.exists():
+        wheels.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=wheels) as coming:
+            await _fetch(pins, facts, coming)
+            made = Path(coming) / "wheels"
+            with suppress(OSError):  # another one was faster
+                made.rename(folder)
     return sorted(folder.glob("*.whl"))
+
+
+async def _fetch(pins: dict[str, str], facts: dict[str, Any], folder: str) -> None:
+    local = {name: source for name in pins if (source := _source(name)) is not None}
+    released = [f"{name}=={version}" for name, version in pins.items() if name not in local]
+    await _pip("download", *_target(facts), "--no-deps", "--dest", f"{folder}/wheels", *released, *TOOLS)
+    for source in local.values():
+        await _pip("wheel", "--no-deps", "--wheel-dir", f"{folder}/wheels", source)
 
 
 def _target(facts: dict[str, Any]) -> list[str]:

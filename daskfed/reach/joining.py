@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ After=network-online.target
 
 [Service]
 ExecStart={command} site run {name}
-Restart=on-failure
+{environment}Restart=always
 RestartSec=30
 KillMode=mixed
 TimeoutStopSec=60
@@ -46,13 +46,15 @@ async def joined_spec(text: str) -> dict[str, Any]:
         raise ConnectionRefused(
             f"{token.hub} knows this token no more: it was used or taken back, or has expired; ask for another"
         ) from exc
-    options = site_options(told["site"], {**told["options"], "reach": "local"})
+    options = site_options(told["site"], {**told["options"], "reach": "waiting"})
     return spec_of(told["site"], token.hub, options, hub_key=written(token.hub_key))
 
 
 def service_unit(name: str) -> str:
     """Return a unit of systemd, for one user, that runs a site which has joined from here."""
-    return UNIT.format(name=name, command=_command())
+    ours = {name: value for name, value in os.environ.items() if name.startswith(("DASK_CONFIG", "DASK_DASKFED__"))}
+    lines = (f'Environment="{variable}={value}"\n' for variable, value in sorted(ours.items()))
+    return UNIT.format(name=name, command=_command(), environment="".join(lines))
 
 
 def unit_file(name: str) -> Path:
@@ -61,6 +63,4 @@ def unit_file(name: str) -> Path:
 
 
 def _command() -> str:
-    beside = Path(sys.executable).with_name("daskfed")
-    found = str(beside) if beside.exists() else shutil.which("daskfed")
-    return found or f"{sys.executable} -m daskfed"
+    return f'"{sys.executable}" -m daskfed'

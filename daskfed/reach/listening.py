@@ -25,5 +25,7 @@ def command_to_join(site: str, options: SiteOptions, address: str | None, valid_
             f"site {site!r} waits, but its hub listens on this machine only: give the profile "
             "'listen: zmq://HOST:PORT', where the site can dial it"
         )
+    if not address.startswith("zmq://"):
+        raise ConfigurationError(f"sites join with tokens at a hub's zmq:// address, not at {address}")
     token = invite(site, options.written(), address, own_user(), valid_s)
     return f"daskfed site join {token.text()}"

@@ -52,6 +52,15 @@ def reaches(hub: Any) -> bool:
         return False
 
 
+def machine() -> str:
+    """Return what this machine has been called since it was started last; empty where it does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def cluster_class(name: str) -> Any:
     """Return the Cluster class; raises ImportError or AttributeError."""
     module, _, attribute = name.rpartition(".")
@@ -124,6 +133,7 @@ def facts(given: dict[str, Any]) -> dict[str, Any]:
         "executable": sys.executable,
         "platform": f"{platform.system()} {platform.machine()}",
         "host": socket.gethostname(),
+        "machine": machine(),
         "versions": versions(),
         "problems": [],
     }

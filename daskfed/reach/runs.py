@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -31,7 +32,7 @@ from typing import Any
 import dask
 
 from daskfed import errors
-from daskfed.errors import DaskfedError, SiteStartError
+from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
 
 PROFILES = "profiles"
 DEFAULT_STATE = "~/.local/state/daskfed"
@@ -64,11 +65,14 @@ class Run:
         return self.folder / "state"
 
     def pid(self) -> int | None:
-        """Return its process id while it runs."""
+        """Return its process id while it runs; raises ConfigurationError where only another machine can tell."""
         told = self.read("process")
-        if isinstance(told, dict) and _started_at(told["pid"]) == told["started"]:
-            return int(told["pid"])
-        return None
+        if not isinstance(told, dict) or not {"pid", "started", "host", "boot"} <= told.keys():
+            return None
+        if told["host"] != socket.gethostname():
+            raise ConfigurationError(f"{self.folder} is of a process at {told['host']}: log in there to see to it")
+        runs = told["boot"] == boot_id() and _started_at(int(told["pid"])) == told["started"]
+        return int(told["pid"]) if runs else None
 
     def read(self, name: str) -> Any:
         """Return what is written down under a name; None where nothing is."""
@@ -143,7 +147,8 @@ class Run:
 
     def write_own_process(self) -> None:
         """Write down that this process is it."""
-        self.write("process", {"pid": os.getpid(), "started": _started_at(os.getpid())})
+        own = {"pid": os.getpid(), "started": _started_at(os.getpid())}
+        self.write("process", {**own, "host": socket.gethostname(), "boot": boot_id()})
 
     def stop(self, timeout_s: float = STOP_S) -> bool:
         """End it in order, or by force when that takes too long; say whether it ran."""
@@ -161,6 +166,10 @@ class Run:
                 kill(pid, signal.SIGKILL)
         (self.folder / "process").unlink(missing_ok=True)
         return True
+
+    def remove(self) -> None:
+        """Delete all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def forget(self, *names: str) -> None:
         """Delete what was written down under these names."""
@@ -192,11 +201,15 @@ class Start:
 
 
 def running(*names: str) -> list[str]:
-    """Return the names of the folders below one whose process runs."""
+    """Return the names of the folders below one whose process runs here, or at a machine that they reach."""
     folder = state_folder().joinpath(*names)
-    if not folder.is_dir():
-        return []
-    return sorted(each.name for each in folder.iterdir() if Run(*names, each.name).pid() is not None)
+    runs = {each.name: Run(*names, each.name) for each in folder.iterdir()} if folder.is_dir() else {}
+    return sorted(name for name, run in runs.items() if run.pid() is not None or run.read("reached"))
+
+
+def boot_id() -> str:
+    """Return what this machine has been called since it was started last."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def hub_run(profile: str) -> Run:

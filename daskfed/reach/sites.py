@@ -15,6 +15,7 @@ import json
 import logging
 import platform
 import shlex
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ PYTHON = "python3"
 RECONNECT_S = (0.5, 15.0)  # first and longest pause between two attempts to log in again
 START_S = 180.0
 STOP_S = 40.0
+BRIEF_S = 30.0  # what ends sooner is not tried again at once
 LOOK_S = 2  # whether the agent still runs
 
 Admit = Callable[[bytes], Awaitable[None]]
@@ -64,6 +66,8 @@ class HubContact:
     @classmethod
     def elsewhere(cls, address: str) -> HubContact:
         """Return that of a hub that this user trusts; raises ConfigurationError where none is known there."""
+        if not address.startswith("zmq://"):
+            raise SiteStartError(f"sites are reached over SSH for a hub at zmq://… only, not for {address}")
         if (key := KeyFolder().hub_at(address)) is None:
             raise SiteStartError(
                 f"the key of the hub at {address} is not known: do daskfed keys trust {address} KEY, with the key that "
@@ -93,11 +97,15 @@ class SshSite:
         self.python = options.python or PYTHON
         self.pid = 0
         self.log = ""  # there
+        self.left = False  # it may run on, since nobody could log in to end it
+        self._asked = False  # to start, there
+        self._machine = ""
         self._folder = ""
         self._direct = False  # it dials the hub by itself
         self._shell: Shell | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()
+        self._ended = asyncio.Event()  # the agent
+        self._over = asyncio.Event()  # nobody looks after it any more
         self.reason = ""
 
     async def start(self) -> None:
@@ -106,6 +114,8 @@ class SshSite:
             self._shell = await Shell.connect(self.options.reach)
             await self._start(self._shell)
         except BaseException as exc:
+            if self._asked:  # however far it came
+                await self._end()
             await self._leave()
             if isinstance(exc, DaskfedError) and not isinstance(exc, SiteStartError):
                 raise SiteStartError(str(exc)) from exc
@@ -117,6 +127,7 @@ class SshSite:
         await self.hub.admit(parsed(facts["key"]))
         self._direct = not is_loopback(self.hub.end[0]) and bool(facts.get("reaches_hub"))
         spec = spec_of(self.name, await self._address(shell), self.options, hub_key=written(self.hub.key), run=self.run)
+        self._asked, self._machine = True, facts["machine"]
         command = f"{shown(self.python)} -m daskfed site --spec - --detach"
         told = await shell.call(command, json.dumps(spec) + "\n", START_S)
         if "error" in told:
@@ -129,6 +140,8 @@ class SshSite:
         if self.options.install is not False:
             from daskfed.reach.installing import installed
 
+            if problems := python_problems(facts, self.python):
+                raise SiteStartError(f"{shell.url}: " + "; ".join(problems))
             more = self.options.install if isinstance(self.options.install, list) else ()
             self.python = await installed(shell, facts, self.python, more)
             facts = await shell.facts(self.python, {"hub": self.hub.end})
@@ -144,19 +157,34 @@ class SshSite:
 
     async def _keep(self) -> None:
         """Log in again whenever the connection ends, until the agent does."""
-        while True:
+        try:
+            while not await self._lasted():
+                await self._log_in_again()
+            self.reason = "it has ended by itself"
             assert self._shell is not None
-            try:
-                if await self._watch(self._shell):
-                    break
-            except (DaskfedError, OSError) as exc:
-                logger.warning("lost %s: %s; logging in again", self.options.reach, exc)
-            await self._log_in_again()
-        self.reason = self.reason or "it has ended by itself"
-        with suppress(DaskfedError):
-            _, said, _ = await self._shell.run(f"tail -n 5 {shlex.quote(self.log)}", timeout_s=20)
-            self.reason = f"it has ended; the end of {self.log} there:\n{said.rstrip()}"
-        self._ended.set()
+            with suppress(DaskfedError):
+                _, said, _ = await self._shell.run(f"tail -n 5 {shlex.quote(self.log)}", timeout_s=20)
+                self.reason = f"it has ended; the end of {self.log} there:\n{said.rstrip()}"
+            self._ended.set()
+        except Exception as exc:
+            self.reason = f"it is not kept in touch with any more: {type(exc).__name__}: {exc}"
+            logger.exception("site %s", self.name)
+        finally:
+            self._over.set()
+
+    async def _lasted(self) -> bool:
+        """Wait until the agent has ended, then True, or the connection has."""
+        assert self._shell is not None
+        began = time.monotonic()
+        try:
+            if await self._watch(self._shell):
+                return True
+            logger.warning("%s ended what looks after the agent; logging in again", self.options.reach)
+        except (DaskfedError, OSError) as exc:
+            logger.warning("lost %s: %s; logging in again", self.options.reach, exc)
+        if time.monotonic() - began < BRIEF_S:  # not so fast that somebody takes it for an attack
+            await asyncio.sleep(RECONNECT_S[1])
+        return False
 
     async def _watch(self, shell: Shell) -> bool:
         """Wait until the agent has ended: then True; or until the connection has. May raise SiteStartError."""
@@ -171,6 +199,7 @@ class SshSite:
             await self._leave()
             try:
                 shell = self._shell = await Shell.connect(self.options.reach)
+                await self._check_machine(shell)
                 if not self._direct:
                     await self._tell_address(shell, await self._address(shell))
                 logger.info("logged in at %s again", self.options.reach)
@@ -179,6 +208,12 @@ class SshSite:
                 logger.info("cannot log in at %s yet: %s", self.options.reach, exc)
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
+
+    async def _check_machine(self, shell: Shell) -> None:
+        """Raise SiteStartError where this is another machine than the agent's: one name may stand for several."""
+        _, said, _ = await shell.run("cat /proc/sys/kernel/random/boot_id", timeout_s=60)
+        if said.split()[-1:] != [self._machine]:
+            raise SiteStartError(f"{shell.url}: this is another machine than the one where the agent was started")
 
     async def _tell_address(self, shell: Shell, address: str) -> None:
         """Write down at the site where its hub is now."""
@@ -191,23 +226,32 @@ class SshSite:
 
     async def finished(self) -> str:
         """Wait until the agent has ended by itself, and return what its log says."""
-        await self._ended.wait()
+        await self._over.wait()
         return self.reason
 
     async def close(self) -> None:
         """End the agent and the connection; where nobody can log in, it ends by itself after its orphan-timeout."""
         await end_tasks(self._keeper)
-        if self.pid and not self._ended.is_set():
-            try:
-                await asyncio.wait_for(self._stop(), 2 * STOP_S)
-            except (DaskfedError, OSError) as exc:
-                logger.warning("site %s could not be ended, it ends after its orphan-timeout: %s", self.name, exc)
+        if self._asked and not self._ended.is_set():
+            await self._end()
         await self._leave()
         self._ended.set()
+        self._over.set()
+
+    async def _end(self) -> None:
+        try:
+            await asyncio.wait_for(self._stop(), 2 * STOP_S)
+            self._asked = False
+        except (DaskfedError, OSError) as exc:
+            self.left = True
+            why = str(exc) or "nobody answers"
+            logger.warning("site %s could not be ended, it ends after its orphan-timeout: %s", self.name, why)
 
     async def _stop(self) -> None:
         if self._shell is None or self._shell.connection.is_closed():
             self._shell = await Shell.connect(self.options.reach)
+        if self._machine:
+            await self._check_machine(self._shell)
         await stop_run(self._shell, self.python, self.run)
 
     async def _leave(self) -> None:
@@ -222,15 +266,20 @@ async def stop_run(shell: Shell, python: str, run: str) -> bool:
     return bool(told.get("ran"))
 
 
-def environment_problems(facts: dict[str, Any], python: str) -> list[str]:
-    """Return what is wrong with the Python of a site."""
+def python_problems(facts: dict[str, Any], python: str) -> list[str]:
+    """Return what is wrong with the version of a site's Python."""
     here, there = platform.python_version(), facts["python"]
-    problems = list(facts["problems"])
-    if here.split(".")[:2] != there.split(".")[:2]:
-        problems.append(
-            f"{python} there is Python {there}, here is {here}: what one pickles the other cannot run; name a Python "
-            f"{'.'.join(here.split('.')[:2])} with option 'python'"
-        )
+    if here.split(".")[:2] == there.split(".")[:2]:
+        return []
+    return [
+        f"{python} there is Python {there}, here is {here}: what one pickles the other cannot run; name a Python "
+        f"{'.'.join(here.split('.')[:2])} with option 'python'"
+    ]
+
+
+def environment_problems(facts: dict[str, Any], python: str) -> list[str]:
+    """Return what is wrong with the Python of a site, and what it has."""
+    problems = [*facts["problems"], *python_problems(facts, python)]
     if facts["versions"]["daskfed"] is None:
         problems.append(
             f"daskfed is not installed for {facts['executable']} there: install it, or say 'install: true', or name "

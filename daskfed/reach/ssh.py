@@ -7,6 +7,7 @@ is never accepted.
 from __future__ import annotations
 
 import asyncio
+import base64
 import inspect
 import io
 import json
@@ -27,7 +28,11 @@ from daskfed.reach import probe
 CONNECT_S = 20.0
 KEEPALIVE_S = 10.0  # three without an answer end a connection
 CALL_S = 300.0
-LOGIN_SHELL = "command -v bash >/dev/null 2>&1 && exec bash -lc {0} || exec sh -lc {0}"  # where modules are loaded
+LOGIN_SHELL = (  # where modules are loaded; whatever shell the user has, it sees a plain line
+    'exec sh -c \'c=$(printf %s {} | base64 -d); if command -v bash >/dev/null 2>&1; then exec bash -lc "$c"; '
+    'else exec sh -lc "$c"; fi\''
+)
+CONFIGS = ("~/.ssh/config", "/etc/ssh/ssh_config")  # what the first says counts
 
 
 class Shell:
@@ -41,20 +46,21 @@ class Shell:
     async def connect(cls, url: str) -> Shell:
         """Log in; raises SiteStartError, which says what to do about it."""
         user, host, port = parts(url)
-        given: dict[str, Any] = {"username": user, "port": port}
+        configs = [str(path) for path in map(Path.expanduser, map(Path, CONFIGS)) if path.is_file()]
+        given: dict[str, Any] = {"username": user, "port": port, "config": configs}
         try:
             connection = await asyncssh.connect(
                 host, **{name: value for name, value in given.items() if value}, connect_timeout=CONNECT_S,
                 login_timeout=CONNECT_S, keepalive_interval=KEEPALIVE_S,
             )  # fmt: skip
-        except (OSError, asyncssh.Error, TimeoutError) as exc:
+        except (OSError, asyncssh.Error, TimeoutError, ValueError) as exc:  # ValueError: of what is in its files
             command = f"-p {port} {host}" if port else host
             raise SiteStartError(f"{url}: {_in_words(exc, command)}") from exc
         return cls(url, connection)
 
     async def run(self, command: str, given: str = "", timeout_s: float = CALL_S) -> tuple[int, str, str]:
         """Run a command in a login shell; return its exit status, output and errors. Raises SiteStartError."""
-        shell = LOGIN_SHELL.format(shlex.quote(command))
+        shell = LOGIN_SHELL.format(base64.b64encode(command.encode()).decode())
         try:
             done = await self.connection.run(shell, input=given, timeout=timeout_s, encoding="utf-8", errors="replace")
         except (asyncssh.TimeoutError, TimeoutError):
@@ -76,20 +82,16 @@ class Shell:
     async def call(self, command: str, given: str = "", timeout_s: float = CALL_S) -> dict[str, Any]:
         """Run a command that prints a line of JSON, and return that; raises SiteStartError with what it said else."""
         status, output, errors = await self.run(command, given, timeout_s)
-        for line in reversed(output.splitlines()):
-            with suppress(ValueError):
-                if isinstance(told := json.loads(line), dict):
-                    return told
+        if (told := last_object(output)) is not None:
+            return told
         said = "\n".join((errors or output).strip().splitlines()[-5:])
         raise SiteStartError(f"{self.url}: {command.split(' - ')[0]} ended with status {status}: {said or 'no word'}")
 
     async def facts(self, python: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the Python there knows of itself and of what a site needs (:mod:`daskfed.reach.probe`)."""
         status, output, errors = await self.run(f"{shown(python)} -", probe_source(given), CALL_S)
-        for line in reversed(output.splitlines()):
-            with suppress(ValueError):
-                if isinstance(told := json.loads(line), dict):
-                    return told
+        if (told := last_object(output)) is not None:
+            return told
         said = "\n".join((errors or output).strip().splitlines()[-3:])
         raise SiteStartError(
             f"{self.url}: {python} does not run there (status {status}: {said or 'no word'}); name another Python "
@@ -129,11 +131,22 @@ class Shell:
             await asyncio.wait_for(self.connection.wait_closed(), 5)
 
 
+def last_object(output: str) -> dict[str, Any] | None:
+    """Return the last line that is an object of JSON: a login shell may have said something before."""
+    for line in reversed(output.splitlines()):
+        with suppress(ValueError):
+            if isinstance(told := json.loads(line), dict):
+                return told
+    return None
+
+
 def parts(url: str) -> tuple[str, str, int]:
     """Return user, host and port of ``ssh://…``, empty and 0 where not given; raises ConfigurationError."""
     try:
         parsed = urlparse(url)
-        found = parsed.username or "", parsed.hostname or "", parsed.port or 0
+        host = parsed.netloc.rpartition("@")[2]  # as it is written: names of the SSH configuration may have capitals
+        host = host if host.startswith("[") else host.partition(":")[0]
+        found = parsed.username or "", host.strip("[]").partition("]")[0], parsed.port or 0
     except ValueError as exc:
         raise ConfigurationError(f"{url!r} is no address: {exc}") from None
     if parsed.scheme != "ssh" or not found[1] or parsed.path.strip("/") or parsed.password is not None:
@@ -164,4 +177,6 @@ def _in_words(exc: BaseException, host: str) -> str:
         return f"it lets nobody in with the keys that there are: see that ssh -o BatchMode=yes {host} works ({exc})"
     if isinstance(exc, asyncio.TimeoutError):
         return f"nobody answers within {CONNECT_S:g} s: does ssh {host} work from here?"
+    if isinstance(exc, ValueError):
+        return f"your SSH configuration or a key has a mistake: {exc}"
     return f"cannot log in: {exc or type(exc).__name__}; does ssh {host} work from here?"

@@ -12,9 +12,10 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from daskfed.errors import ConfigurationError
+from daskfed.errors import ConfigurationError, KeyFileError
 from daskfed.keys import SECRET, Authorized, GivenKeys, KeyFolder, KeyPair, Role, pair_of, parsed, written
 
 MARK = "join-"
@@ -59,14 +60,11 @@ def invite(site: str, told: dict[str, Any], hub: str, owner: str, valid_s: float
     """
     folder, pair = KeyFolder(), KeyPair.new()
     hub_key = folder.ensured("hub").public
-    for entry in folder.authorized().values():
-        if Role.JOIN in entry.roles and entry.site == site and entry.owner == owner:
-            folder.revoke(written(entry.public))
-            _invitation(folder, entry.public).unlink(missing_ok=True)
+    _take_back(folder, site, owner, hub)
     file = _invitation(folder, pair.public)
     file.parent.mkdir(mode=0o700, exist_ok=True)
     file.touch(0o600)
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps({"hub": hub, "options": told}))
     expires = datetime.now(UTC) + timedelta(seconds=valid_s)
     folder.authorize(Authorized(pair.public, frozenset({Role.JOIN}), owner, expires, site=site))
     return Token(hub, hub_key, pair)
@@ -74,15 +72,37 @@ def invite(site: str, told: dict[str, Any], hub: str, owner: str, valid_s: float
 
 def enrolled(folder: KeyFolder, token: bytes, public: bytes) -> dict[str, Any]:
     """Let in a key in place of a token; return what its site is told. Raises KeyFileError where that is too late."""
+    told = _told(folder, token)
+    if told is None and token in folder.authorized():
+        raise KeyFileError("what this token's site is told is here no more: ask for a new one")
     used = folder.enrol(token, public)
-    file = _invitation(folder, token)
+    _invitation(folder, token).unlink(missing_ok=True)
+    assert told is not None  # else there was no such token
+    return {"site": used.site, "options": told["options"]}
+
+
+def _take_back(folder: KeyFolder, site: str, owner: str, hub: str) -> None:
+    """Have earlier tokens for a site of this hub be of no use, and forget what belongs to none."""
+    entries = folder.authorized()
+    for token, entry in entries.items():
+        same = (entry.site, entry.owner, (_told(folder, token) or {}).get("hub")) == (site, owner, hub)
+        if Role.JOIN in entry.roles and same:
+            with suppress(KeyFileError):  # it was used meanwhile
+                folder.revoke(written(token))
+    known = {written(token) for token in folder.authorized()}
+    for file in (folder.path / INVITATIONS).glob("*"):
+        if file.name not in known:
+            file.unlink(missing_ok=True)
+
+
+def _told(folder: KeyFolder, token: bytes) -> dict[str, Any] | None:
+    """Return what was written down with a token; None where that cannot be read."""
     try:
-        told = json.loads(file.read_text())
+        told: dict[str, Any] = json.loads(_invitation(folder, token).read_text())
     except (OSError, ValueError):
-        told = {}
-    file.unlink(missing_ok=True)
-    return {"site": used.site, "options": told}
+        return None
+    return told
 
 
-def _invitation(folder: KeyFolder, token: bytes) -> Any:
+def _invitation(folder: KeyFolder, token: bytes) -> Path:
     return folder.path / INVITATIONS / written(token)

@@ -189,7 +189,8 @@ class RemoteHub:
 
     async def relay(self, site: str, keys: list[Key]) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages of a stream of keys of another site, which comes through the hub."""
-        comm = await self._pool.connect(self.address)
+        address = self.address  # which may be another one in the end
+        comm = await self._pool.connect(address)
         ended = False
         try:
             request = {"op": "relay-fetch", "site": site, "keys": keys, "token": self.federation, "reply": False}
@@ -201,7 +202,7 @@ class RemoteHub:
         finally:
             if not ended:
                 comm.abort()  # what comes late must not be taken for the next answer
-            self._pool.reuse(self.address, comm)
+            self._pool.reuse(address, comm)
 
     async def close(self) -> None:
         """Send what is queued and end all connections."""

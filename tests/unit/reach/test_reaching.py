@@ -35,6 +35,8 @@ class TestAddresses:
             ("ssh://login.example.edu", ("", "login.example.edu", 0)),
             ("ssh://me@login.example.edu:2222/", ("me", "login.example.edu", 2222)),
             ("ssh://alias", ("", "alias", 0)),
+            ("ssh://Me@Campus-Login", ("Me", "Campus-Login", 0)),
+            ("ssh://[::1]:22", ("", "::1", 22)),
         ],
     )
     def test_parts(self, url: str, found: tuple[str, str, int]) -> None:
@@ -138,7 +140,9 @@ def test_a_template_is_a_profile(kind: str) -> None:
         assert named_profile().embedded
 
 
-def test_a_unit_of_systemd() -> None:
+def test_a_unit_of_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASK_DASKFED__STATE", "/x y")
     unit = service_unit("cloud")
-    assert "ExecStart=/" in unit and unit.splitlines()[5].endswith(" site run cloud")
-    assert "Restart=on-failure" in unit and "WantedBy=default.target" in unit
+    assert f'ExecStart="{sys.executable}" -m daskfed site run cloud' in unit
+    assert 'Environment="DASK_DASKFED__STATE=/x y"' in unit
+    assert "Restart=always" in unit and "WantedBy=default.target" in unit

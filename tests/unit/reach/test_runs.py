@@ -12,6 +12,7 @@ from pathlib import Path
 import dask
 import pytest
 
+from daskfed.errors import ConfigurationError
 from daskfed.reach.runs import Run, running
 
 START = """
@@ -75,8 +76,26 @@ def test_one_that_dies_at_once_shows_its_log(place: Run) -> None:
 
 
 def test_a_process_that_took_the_number_of_another_is_not_taken_for_it(place: Run) -> None:
-    place.write("process", {"pid": os.getpid(), "started": 1})
-    assert place.pid() is None and not place.stop()
+    place.write_own_process()
+    own = place.read("process")
+    assert place.pid() == os.getpid()
+    for another in ({"started": 1}, {"boot": "before"}):
+        place.write("process", {**own, **another})
+        assert place.pid() is None and not place.stop()
+
+
+def test_a_process_at_another_machine_is_left_alone(place: Run) -> None:
+    place.write_own_process()
+    place.write("process", {**place.read("process"), "host": "login2"})
+    with pytest.raises(ConfigurationError, match="of a process at login2: log in there"):
+        place.stop()
+    place.forget("process")
+
+
+@pytest.mark.parametrize("damaged", [{}, [], "x", {"pid": 1}])
+def test_a_damaged_file_is_none(place: Run, damaged: object) -> None:
+    place.write("process", damaged)
+    assert place.pid() is None
 
 
 def test_one_that_does_not_heed_is_killed(place: Run) -> None:
@@ -86,7 +105,8 @@ def test_one_that_does_not_heed_is_killed(place: Run) -> None:
     )  # fmt: skip
     assert child.stdout is not None and child.stdout.readline()
     started = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
-    place.write("process", {"pid": child.pid, "started": started})
+    place.write_own_process()
+    place.write("process", {**place.read("process"), "pid": child.pid, "started": started})
     assert place.stop(timeout_s=0.3)
     assert child.wait(10) == -signal.SIGKILL
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import dask
 import pytest
@@ -55,9 +56,42 @@ def test_it_expires(folder: KeyFolder) -> None:
 
 def test_a_new_one_takes_the_place_of_that_before(folder: KeyFolder) -> None:
     before = invite("cloud", TOLD, HUB, "ann")
-    other, after = invite("lab", TOLD, HUB, "ann"), invite("cloud", TOLD, HUB, "ann")
-    assert set(folder.authorized()) == {other.pair.public, after.pair.public} != {before.pair.public}
-    assert len(list((folder.path / INVITATIONS).iterdir())) == 2
+    others = [invite("lab", TOLD, HUB, "ann"), invite("cloud", TOLD, "zmq://another:1", "ann")]
+    after = invite("cloud", TOLD, HUB, "ann")
+    assert set(folder.authorized()) == {each.pair.public for each in (*others, after)}
+    assert len(list((folder.path / INVITATIONS).iterdir())) == 3
+    assert before.pair.public not in folder.authorized()
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("{")])
+def test_where_nobody_knows_what_it_is_for_it_is_not_used(folder: KeyFolder, damage: Any) -> None:
+    token = invite("cloud", TOLD, HUB, "ann")
+    damage(folder.path / INVITATIONS / written(token.pair.public))
+    with pytest.raises(KeyFileError, match="is here no more"):
+        enrolled(folder, token.pair.public, KeyPair.new().public)
+    assert set(folder.authorized()) == {token.pair.public}
+
+
+def test_a_key_of_another_owner_does_not_use_it_up(folder: KeyFolder) -> None:
+    bobs, token = KeyPair.new().public, invite("cloud", TOLD, HUB, "ann")
+    folder.authorize(Authorized(bobs, frozenset({Role.CLIENT}), "bob"))
+    with pytest.raises(KeyFileError, match="is the key of 'bob', not of 'ann'"):
+        enrolled(folder, token.pair.public, bobs)
+    assert token.pair.public in folder.authorized()
+
+
+def test_a_key_that_has_expired_is_not_let_in_again_by_the_way(folder: KeyFolder) -> None:
+    old = Authorized(KeyPair.new().public, frozenset({Role.SITE}), "ann", datetime.now(UTC) - timedelta(days=1))
+    folder.authorize(old)
+    with pytest.raises(KeyFileError, match="has expired: daskfed keys authorize"):
+        folder.admit(Authorized(old.public, frozenset({Role.SITE}), "ann"))
+
+
+def test_an_owner_whose_name_would_spoil_the_file_is_refused(folder: KeyFolder) -> None:
+    folder.admit(Authorized(KeyPair.new().public, frozenset({Role.SITE}), "DOM\\ann"))
+    with pytest.raises(KeyFileError, match="is no name of a user"):
+        folder.admit(Authorized(KeyPair.new().public, frozenset({Role.SITE}), "ann b"))
+    assert len(folder.authorized()) == 1
 
 
 def test_what_a_site_is_told_is_for_this_user_only(folder: KeyFolder) -> None:
