@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
@@ -228,6 +228,8 @@ class SiteHello(Message):
     data_address: str  # where other agents may fetch keys; empty if nobody can connect
     dashboard: str  # URL of the site's Dask dashboard; empty if none
     versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, daskfed
+    data: tuple[str, ...] = ()  # absolute paths and URLs: tasks that read below them belong here
+    data_binding: str = "prefer"  # or "strict": they run nowhere else
     serves: tuple[str, ...] = ()  # owners whose work it runs, empty: everybody's; set by the hub, from the site's key
 
 

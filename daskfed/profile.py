@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import dask
 from dask.utils import parse_timedelta
@@ -87,7 +87,7 @@ class Scale(BaseModel):
 class SiteOptions(BaseModel):
     """One site of a federation, as written in ``Federation(sites={name: options})``, in a profile, or for a command."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
 
     cluster: Any = Field(default=DEFAULT_CLUSTER, description="a Dask Cluster class, or its dotted name")
     options: dict[str, Any] = Field(default_factory=dict, description="keywords of the Cluster class")
@@ -96,6 +96,10 @@ class SiteOptions(BaseModel):
     environments: list[str] = Field(default_factory=lambda: ["default"], description="environments of its workers")
     resources: dict[str, float] = Field(default_factory=dict, description="the most that one worker offers")
     directory: Path | None = Field(default=None, description="working directory of its workers")
+    data: list[str] = Field(default_factory=list, description="paths and URLs of data that is at the site")
+    data_binding: Literal["prefer", "strict"] = Field(
+        default="prefer", alias="data-binding", description="whether what reads that data may run elsewhere"
+    )
 
 
 class Profile(BaseModel):
