@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import dask
@@ -19,6 +20,8 @@ import distributed
 from dask.base import tokenize
 from dask.utils import format_bytes, format_time, funcname, parse_bytes
 from distributed.client import Future, futures_of
+from distributed.core import clean_exception
+from distributed.protocol.pickle import dumps
 from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
@@ -32,6 +35,7 @@ from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
+from daskfed.client.packages import Packages, Unasked, packed
 from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
@@ -39,15 +43,19 @@ from daskfed.client.submission import Submission, paused_collection, plan_calls,
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
+from daskfed.data.fetch import by_value
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
+from daskfed.site.packages import UploadedPackage, UploadedToScheduler, look_at_site
 
 logger = logging.getLogger(__name__)
 
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
+PACKAGES_S = 20.0  # for sites to say which packages they have
+ASK_TIMES = 3  # that sites are asked for packages while one expression is submitted
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
@@ -79,6 +87,7 @@ class Client(Retrying, Observing, ActingClient):
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
         self._data = DataSites()
+        self._packages = Packages()
         self._fixed_single = False
         self._graph_ids = itertools.count()
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
@@ -236,6 +245,7 @@ class Client(Retrying, Observing, ActingClient):
     def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
         joined = {name: facts for name, facts in sites.items() if name not in self._sites}
         self._sites, self._data = sites, DataSites.of(sites)
+        self._packages.sites_changed(sites)
         if problems := differences(joined):
             warnings.warn(VersionMismatchWarning("Mismatched versions found:\n" + "\n".join(problems)), stacklevel=2)
 
@@ -336,31 +346,47 @@ class Client(Retrying, Observing, ActingClient):
             return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
 
     def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any) -> dict[Key, Future]:
+        """Submit an expression; before sites are sent what they may not be able to open, they are asked.
+
+        Nobody may hold the lock of this client meanwhile, so what was planned until then is planned anew.
+        """
+        for asked in itertools.count():
+            try:
+                return self._submit_once(expr, keys, annotations, actors, asked)
+            except Unasked as exc:
+                packages = exc.packages
+            self.sync(self._ask_for_packages, packages)
+        raise AssertionError("it ends when sites were asked often enough")
+
+    def _submit_once(
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any, asked: int
+    ) -> dict[Key, Future]:
         if _one_by_one(expr):
             with self._refcount_lock:
-                return self._submit_calls(expr, keys, annotations, bool(actor_keys(actors, keys)))
+                return self._submit_calls(expr, keys, annotations, bool(actor_keys(actors, keys)), asked)
         named = actor_keys(actors, keys)
         graph = materialise(expr, keys, annotations, named)
         _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
         with self._refcount_lock:
-            return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named)
+            return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named, asked)
 
     def _submit_calls(
-        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool, asked: int
     ) -> dict[Key, Future]:
         constraint = self._bound(constraint_of(annotations))
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
         size = max(1, min(MOST_CALLS, -(-len(keys) // FEWEST_BLOCKS)))
         batches = calls_by_place(expr, constraint, self._data, size)
         submission = plan_calls(batches, other, self._block_ids(), actors)
+        self._place_by_packages(submission, asked)
         held = self._hold(key for block in submission.blocks for key in block.inputs)
         futures = {key: Future(key, self) for key in keys}
         self._send(submission, keys, held)
         return futures
 
     def _submit_graph(
-        self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset()
+        self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset(), asked: int = 0
     ) -> dict[Key, Future]:
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
@@ -370,6 +396,7 @@ class Client(Retrying, Observing, ActingClient):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
         submission = plan_graph(graph, self._block_ids(), actors)
+        self._place_by_packages(submission, asked)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}
         for key, assembly in assemblies.items():
@@ -510,6 +537,55 @@ class Client(Retrying, Observing, ActingClient):
             raise ConfigurationError(why)
         if self._sites and (problem := _unmet(constraint, self._sites)):
             raise UnknownSiteError(problem)
+
+    # -- packages ----------------------------------------------------------------------------------------------------
+
+    def _place_by_packages(self, submission: Submission, asked: int) -> None:
+        may_ask = asked < ASK_TIMES and not self.asynchronous and not self._in_loop()
+        if unknown := self._packages.place(submission, self._sites, may_ask, asked):
+            self.loop.add_callback(self._ask_for_packages, unknown)
+
+    async def _ask_for_packages(self, packages: set[str]) -> None:
+        """Ask the sites which of these packages they have; those that do not answer are taken to have them."""
+        if not self._sites:
+            await self._fetch_sites()
+        call = {"function": dumps(look_at_site), "args": dumps((self._packages.question(packages),))}
+        try:
+            asked = self.scheduler.run_function(**call, kwargs=dumps({}), wait=True)
+            reply = await asyncio.wait_for(asked, PACKAGES_S)
+        except Exception as exc:  # the hub, or any error of a site: work goes on as if nobody had asked
+            logger.info("sites could not be asked for packages: %s", exc)
+            reply = {}
+        told = reply.get("result", {})
+        if not isinstance(told, dict):  # of the only site
+            told = dict.fromkeys(self._sites, told)
+        self._packages.learn(packages, {site: dict(answer) for site, answer in told.items()})
+
+    def upload_package(self, module: ModuleType | str) -> Any:
+        """Send a package of this machine, or a module that is a file, to all sites; return worker -> what it said.
+
+        ``module`` is it, or its name. All its files are sent, also data files. Sites and workers that join later have
+        it too. Sent again, it takes the place of what was sent before; tasks that run already keep that.
+
+        Raises ConfigurationError where there is no such package in files, or where it is larger than 64 MiB.
+        """
+        return self.sync(self._upload_package, packed(module))
+
+    async def _upload_package(self, package: UploadedPackage) -> dict[str, Any]:
+        call = {"name": package.name, "idempotent": False}
+        replies: dict[str, Any] = await self.scheduler.register_worker_plugin(plugin=by_value(package), **call)
+        for reply in replies.values():
+            if reply["status"] == "error":
+                _, exc, traceback = clean_exception(reply["exception"], reply["traceback"])
+                raise (exc or TransferError(f"{package.package} could not be sent")).with_traceback(traceback)
+        await self.scheduler.register_scheduler_plugin(plugin=dumps(UploadedToScheduler(package)), **call)
+        self._packages.forget(package.package)
+        return replies
+
+    async def _register_worker_plugin(self, *args: Any, **kwargs: Any) -> Any:
+        found = await super()._register_worker_plugin(*args, **kwargs)
+        self._packages.forget_missing()  # it may have brought some
+        return found
 
     # -- data --------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ from daskfed.site.session import Session
 
 logger = logging.getLogger(__name__)
 
+TOLD = ("dask", "distributed", "daskfed", "numpy", "pandas", "pyarrow", "scipy", "xarray", "zarr")
+"""Packages that a site tells the version of, so that clients need not ask."""
 REJOIN_S = (0.05, 5.0)  # first and longest pause between attempts to reach a hub that went away
 DRAIN_TIMEOUT_S = 300.0
 BRING_TIMEOUT_S = 60.0
@@ -368,9 +370,9 @@ class Agent:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    """Return (package, version) of what must agree between a client and a site."""
+    """Return (package, version) of what should agree between a client and a site, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for package in ("dask", "distributed", "daskfed"):
+    for package in TOLD:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return tuple(sorted(found.items()))
