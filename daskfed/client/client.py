@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import dask
@@ -20,8 +19,6 @@ import distributed
 from dask.base import tokenize
 from dask.utils import format_bytes, format_time, funcname, parse_bytes
 from distributed.client import Future, futures_of
-from distributed.core import clean_exception
-from distributed.protocol.pickle import dumps
 from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
@@ -35,7 +32,7 @@ from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
-from daskfed.client.packages import Packages, Unasked, packed
+from daskfed.client.packages import Packages, Unasked
 from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
@@ -43,19 +40,15 @@ from daskfed.client.submission import Submission, paused_collection, plan_calls,
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
-from daskfed.data.fetch import by_value
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
-from daskfed.site.packages import UploadedPackage, UploadedToScheduler, look_at_site
 
 logger = logging.getLogger(__name__)
 
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
-PACKAGES_S = 20.0  # for sites to say which packages they have
-ASK_TIMES = 3  # that sites are asked for packages while one expression is submitted
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
@@ -173,7 +166,7 @@ class Client(Retrying, Observing, ActingClient):
             raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
-        self._data = DataSites.of(fed["data"])
+        self._data = DataSites.of(fed.get("data", {}))  # an older hub will refuse this client
         if not self._fixed_single:
             self.direct_to_workers = False  # sites cannot be dialled
         me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
@@ -537,55 +530,6 @@ class Client(Retrying, Observing, ActingClient):
             raise ConfigurationError(why)
         if self._sites and (problem := _unmet(constraint, self._sites)):
             raise UnknownSiteError(problem)
-
-    # -- packages ----------------------------------------------------------------------------------------------------
-
-    def _place_by_packages(self, submission: Submission, asked: int) -> None:
-        may_ask = asked < ASK_TIMES and not self.asynchronous and not self._in_loop()
-        if unknown := self._packages.place(submission, self._sites, may_ask, asked):
-            self.loop.add_callback(self._ask_for_packages, unknown)
-
-    async def _ask_for_packages(self, packages: set[str]) -> None:
-        """Ask the sites which of these packages they have; those that do not answer are taken to have them."""
-        if not self._sites:
-            await self._fetch_sites()
-        call = {"function": dumps(look_at_site), "args": dumps((self._packages.question(packages),))}
-        try:
-            asked = self.scheduler.run_function(**call, kwargs=dumps({}), wait=True)
-            reply = await asyncio.wait_for(asked, PACKAGES_S)
-        except Exception as exc:  # the hub, or any error of a site: work goes on as if nobody had asked
-            logger.info("sites could not be asked for packages: %s", exc)
-            reply = {}
-        told = reply.get("result", {})
-        if not isinstance(told, dict):  # of the only site
-            told = dict.fromkeys(self._sites, told)
-        self._packages.learn(packages, {site: dict(answer) for site, answer in told.items()})
-
-    def upload_package(self, module: ModuleType | str) -> Any:
-        """Send a package of this machine, or a module that is a file, to all sites; return worker -> what it said.
-
-        ``module`` is it, or its name. All its files are sent, also data files. Sites and workers that join later have
-        it too. Sent again, it takes the place of what was sent before; tasks that run already keep that.
-
-        Raises ConfigurationError where there is no such package in files, or where it is larger than 64 MiB.
-        """
-        return self.sync(self._upload_package, packed(module))
-
-    async def _upload_package(self, package: UploadedPackage) -> dict[str, Any]:
-        call = {"name": package.name, "idempotent": False}
-        replies: dict[str, Any] = await self.scheduler.register_worker_plugin(plugin=by_value(package), **call)
-        for reply in replies.values():
-            if reply["status"] == "error":
-                _, exc, traceback = clean_exception(reply["exception"], reply["traceback"])
-                raise (exc or TransferError(f"{package.package} could not be sent")).with_traceback(traceback)
-        await self.scheduler.register_scheduler_plugin(plugin=dumps(UploadedToScheduler(package)), **call)
-        self._packages.forget(package.package)
-        return replies
-
-    async def _register_worker_plugin(self, *args: Any, **kwargs: Any) -> Any:
-        found = await super()._register_worker_plugin(*args, **kwargs)
-        self._packages.forget_missing()  # it may have brought some
-        return found
 
     # -- data --------------------------------------------------------------------------------------------------------
 

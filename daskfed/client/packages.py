@@ -64,7 +64,8 @@ class Packages:
         self.sites: dict[str, dict[str, str | None]] = {}  # site -> package -> version; None: it is not there
         self._asked: dict[str, float] = {}  # package -> when, in seconds of the monotonic clock
         self._good: set[str] = set()  # packages that all sites have
-        self._skipped: set[tuple[bytes, bytes]] = set()  # names in pickles that need not be looked at again
+        self._skipped: set[bytes] = set()  # what is found in pickles and is of no interest
+        self._modules = 0  # how many were imported when that was found out
         self._warned: set[str] = set()
 
     def sites_changed(self, sites: Sites) -> None:
@@ -120,7 +121,11 @@ class Packages:
 
     def _mentioned(self, frames: Iterable[Any]) -> set[str]:
         """Return the packages that a pickle may refer to, apart from those that all sites have."""
-        return {name for name in mentioned(next(iter(frames), b""), self._skipped) if name not in self._good}
+        if self._modules != len(sys.modules):
+            self._modules = len(sys.modules)
+            self._skipped.clear()
+        found = mentioned(next(iter(frames), b""), self._skipped)
+        return found - self._good if found else found
 
     def _placed(self, block: BlockSpec, names: set[str], frames: Any, sites: Sites, may_ask: bool) -> BlockSpec:
         constraint = block.constraint
@@ -181,25 +186,25 @@ def _in_words(version: str | None) -> str:
 
 # -- what a pickle refers to -------------------------------------------------------------------------------------------
 
-_MODULE = re.compile(rb"\x8c(.)(([A-Za-z_]\w*)(?:\.\w+)*)\x94", re.DOTALL)
+_MODULE = re.compile(rb"\x8c.[A-Za-z_][\w.]*\x94", re.DOTALL)
+"""A short string in a pickle: its opcode, its length in one byte, a dotted name, and the opcode that comes after it."""
 MANY = 10_000  # names that are remembered
 
 
-def mentioned(frame: Any, skipped: set[tuple[bytes, bytes]]) -> set[str]:
+def mentioned(frame: Any, skipped: set[bytes]) -> set[str]:
     """Return the top-level modules that a pickle may refer to: short strings in it that name imported ones.
 
-    Fast, and possibly too many. What is certainly of no interest is added to ``skipped``.
+    Fast, and possibly too many. What need not be looked at again, until more modules are imported, is added to
+    ``skipped``.
     """
     found = set()
-    for length, name, top in set(_MODULE.findall(frame)):
-        if length[0] != len(name) or (name, top) in skipped:
-            continue
-        package = top.decode()
-        if package in EVERYWHERE:
-            if len(skipped) < MANY:
-                skipped.add((name, top))
-        elif package in sys.modules:
+    for match in set(_MODULE.findall(frame)).difference(skipped):
+        name = match[2:-1]
+        package = name.partition(b".")[0].decode()
+        if match[1] == len(name) and package in sys.modules and package not in EVERYWHERE:
             found.add(package)
+        elif len(skipped) < MANY:
+            skipped.add(match)
     return found
 
 

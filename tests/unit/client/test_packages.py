@@ -69,10 +69,11 @@ class TestPickles:
         assert referred(frame) == {"builtins"}
 
     def test_words_that_name_nothing_here(self) -> None:
-        skipped: set[tuple[bytes, bytes]] = set()
+        skipped: set[bytes] = set()
         frame = pickle.dumps(["no_such_module", "x-1", "json", "json.decoder", "numpyish.x"])
         assert mentioned(frame, skipped) == set()
-        assert skipped == {(b"json", b"json"), (b"json.decoder", b"json")}
+        assert {match[2:-1] for match in skipped} == {b"no_such_module", b"json", b"json.decoder", b"numpyish.x"}
+        assert mentioned(frame, skipped) == set()
 
     def test_modules_of_a_long_pickle(self, mine: ModuleType) -> None:
         frame = pickle.dumps([[f"key-{i}" for i in range(1000)], [mine.C() for _ in range(300)], mine.inner.f])
