@@ -16,6 +16,7 @@ import os
 import pickle
 import sys
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ SAMPLE = 3  # workers of a site that are asked; all workers of one usually have 
 WORKERS_S = 10.0  # for them to answer; who does not is not asked
 FOLDER = "daskfed-packages"  # within the folder of a worker or a scheduler
 UPLOADED = "uploaded"  # in the place of a version
+PROCESS = uuid.uuid4().hex  # stands for this process
 
 Question: TypeAlias = dict[str, tuple[str, bool]]
 """Top-level package -> the distribution that it belongs to, empty if none; whether it is a namespace."""
@@ -93,6 +95,7 @@ class UploadedPackage(WorkerPlugin):
         self.digest = digest  # of its contents
         self.data = data  # a zip file
         self.name = f"daskfed-package-{package}"
+        self.process = PROCESS  # where it comes from
 
     def setup(self, worker: Any) -> None:
         """Make the package importable; called by the worker when it gets the plugin, or starts."""
@@ -113,7 +116,12 @@ class UploadedToScheduler(SchedulerPlugin):
 
 
 def install(package: UploadedPackage, directory: str) -> None:
-    """Unpack a package below ``directory``, put it first on the path, and forget modules of other versions of it."""
+    """Unpack a package below ``directory``, put it first on the path, and forget modules of other versions of it.
+
+    In the process that it comes from, which may have a scheduler or workers in it, this does nothing.
+    """
+    if package.process == getattr(sys.modules.get("daskfed.site.packages"), "PROCESS", None):
+        return  # looked up by name, as this function travels by value
     name = f"{package.package}-{package.digest}"
     folder = os.path.join(os.path.abspath(directory), FOLDER, name)
     if not os.path.isdir(folder):

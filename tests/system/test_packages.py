@@ -226,6 +226,19 @@ def test_a_module_is_sent_to_sites_that_join_later(client: Client, machine: Mach
     assert client.submit(module.where, 2).result(SOON_S) in SITES
 
 
+def test_the_process_that_a_package_comes_from_is_left_alone(machine: Machine) -> None:
+    """With the one site of a ``Client()`` the scheduler is in this process; the workers are not."""
+    module = machine.module("def value(*args):\n    return 1\n")
+    path = list(sys.path)
+    with Client(n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
+        client.upload_package(module)
+        assert client.submit(module.value, 1).result(SOON_S) == 1
+        machine.write("here", f"{module.__name__}.py", "def value(*args):\n    return 'changed'\n")
+        client.upload_package(module)
+        assert client.submit(module.value, 2).result(SOON_S) == "changed"
+    assert sys.path == path and sys.modules[module.__name__] is module and module.value() == 1
+
+
 def test_what_cannot_be_sent(client: Client, machine: Machine) -> None:
     for nothing in ("no_such_module", "sys", "__main__"):
         with pytest.raises(ConfigurationError, match=f"no module or package {nothing!r}"):

@@ -246,6 +246,9 @@ class TestAtASite:
         for number, source in enumerate(("VALUE = 1", "VALUE = 2", "VALUE = 1")):
             package = UploadedPackage(name, f"digest{source[-1]}", zipped({f"{name}/__init__.py": source}))
             install(package, str(tmp_path))
+            assert not list(tmp_path.iterdir()) or number, "it was installed where it comes from"
+            package.process = "another"
+            install(package, str(tmp_path))
             install(package, str(tmp_path))  # once more does nothing
             value = importlib.import_module(name).VALUE
             assert value == int(source[-1]), number
