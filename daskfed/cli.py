@@ -58,6 +58,14 @@ def hub(listen: str, state: str | None, policy: str, **tls: str | None) -> None:
 @click.option("--label", "labels", multiple=True, help="name=value; may be repeated")
 @click.option("--environment", "environments", multiple=True, help="environment of its workers; may be repeated")
 @click.option("--directory", type=click.Path(), help="working directory of its workers")
+@click.option("--data", multiple=True, help="path or URL of data that is at the site; may be repeated")
+@click.option(
+    "--data-binding",
+    type=click.Choice(["prefer", "strict"]),
+    default="prefer",
+    show_default=True,
+    help="whether what reads that data may run elsewhere",
+)
 @click.option("--spec", hidden=True, help="'-': read everything as a JSON line from standard input")
 @click.option("--detach", is_flag=True, hidden=True, help="with --spec: go on in the background, and print what became")
 @click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
@@ -127,7 +135,8 @@ async def _run_site(name: str, hub: str, options: SiteOptions, security: Any, st
         return
     agent = Agent(
         name, ClusterSpec.of(options), hub=hub, labels=options.labels, environments=tuple(options.environments),
-        resources=options.resources, security=security, orphan_timeout_s=options.orphan_timeout,
+        resources=options.resources, data=options.data, data_binding=options.data_binding, directory=options.directory,
+        security=security, orphan_timeout_s=options.orphan_timeout,
     )  # fmt: skip
     await serve(agent, stop, lambda: click.echo(f"daskfed site {name} joined {hub}"), lambda why: _ends(name, why))
 
@@ -188,7 +197,14 @@ def _checked_usage(check: Callable[[], None]) -> None:
 
 
 def _site_arguments(
-    name: str, hub_address: str, cluster: str, options: str, labels: Any, environments: Any, directory: str | None
+    name: str,
+    hub_address: str,
+    cluster: str,
+    options: str,
+    labels: Any,
+    environments: Any,
+    directory: str | None,
+    **data: Any,
 ) -> tuple[str, str, SiteOptions]:
     from daskfed.profile import site_options
 
@@ -198,7 +214,7 @@ def _site_arguments(
         keywords = json.loads(options)
     except ValueError as exc:
         raise click.UsageError(f"--options is no JSON object: {exc}") from None
-    given = {"cluster": cluster, "options": keywords, "directory": directory}
+    given = {"cluster": cluster, "options": keywords, "directory": directory, **data}
     given |= {"environments": list(environments)} if environments else {}
 
     def checked() -> SiteOptions:

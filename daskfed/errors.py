@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from distributed.scheduler import KilledWorker
 
 
@@ -23,6 +26,17 @@ class UnknownSiteError(ConfigurationError):
 
 class UnknownWorkerError(ConfigurationError):
     """``workers=`` names a worker that no site has, or one that several sites have."""
+
+
+class MissingPackageError(ConfigurationError, ModuleNotFoundError):
+    """A function is of a package that no site has at which it may run."""
+
+    def __init__(self, message: str, *, name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(MissingPackageError, name=self.name), self.args
 
 
 class ConnectionRefused(DaskfedError, ConnectionError):

@@ -227,7 +227,9 @@ class SiteHello(Message):
     resources: tuple[tuple[str, float], ...]  # sorted (name, largest amount that one worker offers)
     data_address: str  # where other agents may fetch keys; empty if nobody can connect
     dashboard: str  # URL of the site's Dask dashboard; empty if none
-    versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, daskfed
+    versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, numpy …
+    data: tuple[str, ...] = ()  # absolute paths and URLs: tasks that read below them belong here
+    data_binding: str = "prefer"  # or "strict": they run nowhere else
     serves: tuple[str, ...] = ()  # owners whose work it runs, empty: everybody's; set by the hub, from the site's key
 
 

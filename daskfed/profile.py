@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import dask
 from dask.utils import parse_timedelta
@@ -124,6 +124,10 @@ class SiteOptions(BaseModel):
     environments: list[str] = Field(default_factory=lambda: ["default"], description="environments of its workers")
     resources: dict[str, float] = Field(default_factory=dict, description="the most that one worker offers")
     directory: Path | None = Field(default=None, description="working directory of its workers")
+    data: list[str] = Field(default_factory=list, description="paths and URLs of data that is at the site")
+    data_binding: Literal["prefer", "strict"] = Field(
+        default="prefer", description="whether what reads that data may run elsewhere"
+    )
 
     @model_validator(mode="after")
     def _of_others_is_not_scaled(self) -> SiteOptions:
@@ -138,7 +142,7 @@ class SiteOptions(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Return what is needed to start it elsewhere, beside its cluster."""
-        names = {"labels", "environments", "resources", "orphan_timeout"}
+        names = {"labels", "environments", "resources", "orphan_timeout", "data", "data_binding"}
         return self.model_dump(mode="json", include=names)
 
     def written(self) -> dict[str, Any]:

@@ -1,24 +1,38 @@
 """What of a client acts on workers, where these belong to several sites: the few things that Dask's does otherwise.
 
 Most calls (``run``, ``register_plugin``, ``who_has`` ...) are Dask's own: the hub answers them. Here is what the client
-has to know itself: which workers tasks are bound to, which keys its own assembled results consist of, and versions.
+has to know itself: which workers tasks are bound to, which keys its own assembled results consist of, which packages
+sites have, and versions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import distributed
 from distributed import versions
+from distributed.core import clean_exception
+from distributed.protocol.pickle import dumps
 
 from daskfed.client.assembly import Assembly
 from daskfed.client.graphs import MaterialisedGraph
-from daskfed.errors import ConfigurationError
+from daskfed.client.packages import Packages, packed
+from daskfed.client.submission import Submission
+from daskfed.data.fetch import by_value
+from daskfed.errors import ConfigurationError, TransferError
 from daskfed.messages import WORKER_SCHEME, Constraint, Key
+from daskfed.site.packages import UploadedPackage, UploadedToScheduler, look_at_site
+
+logger = logging.getLogger(__name__)
+
+PACKAGES_S = 20.0  # for sites to say which packages they have
+ASK_TIMES = 3  # that they are asked for packages while one expression is submitted
 
 Sites = Mapping[str, Mapping[str, Any]]
 """Site name -> what ``client.sites()`` shows."""
@@ -31,8 +45,10 @@ class ActingClient(distributed.Client):
     loop: Any
     asynchronous: Any
     sync: Any
+    _fetch_sites: Any
     futures_of: Any
     _sites: dict[str, dict[str, Any]]
+    _packages: Packages
     _fixed_single: bool
     _assemblies: dict[Key, tuple[Assembly, list[Any]]]
 
@@ -104,6 +120,55 @@ class ActingClient(distributed.Client):
     def _handle_restart(self) -> None:
         self._assemblies.clear()
         super()._handle_restart()
+
+    # -- packages ----------------------------------------------------------------------------------------------------
+
+    def _place_by_packages(self, submission: Submission, asked: int) -> None:
+        may_ask = asked < ASK_TIMES and not self.asynchronous and not self._in_loop()
+        if unknown := self._packages.place(submission, self._sites, may_ask, asked):
+            self.loop.add_callback(self._ask_for_packages, unknown)
+
+    async def _ask_for_packages(self, packages: set[str]) -> None:
+        """Ask the sites which of these packages they have; those that do not answer are taken to have them."""
+        if not self._sites:
+            await self._fetch_sites()
+        call = {"function": dumps(look_at_site), "args": dumps((self._packages.question(packages),))}
+        try:
+            asked = self.scheduler.run_function(**call, kwargs=dumps({}), wait=True)
+            reply = await asyncio.wait_for(asked, PACKAGES_S)
+        except Exception as exc:  # the hub, or any error of a site: work goes on as if nobody had asked
+            logger.info("sites could not be asked for packages: %s", exc)
+            reply = {}
+        told = reply.get("result", {})
+        if not isinstance(told, dict):  # of the only site
+            told = dict.fromkeys(self._sites, told)
+        self._packages.learn(packages, {site: dict(answer) for site, answer in told.items()})
+
+    def upload_package(self, module: ModuleType | str) -> Any:
+        """Send a package of this machine, or a module that is a file, to all sites; return worker -> what it said.
+
+        ``module`` is it, or its name. All its files are sent, also data files. Sites and workers that join later have
+        it too. Sent again, it takes the place of what was sent before; tasks that run already keep that.
+
+        Raises ConfigurationError where there is no such package in files, or where it is larger than 64 MiB.
+        """
+        return self.sync(self._upload_package, packed(module))
+
+    async def _upload_package(self, package: UploadedPackage) -> dict[str, Any]:
+        call = {"name": package.name, "idempotent": False}
+        replies: dict[str, Any] = await self.scheduler.register_worker_plugin(plugin=by_value(package), **call)
+        for reply in replies.values():
+            if reply["status"] == "error":
+                _, exc, traceback = clean_exception(reply["exception"], reply["traceback"])
+                raise (exc or TransferError(f"{package.package} could not be sent")).with_traceback(traceback)
+        await self.scheduler.register_scheduler_plugin(plugin=dumps(UploadedToScheduler(package)), **call)
+        self._packages.forget(package.package)
+        return replies
+
+    async def _register_worker_plugin(self, *args: Any, **kwargs: Any) -> Any:
+        found = await super()._register_worker_plugin(*args, **kwargs)
+        self._packages.forget_missing()  # it may have brought some
+        return found
 
     # -- versions ----------------------------------------------------------------------------------------------------
 

@@ -25,13 +25,14 @@ from toolz import merge
 from daskfed.client import hooks, opening, progress
 from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
-from daskfed.client.calls import Calls, call_of_submit, calls_of_map
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
+from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
+from daskfed.client.packages import Packages, Unasked
 from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
@@ -78,6 +79,8 @@ class Client(Retrying, Observing, ActingClient):
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
+        self._data = DataSites()
+        self._packages = Packages()
         self._fixed_single = False
         self._graph_ids = itertools.count()
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
@@ -163,6 +166,7 @@ class Client(Retrying, Observing, ActingClient):
             raise ConnectionRefused(f"{where} is a {info.get('type')}, no daskfed hub: use dask.distributed's Client")
         fed = info["fed"]
         self._fixed_single = bool(fed["fixed"]) and len(fed["sites"]) == 1
+        self._data = DataSites.of(fed.get("data", {}))  # an older hub will refuse this client
         if not self._fixed_single:
             self.direct_to_workers = False  # sites cannot be dialled
         me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
@@ -233,7 +237,8 @@ class Client(Retrying, Observing, ActingClient):
 
     def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
         joined = {name: facts for name, facts in sites.items() if name not in self._sites}
-        self._sites = sites
+        self._sites, self._data = sites, DataSites.of(sites)
+        self._packages.sites_changed(sites)
         if problems := differences(joined):
             warnings.warn(VersionMismatchWarning("Mismatched versions found:\n" + "\n".join(problems)), stacklevel=2)
 
@@ -243,7 +248,7 @@ class Client(Retrying, Observing, ActingClient):
     # -- what a user asks of the federation --------------------------------------------------------------------------
 
     def sites(self) -> Any:
-        """Return site name -> status, workers, threads, memory, environments, labels, held bytes, running, queued."""
+        """Return site name -> status, workers, threads, memory, environments, labels, data, held bytes, running, …"""
         return self.sync(self._fetch_sites)
 
     async def _fetch_sites(self) -> dict[str, dict[str, Any]]:
@@ -334,39 +339,57 @@ class Client(Retrying, Observing, ActingClient):
             return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
 
     def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any) -> dict[Key, Future]:
+        """Submit an expression; before sites are sent what they may not be able to open, they are asked.
+
+        Nobody may hold the lock of this client meanwhile, so what was planned until then is planned anew.
+        """
+        for asked in itertools.count():
+            try:
+                return self._submit_once(expr, keys, annotations, actors, asked)
+            except Unasked as exc:
+                packages = exc.packages
+            self.sync(self._ask_for_packages, packages)
+        raise AssertionError("it ends when sites were asked often enough")
+
+    def _submit_once(
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any, asked: int
+    ) -> dict[Key, Future]:
         if _one_by_one(expr):
-            calls = _calls_of(expr)
             with self._refcount_lock:
-                return self._submit_calls(calls, keys, annotations, bool(actor_keys(actors, keys)))
+                return self._submit_calls(expr, keys, annotations, bool(actor_keys(actors, keys)), asked)
         named = actor_keys(actors, keys)
         graph = materialise(expr, keys, annotations, named)
         _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
         with self._refcount_lock:
-            return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named)
+            return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named, asked)
 
     def _submit_calls(
-        self, calls: Iterable[Calls], keys: list[Key], annotations: Mapping[str, Any], actors: bool
+        self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool, asked: int
     ) -> dict[Key, Future]:
         constraint = self._bound(constraint_of(annotations))
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
-        submission = plan_calls(calls, constraint, other, self._block_ids(), actors)
+        size = max(1, min(MOST_CALLS, -(-len(keys) // FEWEST_BLOCKS)))
+        batches = calls_by_place(expr, constraint, self._data, size)
+        submission = plan_calls(batches, other, self._block_ids(), actors)
+        self._place_by_packages(submission, asked)
         held = self._hold(key for block in submission.blocks for key in block.inputs)
         futures = {key: Future(key, self) for key in keys}
         self._send(submission, keys, held)
         return futures
 
     def _submit_graph(
-        self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset()
+        self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset(), asked: int = 0
     ) -> dict[Key, Future]:
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
         graph = self._without_known(graph)
-        graph = self._bound_graph(graph)
+        graph = bound_to_data(self._bound_graph(graph), self._data)
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
         submission = plan_graph(graph, self._block_ids(), actors)
+        self._place_by_packages(submission, asked)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}
         for key, assembly in assemblies.items():
@@ -606,15 +629,6 @@ def _one_by_one(expr: Any) -> bool:
         return True
     graph = expr.operand("dsk") if isinstance(expr, LLGExpr) else {}
     return len(graph) == 1 and isinstance(next(iter(graph.values())), Task)
-
-
-def _calls_of(expr: Any) -> Iterable[Calls]:
-    """Return the batches of calls that an expression of ``submit`` or ``map`` makes."""
-    if not isinstance(expr, MapExpr):
-        return [call_of_submit(expr)]
-    keys = list(expr.keys)
-    size = max(1, min(MOST_CALLS, -(-len(keys) // FEWEST_BLOCKS)))
-    return calls_of_map(expr.func, expr.iterables, keys, expr.kwargs, size=size)
 
 
 def _unmet(constraint: Constraint, sites: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -6,8 +6,9 @@ graph itself and that many tasks use: xarray's opened store, a constant) are no 
 Only plain values are copied. A task without inputs may read a clock or a file that changes, and two copies of it
 would then disagree within one result.
 
-A *placement* is a constraint without its retries; an *area* is the sites or workers that a placement names, or where
-a key from outside is known to be. Both are numbers here, 0 stands for "no constraint" and "anywhere".
+A *placement* is a constraint without its retries; an *area* is the sites or workers that a placement names, that have
+what a task reads, or where a key from outside is known to be. Both are numbers here, 0 stands for "no constraint" and
+"anywhere".
 """
 
 from __future__ import annotations
@@ -55,9 +56,12 @@ class Placements:
         number = self._numbers.setdefault(placement, len(self.constraints))
         if number == len(self.constraints):
             self.constraints.append(placement)
-            where = (placement.sites, placement.workers)
-            self.areas.append(self._area_numbers.setdefault(where, len(self._area_numbers)))
+            self.areas.append(self.area_of(placement.sites, placement.workers))
         return number
+
+    def area_of(self, sites: tuple[str, ...], workers: tuple[str, ...] = ()) -> int:
+        """Return the number of the area of these sites or workers."""
+        return self._area_numbers.setdefault((sites, workers), len(self._area_numbers))
 
     def sites(self, area: int) -> tuple[str, ...]:
         """Return the sites that an area stands for."""
@@ -100,11 +104,13 @@ def contract(
     constraints: Mapping[Key, Constraint],
     keep: Set[Key],
     cap: int,
+    near: Mapping[Key, tuple[str, ...]] | None = None,
 ) -> Nodes:
     """Return the nodes of ``graph``.
 
     ``rank`` is dask's order of all its keys, ``keep`` holds keys that must not be copied, ``cap`` is the most tasks
-    that a piece may have. Raises ConfigurationError where the tasks of one P2P shuffle are bound to different places.
+    that a piece may have. ``near`` are the sites that have what tasks read, of those that are not bound.
+    Raises ConfigurationError where the tasks of one P2P shuffle are bound to different places.
     """
     shared = shared_sources(graph, keep, copies(cap))
     keys = [key for key in sorted(graph, key=rank.__getitem__) if key not in shared]
@@ -118,8 +124,8 @@ def contract(
         size = [sum(1 + len(shared & graph[key].dependencies) for key in keys) for keys in members]
     whole, free, anywhere = [False] * len(members), [FREE] * len(members), [ANYWHERE] * len(members)
     nodes = Nodes(members, size, inputs, users_of(inputs), whole, free, anywhere, Placements(), shared)
-    if constraints:
-        _bind(nodes, graph, constraints)
+    if constraints or near:
+        _bind(nodes, graph, constraints, near or {})
     return nodes
 
 
@@ -289,7 +295,12 @@ def ready_order(inputs: list[list[int]], users: list[list[int]]) -> list[int]:
 # -- constraints -----------------------------------------------------------------------------------------------------
 
 
-def _bind(nodes: Nodes, graph: Mapping[Key, GraphNode], constraints: Mapping[Key, Constraint]) -> None:
+def _bind(
+    nodes: Nodes,
+    graph: Mapping[Key, GraphNode],
+    constraints: Mapping[Key, Constraint],
+    near: Mapping[Key, tuple[str, ...]],
+) -> None:
     """Set what only matters where there are constraints: placements, areas, and which nodes take parts."""
     placements = nodes.placements
     for number, keys in enumerate(nodes.members):
@@ -300,7 +311,8 @@ def _bind(nodes: Nodes, graph: Mapping[Key, GraphNode], constraints: Mapping[Key
         else:
             placement = _common_placement(placements, keys, constraints)
         nodes.placement[number] = placement
-        nodes.area[number] = placements.areas[placement] or _area_outside(placements, keys, graph, constraints)
+        area = placements.areas[placement] or placements.area_of(near.get(keys[0], ()))
+        nodes.area[number] = area or _area_outside(placements, keys, graph, constraints)
 
 
 def _takes_part(node: GraphNode) -> bool:

@@ -39,6 +39,7 @@ def cut(
     graph: Mapping[Key, GraphNode],
     wanted: Collection[Key],
     constraints: Mapping[Key, Constraint] | None = None,
+    near: Mapping[Key, tuple[str, ...]] | None = None,
     *,
     slabs: int = 16,
     cap: int = 1000,
@@ -50,6 +51,7 @@ def cut(
 
     ``graph`` is culled; keys that it needs but does not hold are known outside. ``wanted`` are the keys that the
     client wants. ``constraints`` holds those of keys that have one; for a key known outside, the sites where it is.
+    ``near`` are the sites that have what tasks read, of those that are not bound.
     ``slabs`` is into how many pieces a wide graph falls at least, if it has as many roots; ``cap`` is the most tasks
     in one piece, but for a P2P shuffle, which stays whole. ``rank`` is dask's order of the graph, if it is known.
     Raises ConfigurationError where a P2P shuffle is bound to different places, ValueError where ``slabs`` or ``cap``
@@ -64,7 +66,7 @@ def cut(
     ranks = cast("Mapping[Key, int]", order(cast(Any, graph))) if rank is None else rank
     constraints = constraints or {}
     wanted_here = set(wanted)
-    nodes = contract(graph, ranks, constraints, wanted_here & constraints.keys(), cap)
+    nodes = contract(graph, ranks, constraints, wanted_here & constraints.keys(), cap, near or {})
     if len(nodes.shared) <= copies(cap):
         cap -= len(nodes.shared)
     stages = Stages(nodes, Limits.of(nodes, slabs, cap))

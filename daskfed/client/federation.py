@@ -199,7 +199,8 @@ class Federation(Cluster):
         port = LocalHub(self.hub, name)
         agent = Agent(
             name, spec, hub=port, labels=options.labels, environments=tuple(options.environments),
-            resources=options.resources,
+            resources=options.resources, data=options.data, data_binding=options.data_binding,
+            directory=options.directory,
         )  # fmt: skip
         self._agents[name] = agent
         await agent.start()

@@ -49,6 +49,7 @@ class MaterialisedGraph:
     constraints: dict[Key, Constraint] = field(default_factory=dict)  # only of keys that have one
     annotations: dict[str, dict[Key, Any]] = field(default_factory=dict)  # the others: span, names that users made up
     finals: frozenset[Key] = frozenset()  # keys of tasks that only put the parts of a result together for the client
+    near: dict[Key, tuple[str, ...]] = field(default_factory=dict)  # of keys, the sites that have what they read
 
     def restricted(self, tasks: Mapping[Key, GraphNode]) -> MaterialisedGraph:
         """Return the graph with other tasks instead, of which only those are kept that the wanted keys need."""

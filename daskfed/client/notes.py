@@ -228,6 +228,19 @@ def _rebuilt(node: Task, func: Any, args: Iterable[Any], kwargs: Mapping[str, An
     return Task(node.key, func, *args, _data_producer=node.data_producer, **kwargs)
 
 
+def taken_apart(key: Key, node: Task) -> Tasks:
+    """Return the tasks of a fused one: the last has its key, the others new ones."""
+    inner, out, inkeys, *given = node.args
+    renamed: dict[Key, Any] = dict(zip(inkeys, given, strict=True))
+    renamed |= {name: f"{key_split(name)}-{tokenize(key, name)}" for name in inner if name != out}
+    parts: Tasks = {}
+    for name, part in inner.items():
+        own: Key = key if name == out else renamed[name]
+        part = part.substitute(renamed, key=own)
+        parts[own] = Alias(own, part.target) if isinstance(part, Alias) else part
+    return parts
+
+
 def _take_apart(key: Key, tasks: Tasks, notes: dict[Key, Note]) -> None:
     """Replace a fused task by the tasks in it, under new keys, each with its own note."""
     node = tasks.pop(key)
@@ -235,12 +248,7 @@ def _take_apart(key: Key, tasks: Tasks, notes: dict[Key, Note]) -> None:
         tasks[key], found = take_notes(node)
         notes[key] = found[0]
         return
-    inner, out, inkeys, *given = node.args
-    renamed: dict[Key, Any] = dict(zip(inkeys, given, strict=True))
-    renamed |= {name: f"{key_split(name)}-{tokenize(key, name)}" for name in inner if name != out}
-    for name, part in inner.items():
-        own: Key = key if name == out else renamed[name]
-        part, found = take_notes(part.substitute(renamed, key=own))
-        tasks[own] = Alias(own, part.target) if isinstance(part, Alias) else part
+    for own, part in taken_apart(key, node).items():
+        tasks[own], found = take_notes(part)
         if found:
             notes[own] = found[0]

@@ -76,7 +76,7 @@ def plan_graph(graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[
     Raises TypeError where a task cannot be pickled.
     """
     submission = Submission()
-    for piece in cut(graph.tasks, graph.wanted, graph.constraints):
+    for piece in cut(graph.tasks, graph.wanted, graph.constraints, graph.near):
         spec = replace(_block_of(piece, next(ids)), stateful=not set(actors).isdisjoint(piece.outputs))
         submission.add(spec, block_payload(graph, piece.tasks), piece.priorities, _actors_behind(piece, actors))
     return submission
@@ -116,15 +116,17 @@ def _block_of(piece: Piece, name: str) -> BlockSpec:
 
 
 def plan_calls(
-    calls: Iterable[Calls],
-    constraint: Constraint,
+    batches: Iterable[tuple[Calls, Constraint, tuple[str, ...]]],
     annotations: Mapping[str, Any],
     ids: Iterator[str],
     actors: bool = False,
 ) -> Submission:
-    """Make a block of each batch of calls; ``annotations`` are given to every call; ``actors``: they make actors."""
+    """Make a block of each batch of calls, with its constraint, and near the sites that are named.
+
+    ``annotations`` are given to every call; ``actors``: they make actors.
+    """
     submission = Submission()
-    for each in calls:
+    for each, constraint, near in batches:
         spec = BlockSpec(
             id=next(ids),
             client="",
@@ -135,6 +137,7 @@ def plan_calls(
             ntasks=len(each.keys),
             prefixes=((key_split(each.keys[0]), len(each.keys)),),
             constraint=replace(constraint, python=PYTHON),
+            near=near,
             label=label_of(each.keys),
             stateful=(makes_actors := actors and not each.is_value),
             uses=each.places(tuple(each.needs)),

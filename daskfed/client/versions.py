@@ -7,7 +7,7 @@ another, so the hub keeps work from such sites, and work that names only such si
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -38,7 +38,7 @@ def unopened(constraint: Constraint, sites: Mapping[str, Mapping[str, Any]]) -> 
     """Return why nothing that is constrained so can run, in words: each site that it allows runs another Python."""
     if constraint.environment is not None:
         return None
-    allowed = [name for name, facts in sites.items() if _allows(constraint.sites, name, facts["labels"])]
+    allowed = allowed_sites(constraint.sites, sites)
     if not allowed or not all(foreign(sites[name]) for name in allowed):
         return None
     found = ", ".join(f"{name!r} runs {sites[name]['versions']['python']}" for name in allowed)
@@ -46,6 +46,11 @@ def unopened(constraint: Constraint, sites: Mapping[str, Mapping[str, Any]]) -> 
         f"functions pickled here, by Python {PYTHON}, cannot be opened there: site {found}; use the same minor version "
         "of Python here and there, or name another site or an environment"
     )
+
+
+def allowed_sites(selectors: Collection[str], sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the sites that names and labels select; all where there are none."""
+    return [name for name, facts in sites.items() if _allows(selectors, name, facts["labels"])]
 
 
 def _allows(selectors: Iterable[str], name: str, labels: Mapping[str, str]) -> bool:

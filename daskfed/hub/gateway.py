@@ -85,6 +85,7 @@ class Gateway:
             "fed": {
                 "fixed": self.hub.fixed,
                 "sites": sorted(self.hub.core.sites),
+                "data": {name: data_info(site) for name, site in self.hub.core.sites.items() if site.hello.data},
                 "epoch": self.hub.core.ledger.epoch,
                 "dashboard": self.dashboard_link(),
             },
@@ -208,6 +209,7 @@ def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:
         "status": _status(site),
         "labels": dict(site.hello.labels),
         "environments": list(site.hello.environments),
+        **data_info(site),
         "versions": dict(site.hello.versions),
         "dashboard": site.hello.dashboard,
         "held": held_nbytes,
@@ -215,6 +217,11 @@ def site_info(site: SiteState, held_nbytes: int) -> dict[str, Any]:
     }
     names = ("workers", "threads", "memory_limit", "memory_used", "running", "queued")
     return found | {name: getattr(status, name) if status is not None else 0 for name in names}
+
+
+def data_info(site: SiteState) -> dict[str, Any]:
+    """Return which data a site has, as ``client.sites()`` shows it."""
+    return {"data": list(site.hello.data), "data_binding": site.hello.data_binding}
 
 
 def _status(site: SiteState) -> str:

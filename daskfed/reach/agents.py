@@ -2,8 +2,9 @@
 
 ::
 
-    {"name": …, "hub": address, "hub_key": "pub-…" or null, "labels": …, "environments": …, "resources": …,
-     "orphan_timeout": seconds or null, "pickled": see ClusterSpec, "forks": …, "directory": …, "security": …}
+    {"name": …, "hub": address, "hub_key": "pub-…" or null, "orphan_timeout": seconds or null, "security": …,
+     "labels": …, "environments": …, "resources": …, "data": …, "data_binding": …, "directory": …,
+     "pickled": …, "forks": …}                  the last two: see ClusterSpec
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def agent_of(spec: Mapping[str, Any], find_hub: Callable[[], str] | None = None)
     cluster = ClusterSpec(spec["pickled"], Path(directory) if directory else None, forks=spec["forks"])
     return Agent(
         spec["name"], cluster, hub=find_hub or spec["hub"], labels=spec["labels"],
-        environments=tuple(spec["environments"]), resources=spec["resources"],
+        environments=tuple(spec["environments"]), resources=spec["resources"], data=spec["data"],
+        data_binding=spec["data_binding"], directory=directory,
         security=Security(**spec["security"]) if spec.get("security") else None,
         keys=keys_of(spec),
         orphan_timeout_s=spec.get("orphan_timeout"),

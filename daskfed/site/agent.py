@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import platform
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
@@ -34,6 +35,7 @@ from daskfed.data.transfer import Door
 from daskfed.ending import end_tasks
 from daskfed.errors import DaskfedError, TransferError
 from daskfed.keys import KeyFolder
+from daskfed.locations import data_locations
 from daskfed.messages import PROTOCOL_VERSION, Key, Message, SiteHello
 from daskfed.site.actors import ActorCalls
 from daskfed.site.clusters import ClusterAdapter, ClusterSpec
@@ -46,6 +48,8 @@ from daskfed.site.session import Session
 logger = logging.getLogger(__name__)
 
 MOVED_S = 1.0  # how often it is looked whether the hub has another address
+TOLD = ("dask", "distributed", "daskfed", "numpy", "pandas", "pyarrow", "scipy", "xarray", "zarr")
+"""Packages that a site tells the version of, so that clients need not ask."""
 REJOIN_S = (0.05, 5.0)  # first and longest pause between attempts to reach a hub that went away
 DRAIN_TIMEOUT_S = 300.0
 BRING_TIMEOUT_S = 60.0
@@ -57,8 +61,9 @@ class Agent:
     """A site named ``name`` whose cluster is given by ``spec``.
 
     ``hub`` is the address of a hub, or what returns it where it may change, or a port to one in this process, which
-    must then hand its messages to :meth:`deliver` and its calls to :meth:`call`. ``security`` or ``keys`` are for the
-    connections with the hub. Without a hub the site ends itself after ``orphan_timeout_s``.
+    must then hand its messages to :meth:`deliver` and its calls to :meth:`call`. ``data`` are paths and URLs, relative
+    ones below ``directory``, by default where this process runs. ``security`` or ``keys`` are for the connections with
+    the hub. Without a hub the site ends itself after ``orphan_timeout_s``.
     """
 
     def __init__(
@@ -70,6 +75,9 @@ class Agent:
         labels: Mapping[str, str] | None = None,
         environments: tuple[str, ...] = ("default",),
         resources: Mapping[str, float] | None = None,
+        data: Collection[str] = (),
+        data_binding: str = "prefer",
+        directory: str | os.PathLike[str] | None = None,
         security: Any = None,
         keys: KeyFolder | None = None,
         orphan_timeout_s: float | None = None,
@@ -79,6 +87,8 @@ class Agent:
         self.labels = dict(labels or {})
         self.environments = environments
         self.resources = dict(resources or {})
+        self.data = tuple(data_locations(data, directory))
+        self.data_binding = data_binding
         self._hub = hub
         self._hub_args = security.get_connection_args("worker") if security is not None else {}
         self._hub_args |= {"keys": keys} if keys is not None else {}
@@ -94,23 +104,7 @@ class Agent:
         self.reason = ""  # why the site ended by itself
         self.failed = False  # it ended though nobody asked for it
         self._actor_calls = ActorCalls(self._ask_scheduler, self._ask_hub)
-        plugins = SitePlugins(lambda op, **kwargs: self.session.ask_scheduler(op, **kwargs))
-        self._handlers: dict[str, Callable[..., Any]] = {
-            "gather": self._gather,
-            "scatter_keys": self._scatter_keys,
-            "scheduler_rpc": self._scheduler_rpc,
-            "explain": self._explain,
-            "cluster": self._cluster,
-            "forward_to_hub": self._forward_to_hub,
-            "announce_keys": self.announce_keys,
-            "make_again": self._make_again,
-            "register_plugin": plugins.register,
-            "unregister_plugin": plugins.unregister,
-            "agree_on_plugins": plugins.agree,
-            "ping": self._ping,
-            "find_keys": self._find_keys,
-            "call_actor": self._actor_calls.start,
-        }
+        self._handlers = self._hub_handlers()
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -245,6 +239,8 @@ class Agent:
             data_address=self._door.address,
             dashboard=self.cluster.dashboard,
             versions=_versions(),
+            data=self.data,
+            data_binding=self.data_binding,
         )
 
     # -- for the hub -------------------------------------------------------------------------------------------------
@@ -263,6 +259,25 @@ class Agent:
     def stream_keys(self, keys: Collection[Key], checked: bool = True) -> AsyncGenerator[dict[str, Any]]:
         """Yield the messages of a stream with ``keys``, for a site that cannot connect to this one, or for a client."""
         return self.session.stream_keys(keys, checked)
+
+    def _hub_handlers(self) -> dict[str, Callable[..., Any]]:
+        plugins = SitePlugins(lambda op, **kwargs: self.session.ask_scheduler(op, **kwargs))
+        return {
+            "gather": self._gather,
+            "scatter_keys": self._scatter_keys,
+            "scheduler_rpc": self._scheduler_rpc,
+            "explain": self._explain,
+            "cluster": self._cluster,
+            "forward_to_hub": self._forward_to_hub,
+            "announce_keys": self.announce_keys,
+            "make_again": self._make_again,
+            "register_plugin": plugins.register,
+            "unregister_plugin": plugins.unregister,
+            "agree_on_plugins": plugins.agree,
+            "ping": self._ping,
+            "find_keys": self._find_keys,
+            "call_actor": self._actor_calls.start,
+        }
 
     async def _gather(self, keys: Collection[Key]) -> dict[str, Any]:
         values = await self.session.gather_values(list(keys))
@@ -375,9 +390,9 @@ class Agent:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    """Return (package, version) of what must agree between a client and a site."""
+    """Return (package, version) of what should agree between a client and a site, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for package in ("dask", "distributed", "daskfed"):
+    for package in TOLD:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return tuple(sorted(found.items()))

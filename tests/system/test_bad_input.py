@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import operator
 import os
+import pickle
 import platform
 import random
 import socket
@@ -27,7 +28,13 @@ from distributed.versions import VersionMismatchWarning
 
 from daskfed import Client, Federation, at
 from daskfed.comm.opaque import call_opaque, connect_opaque
-from daskfed.errors import ConfigurationError, ConnectionRefused, SiteStartError, UnknownSiteError
+from daskfed.errors import (
+    ConfigurationError,
+    ConnectionRefused,
+    MissingPackageError,
+    SiteStartError,
+    UnknownSiteError,
+)
 from daskfed.messages import PROTOCOL_VERSION, SiteHello, SiteStatus
 from daskfed.site.agent import _versions
 from daskfed.site.ports import RemoteHub
@@ -394,9 +401,21 @@ def test_a_module_that_the_sites_lack(client: Client, tmp_path: Path, monkeypatc
         da.ones(4, chunks=2).map_blocks(module_of_the_client.double),
     )
     for collection in collections:
-        with pytest.raises(RuntimeError, match="deserialization") as caught:
+        with pytest.raises(MissingPackageError, match="module_of_the_client"):
             collection.compute()
-        assert "module_of_the_client" in repr(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match="deserialization") as caught:  # which the client could not see
+        dask.delayed(len)(Hidden(module_of_the_client.double)).compute()
+    assert "module_of_the_client" in repr(caught.value.__cause__)
+
+
+class Hidden:
+    """An object that pickles what it has by itself."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __reduce__(self) -> Any:
+        return pickle.loads, (pickle.dumps(self.thing),)
 
 
 # -- clashing keys -----------------------------------------------------------------------------------------------------

@@ -76,12 +76,13 @@ class TestSite:
 
     def test_all_that_is_given_reaches_the_options(self, tmp_path: Path) -> None:
         name, hub, options = module._site_arguments(
-            "north", "tcp://127.0.0.1:1", "my.Cluster", '{"cores": 4}', ("country=de",), ("torch",), str(tmp_path)
-        )
+            "north", "tcp://127.0.0.1:1", "my.Cluster", '{"cores": 4}', ("country=de",), ("torch",), str(tmp_path),
+            data=("/scratch/era5",), data_binding="strict",
+        )  # fmt: skip
         assert (name, hub) == ("north", "tcp://127.0.0.1:1")
         assert options.model_dump(exclude_unset=True) == {
             "cluster": "my.Cluster", "options": {"cores": 4}, "labels": {"country": "de"}, "environments": ["torch"],
-            "directory": tmp_path,
+            "directory": tmp_path, "data": ["/scratch/era5"], "data_binding": "strict",
         }  # fmt: skip
 
 

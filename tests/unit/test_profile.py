@@ -26,6 +26,8 @@ daskfed:
           options: {queue: long, cores: 32, walltime: "02:00:00"}
           scale: {minimum: 0, maximum: 40, idle-timeout: 5m}
           labels: {scratch: era5}
+          data: [/scratch/era5, "s3://campus-bucket"]
+          data-binding: strict
     away:
       hub: tls://hub.example.org:8700
 """
@@ -78,6 +80,8 @@ class TestFinding:
         campus = profile.sites["campus"]
         assert campus.cluster == "dask_jobqueue.SLURMCluster" and campus.options["walltime"] == "02:00:00"
         assert campus.scale == Scale(minimum=0, maximum=40, idle_timeout=300)
+        assert (campus.data, campus.data_binding) == (["/scratch/era5", "s3://campus-bucket"], "strict")
+        assert (profile.sites["laptop"].data, profile.sites["laptop"].data_binding) == ([], "prefer")
 
     def test_the_default_one(self, configured: Configured) -> None:
         configured.write(GOOD)
@@ -115,6 +119,9 @@ class TestMistakes:
             (("scale: {}",), 5, "option 'scale': say 'fixed: 4', or 'minimum' and 'maximum'"),
             (("scale: {maximum: 1, idle-timeout: soon}",), 5, "Input should be a duration, like '5m' or '30s'"),
             (("directory: /no/such",), 5, "there is no directory '/no/such'; create it first"),
+            (("data: /scratch/era5",), 5, "option 'data': Input should be a valid list"),
+            (("data: [/x],", "data-binding: hard"), 6, "option 'data-binding': Input should be 'prefer' or 'strict'"),
+            (("data: [/x],", "data-bindign: strict"), 6, "option 'data-bindign'; did you mean 'data-binding'?"),
         ],
     )
     def test_of_a_site(self, configured: Configured, lines: tuple[str, ...], line: int, complaint: str) -> None:

@@ -36,7 +36,7 @@ def test_a_block_says_which_actors_each_output_takes() -> None:
 
 def test_a_value_that_calls_share_is_no_actor() -> None:
     calls = calls_of_map(print, [range(4)], ["a", "b", "c", "d"], {"end": "x" * 200_000}, size=2)
-    blocks = plan_calls(calls, Constraint(), {}, IDS, actors=True).blocks
+    blocks = plan_calls(((each, Constraint(), ()) for each in calls), {}, IDS, actors=True).blocks
     assert [block.stateful for block in blocks] == [False, True, True]
 
 
