@@ -41,8 +41,12 @@ EXTRAS = {
     "test": [
         *COLLECTIONS,
         "bokeh>=3.1",  # task streams and profiles as plots, performance reports
+        "cftime>=1.6",  # this, h5netcdf, h5py and netCDF4: what xarray's own tests would be skipped without
+        "h5netcdf>=1.3",
+        "h5py>=3.10",
         "hypothesis>=6.100",
         "mypy>=1.13",
+        "netCDF4>=1.6.5",
         "networkx>=3.2",  # max-flow: the lower bound of what a placement must move
         "psutil>=5.9",
         "scipy>=1.11",  # netCDF files for open_mfdataset

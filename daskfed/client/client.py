@@ -355,12 +355,14 @@ class Client(Retrying, Observing, ActingClient):
         self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any, asked: int
     ) -> dict[Key, Future]:
         if _one_by_one(expr):
+            self._finish_releasing(keys)
             with self._refcount_lock:
                 return self._submit_calls(expr, keys, annotations, bool(actor_keys(actors, keys)), asked)
         named = actor_keys(actors, keys)
         graph = materialise(expr, keys, annotations, named)
         _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
+        self._finish_releasing(graph.tasks)
         with self._refcount_lock:
             return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named, asked)
 
@@ -407,6 +409,15 @@ class Client(Retrying, Observing, ActingClient):
         wanted_here = external_futures(graph) & self._assemblies.keys()
         tasks |= {key: self._assemblies[key][0].task for key in wanted_here}
         return graph.restricted(tasks)
+
+    def _finish_releasing(self, keys: Iterable[Key]) -> None:
+        """Let the loop release what this thread has let go, where that may be among ``keys``.
+
+        What has failed and is computed again would find the former error, as it does in stock Dask. Nobody may hold the
+        lock of this client meanwhile, which the loop needs.
+        """
+        if not (self.futures.keys().isdisjoint(keys) or self.asynchronous or self._in_loop()):
+            self.sync(asyncio.sleep, 0)
 
     def _is_live(self, key: Key) -> bool:
         """Say whether a future of this client stands for a key, so that it need not be made again."""

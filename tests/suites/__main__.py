@@ -35,7 +35,9 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.suites", description=__doc__)
-    parser.add_argument("--results", type=lambda given: Path(given).resolve(), default=RESULTS, help="folder of results")
+    parser.add_argument(
+        "--results", type=lambda given: Path(given).resolve(), default=RESULTS, help="folder of results"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="sum up all results")
     for name in ("run", "list"):
@@ -63,7 +65,8 @@ def _run(suite: Suite, args: argparse.Namespace) -> int:
         os.chdir(work)
         status = pytest.main([
             "-c", str(HERE / "suites.ini"), "--rootdir", str(folder), "-p", "tests.suites.plugin",
-            "--rows", str(rows), "--shard", args.shard, "--timeout", args.timeout, *_restrictions(suite, args, Path(work)),
+            "--rows", str(rows), "--shard", args.shard, "--timeout", args.timeout,
+            "--threads", str(suite.threads), *_restrictions(suite, args, Path(work)),
             *(chosen or ["--pyargs", *suite.modules]),
         ])  # fmt: skip
         os.chdir(folder)

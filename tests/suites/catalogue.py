@@ -19,6 +19,7 @@ class Suite:
     modules: tuple[str, ...]  # packages or modules with its tests, in the order in which they run
     needs: tuple[str, ...]  # distributions whose versions its results depend on
     slice: tuple[str, ...]  # test files, or functions in them, that CI runs; paths below site-packages
+    threads: int = 2  # of each worker
 
     @property
     def deselected_file(self) -> Path:
@@ -70,6 +71,7 @@ SUITES = {
                 "xarray/tests/test_dask.py::TestVariable",
                 "xarray/tests/test_dask.py::test_map_blocks_errors_bad_template_2",
             ),
+            threads=1,  # as in the clusters that its tests start; with two, stock fails to write netCDF4 files as well
         ),
     )
 }  # fmt: skip

@@ -15,7 +15,7 @@ from daskfed.messages import BlockStarted, KeyImported, Message
 LocalCluster = distributed.LocalCluster
 StockClient = distributed.Client
 
-SITE: dict[str, Any] = {"n_workers": 1, "threads_per_worker": 2, "processes": True}
+SITE: dict[str, Any] = {"n_workers": 1, "processes": True}
 SITE |= {"dashboard_address": ":0", "scheduler_kwargs": {"dashboard": False}}  # it takes a second to import
 SITES = ("north", "south")
 
@@ -25,7 +25,8 @@ class Place:
 
     client_class: type[distributed.Client]
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self.options = SITE | {"threads_per_worker": threads}
         self.blocks: Counter[str] = Counter()  # site -> blocks that its scheduler got
         self.imported = 0  # keys that one site brought from the other
         self.computations = 0  # that were asked for, in whatever way
@@ -67,7 +68,7 @@ class TwoSites(Place):
 
     def start_cluster(self) -> daskfed.Federation:
         """Start two sites, and listen to what they tell the hub."""
-        federation = daskfed.Federation(sites={name: {"options": SITE} for name in SITES}, policy="round-robin")
+        federation = daskfed.Federation(sites={name: {"options": self.options} for name in SITES}, policy="round-robin")
         self._listen(federation.hub)
         return federation
 
@@ -97,7 +98,7 @@ class Stock(Place):
 
     def start_cluster(self) -> LocalCluster:
         """Start a cluster of as many workers as the two sites have."""
-        return LocalCluster(**SITE | {"n_workers": len(SITES)})
+        return LocalCluster(**self.options | {"n_workers": len(SITES)})
 
     @property
     def scheduler(self) -> Any:

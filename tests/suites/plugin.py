@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=Path, help="file that a line is added to for each test")
     group.addoption("--without", type=Path, help="file with tests that are not run")
     group.addoption("--just", type=Path, help="file with the only tests that are run")
+    group.addoption("--threads", type=int, help="of each worker")
     group.addoption("--shard", default="1/1", help="i/n: only every n-th test, from the i-th on")
 
 
@@ -48,7 +49,8 @@ class Recorder:
 
     def __init__(self, config: pytest.Config) -> None:
         self.path: Path = config.option.rows
-        self.redirection = Redirection(Stock() if config.option.stock else TwoSites())
+        place = Stock if config.option.stock else TwoSites
+        self.redirection = Redirection(place(config.option.threads))
         self.redirection.install()
         self.reports: list[pytest.TestReport] = []
 

@@ -629,6 +629,15 @@ class TestSharing:
 
 
 class TestCollections:
+    def test_what_failed_is_computed_when_it_is_asked_for_again(self, client: Client) -> None:
+        for n in range(10):
+            with pytest.raises(ZeroDivisionError):
+                client.get({"x": (operator.truediv, n, 0), "y": (inc, "x")}, "y")
+            assert client.get({"x": (operator.add, n, 1), "y": (inc, "x")}, "y") == n + 2
+            with pytest.raises(ZeroDivisionError):
+                client.get({"one": (operator.truediv, n, 0)}, "one")
+            assert client.get({"one": (operator.add, n, 1)}, "one") == n + 1
+
     def test_futures_of_persist_and_compute(self, client: Client) -> None:
         (x,) = dask.persist(da.arange(10, chunks=2))
         assert int(x.sum().compute()) == 45

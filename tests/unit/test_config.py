@@ -19,7 +19,7 @@ class TestOptions:
         assert site_options("north", {}).model_dump() == {
             "cluster": DEFAULT_CLUSTER, "options": {}, "scale": None, "labels": {}, "environments": ["default"],
             "resources": {}, "directory": None, "reach": "local", "python": "", "install": False,
-            "orphan_timeout": None,
+            "orphan_timeout": None, "data": [], "data_binding": "prefer",
         }  # fmt: skip
 
     def test_all_that_is_given_is_kept(self, tmp_path: Path) -> None:
