@@ -81,8 +81,10 @@ class Scale(BaseModel):
 
     def call(self, jobs: bool) -> tuple[str, dict[str, Any]]:
         """Return the method of a Dask Cluster that does it, and its keywords; ``jobs``: it counts those by name."""
+        if self.fixed is not None and jobs:  # to scale is to submit them once, and jobs end
+            return "adapt", {"minimum_jobs": self.fixed, "maximum_jobs": self.fixed}
         if self.fixed is not None:
-            return "scale", {"jobs" if jobs else "n": self.fixed}
+            return "scale", {"n": self.fixed}
         suffix = "_jobs" if jobs else ""
         bounds = {"minimum" + suffix: self.minimum or 0}
         if self.maximum is not None:

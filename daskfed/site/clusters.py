@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -194,6 +194,15 @@ class RunningCluster:
         """Leave it as it is."""
 
 
+def patience_with(cluster: Any) -> AbstractContextManager[None]:
+    """Have a cluster that runs wait for lost workers as long as is right for it (:func:`.patient_clusters`).
+
+    A job that was cancelled, or has had its time, does not come back: the sooner it is given up, the sooner there is
+    another one in the queue. One that is given up too soon is cancelled, and replaced as well.
+    """
+    return nullcontext() if hasattr(cluster, "job_cls") else patient_clusters()
+
+
 def _takes_n_workers(cls: Any) -> bool:
     return isinstance(cls, type) and "n_workers" in _keywords(_of_class_and_bases(cls, "__init__"))
 
@@ -293,8 +302,8 @@ class InProcessCluster:
 
     async def start(self) -> None:
         """Start scheduler and workers; raises SiteStartError."""
-        self._settings.enter_context(patient_clusters())
         self._cluster = await start_cluster(self.spec)
+        self._settings.enter_context(patience_with(self._cluster))
         self.scheduler_address = self._cluster.scheduler_address
         self.dashboard = self._cluster.dashboard_link or ""
         if found := credentials(self._cluster):

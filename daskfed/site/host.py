@@ -24,9 +24,9 @@ import warnings
 from contextlib import suppress
 from typing import Any, TextIO
 
-from daskfed.config import calm, patient_clusters
+from daskfed.config import calm
 from daskfed.errors import DaskfedError, SiteStartError
-from daskfed.site.clusters import ClusterSpec, call_cluster, credentials, start_cluster
+from daskfed.site.clusters import ClusterSpec, call_cluster, credentials, patience_with, start_cluster
 from daskfed.site.forking import fork_workers
 
 CLOSE_TIMEOUT_S = 8.0
@@ -41,7 +41,7 @@ def main(forks: bool = False) -> None:
     os.dup2(2, 1)
     warnings.filterwarnings("ignore", "Port .* is already in use")  # several sites of one machine, each a dashboard
     calm(tick="250ms")  # the monitor is for the site's dashboard
-    with patient_clusters(), asyncio.Runner() as runner:
+    with asyncio.Runner() as runner:
         runner.run(_serve(replies))
         signal.set_wakeup_fd(-1)  # else a SIGTERM that comes while the loop closes prints an error
     last_resort = threading.Timer(CLOSE_TIMEOUT_S, os._exit, [1])  # threads of a Cluster must not keep the process
@@ -68,9 +68,10 @@ async def _serve(replies: TextIO) -> None:
     except asyncio.CancelledError:
         return
     _reply(replies, _about(cluster))
-    serving = asyncio.ensure_future(_serve_calls(cluster, queue, replies))
-    await ended
-    serving.cancel()
+    with patience_with(cluster):
+        serving = asyncio.ensure_future(_serve_calls(cluster, queue, replies))
+        await ended
+        serving.cancel()
     with suppress(Exception):
         await asyncio.wait_for(cluster.close(), CLOSE_TIMEOUT_S)
 

@@ -195,7 +195,7 @@ class TestScale:
         ("given", "jobs", "call"),
         [
             ({"fixed": 3}, False, ("scale", {"n": 3})),
-            ({"fixed": 3}, True, ("scale", {"jobs": 3})),
+            ({"fixed": 3}, True, ("adapt", {"minimum_jobs": 3, "maximum_jobs": 3})),
             ({"minimum": 1}, False, ("adapt", {"minimum": 1})),
             ({"maximum": 4}, True, ("adapt", {"minimum_jobs": 0, "maximum_jobs": 4})),
             ({"maximum": 4, "idle-timeout": "1m"}, False, ("adapt", {"minimum": 0, "maximum": 4, "wait_count": 60})),
