@@ -230,6 +230,7 @@ class SiteHello(Message):
     versions: tuple[tuple[str, str], ...]  # sorted (package, version): python, dask, distributed, numpy …
     data: tuple[str, ...] = ()  # absolute paths and URLs: tasks that read below them belong here
     data_binding: str = "prefer"  # or "strict": they run nowhere else
+    network: str = ""  # stands for the machine, or the part of it, whose loopback is the site's; empty: not known
     serves: tuple[str, ...] = ()  # owners whose work it runs, empty: everybody's; set by the hub, from the site's key
 
 

@@ -205,6 +205,10 @@ class Fetcher:
             return None
         except OSError as exc:
             comm.abort()
+            if isinstance(exc, TransferError) and len(request.pending) == len(keys):
+                self.forget(request.source)  # nothing came: whoever is there, it may not be the site
+                self._not_reached(request.source)
+                return None
             return f"the connection with site {request.source!r} broke: {exc}"
         except asyncio.CancelledError:
             comm.abort()

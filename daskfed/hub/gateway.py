@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from distributed.comm.addressing import parse_host_port
 from distributed.comm.core import Comm
 from distributed.core import Status, error_message
 
 from daskfed.comm.opaque import relays_errors
 from daskfed.comm.pacing import Paced
+from daskfed.config import is_loopback
 from daskfed.errors import UnknownSiteError
 from daskfed.hub import events as ev
 from daskfed.hub.credentials import may_have_all_of
@@ -135,15 +137,17 @@ class Gateway:
             raise UnknownSiteError(f"no site {site!r}; sites are {sorted(self.hub.ports)}")
         return await self.hub.ports[site].call("cluster", method=method, kwargs=dict(kwargs))
 
-    async def site_address(self, comm: Comm | None, site: str, token: str) -> dict[str, Any]:
+    async def site_address(self, comm: Comm | None, site: str, token: str, network: str = "") -> dict[str, Any]:
         """Tell an agent where it may fetch keys of another site; an empty address means: only through the hub.
 
         So it is where that site serves somebody whom the one which asks does not: the hub sees which keys are whose.
+        And where it is on the loopback of another machine: there the one which asks has something else of its own.
         """
         port = self.hub.ports.get(site)
         if port is None or not self.hub.trusts(token):
             return {"status": "error", "reason": f"no site {site!r} is connected, or the caller is no site of the hub"}
-        if not may_have_all_of(key_holder(comm), port.hello.serves):
+        elsewhere = port.hello.network != network and is_on_loopback(port.hello.data_address)
+        if elsewhere or not may_have_all_of(key_holder(comm), port.hello.serves):
             return {"status": "OK", "address": "", "door": ""}
         return {"status": "OK", "address": port.hello.data_address, "door": self.hub.door_of(port.hello)}
 
@@ -195,6 +199,12 @@ class Handlers(dict[str, Callable[..., Any]]):
             return error_message(NotImplementedError(problem), status="uncaught-error")
 
         return refuse
+
+
+def is_on_loopback(address: str) -> bool:
+    """Whether only processes of one machine reach an address."""
+    scheme, _, rest = address.partition("://")
+    return scheme != "inproc" and bool(rest) and is_loopback(parse_host_port(rest, 0)[0])
 
 
 def is_known(told: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from dask.utils import format_time
@@ -237,6 +238,7 @@ class Agent:
             environments=self.environments,
             resources=tuple(sorted(self.resources.items())),
             data_address=self._door.address,
+            network=own_network(),
             dashboard=self.cluster.dashboard,
             versions=_versions(),
             data=self.data,
@@ -374,7 +376,7 @@ class Agent:
     async def door_of(self, site: str) -> Door:
         """Return where the agent of another site can be dialled, if it may be. Raises OSError."""
         port = self._joined_port()
-        reply = await port.call("site-address", site=site, token=port.federation)
+        reply = await port.call("site-address", site=site, token=port.federation, network=own_network())
         if reply["status"] != "OK":
             raise TransferError(reply["reason"])
         return Door(str(reply["address"]), str(reply["door"]))
@@ -387,6 +389,14 @@ class Agent:
         if self._port is None:
             raise ConnectionError(f"site {self.name!r} has not joined a hub")
         return self._port
+
+
+def own_network() -> str:
+    """Return what stands for the loopback of this process: that of another machine or container is another one."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return ""
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

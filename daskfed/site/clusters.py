@@ -45,6 +45,7 @@ HOST = "from daskfed.site.host import main; main({})"  # not by -m: processes th
 LOCAL = (LocalCluster, "dask.distributed.LocalCluster", "distributed.LocalCluster")
 DASHBOARD = "127.0.0.1:8787"  # or another port where that is taken
 START_TIMEOUT_S = 60.0
+ANSWER_S = 5.0  # of a scheduler that runs already
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -184,7 +185,7 @@ class RunningCluster:
 
     async def _start(self) -> RunningCluster:
         args = self.security.get_connection_args("client") if self.security is not None else {}
-        async with rpc(self.scheduler_address, connection_args=args) as scheduler:
+        async with rpc(self.scheduler_address, timeout=ANSWER_S, connection_args=args) as scheduler:
             identity = await scheduler.identity()
         if identity.get("type") != "Scheduler":
             raise SiteStartError(f"{self.scheduler_address} is a {identity.get('type')}, no Dask scheduler")

@@ -160,7 +160,7 @@ class ScriptedHub(OpaqueServer):
             await asyncio.sleep(0.05)
         return Status.dont_reply
 
-    async def site_address(self, site: str, token: str) -> dict[str, str]:
+    async def site_address(self, site: str, token: str, network: str = "") -> dict[str, str]:
         assert token == self.secret
         if site not in self.sites:
             return {"status": "error", "reason": f"no site {site!r}"}

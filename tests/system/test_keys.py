@@ -25,6 +25,7 @@ from daskfed.comm import multiplex as mux
 from daskfed.comm.opaque import call_opaque, connect_opaque
 from daskfed.keys import Authorized, KeyFolder, KeyPair, Role, written
 from daskfed.messages import PROTOCOL_VERSION, SiteHello, encode
+from daskfed.site.agent import own_network
 from tests.system import commands
 from tests.system.commands import Command
 
@@ -131,7 +132,7 @@ def test_work_goes_to_sites_of_its_owner_only(keyed: Keyed) -> None:
 
 
 def test_only_who_serves_the_same_owners_is_told_the_door_of_a_site(keyed: Keyed) -> None:
-    async def told(owner: str) -> tuple[dict[str, Any], str]:
+    async def told(owner: str, network: str) -> tuple[dict[str, Any], str]:
         """Join as a site of somebody, by hand, and ask where another site is; return that, and the sites' secret."""
         keys = keyed.person(owner)
         nothing: Any = {"labels": (), "environments": (), "resources": (), "versions": ()}
@@ -145,7 +146,8 @@ def test_only_who_serves_the_same_owners_is_told_the_door_of_a_site(keyed: Keyed
             other = await connect_opaque(keyed.address, timeout=10, keys=keys)
             token = welcome["federation"]
             try:
-                return await call_opaque(other, "site-address", site="ann-north", token=token), welcome["door"]
+                where = {"site": "ann-north", "network": network}
+                return await call_opaque(other, "site-address", token=token, **where), welcome["door"]
             finally:
                 await other.close()
         finally:
@@ -160,9 +162,11 @@ def test_only_who_serves_the_same_owners_is_told_the_door_of_a_site(keyed: Keyed
         finally:
             comm.abort()
 
-    anns, _ = asyncio.run(told("ann"))
+    anns, _ = asyncio.run(told("ann", own_network()))
     assert anns["address"] and anns["door"]
-    bobs, own_door = asyncio.run(told("bob"))
+    far, _ = asyncio.run(told("ann", "of another machine"))
+    assert (far["address"], far["door"]) == ("", "")
+    bobs, own_door = asyncio.run(told("bob", own_network()))
     assert (bobs["address"], bobs["door"]) == ("", "")
     assert "stranger" not in asyncio.run(first_of(anns["address"], anns["door"]))
     assert asyncio.run(first_of(anns["address"], own_door))["stranger"]

@@ -92,7 +92,7 @@ def test_a_scheduler_that_runs_already_is_a_site_and_goes_on_afterwards() -> Non
 
 def test_an_address_where_no_scheduler_is() -> None:
     nobody = {"sites": {"theirs": {"cluster": "tcp://127.0.0.1:9"}}}
-    with dask.config.set({"daskfed.profiles.one": nobody, "distributed.comm.timeouts.connect": "1s"}):
+    with dask.config.set({"daskfed.profiles.one": nobody}):
         with pytest.raises(SiteStartError, match="site 'theirs': tcp://127.0.0.1:9 did not start"):
             Client(profile="one", set_as_default=False)
 

@@ -192,6 +192,22 @@ def test_a_stream_that_breaks_off_loses_only_what_had_not_come(address: str | No
     asyncio.run(check())
 
 
+def test_where_somebody_answers_nothing_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Nanny does, which has the site's address on the loopback of another machine."""
+    monkeypatch.setattr(transfer, "STALLED_S", 0.05)
+
+    async def check() -> None:
+        another = OpaqueServer({})
+        await another.listen("inproc://")
+        await another.start()
+        north = NorthSite({"x": 1}, another.address)
+        arrival = (await fetched(north, "x"))["x"]
+        assert value(arrival) == 1 and arrival.relayed and north.streams == 0
+        await another.close()
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize("address", [None, ""], ids=["direct", "relayed"])
 def test_a_stream_from_which_nothing_comes_is_given_up(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "STALLED_S", 0.05)
