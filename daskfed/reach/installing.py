@@ -137,8 +137,12 @@ def _target(facts: dict[str, Any]) -> list[str]:
 
 
 def _source(name: str) -> str | None:
-    """Return the folder that a package was installed from here; None for a released one."""
-    text = distribution_of(name).read_text("direct_url.json")
+    """Return the folder that a package was installed from here, or is used in; None for a released one."""
+    package = distribution_of(name)
+    base = Path(str(package.locate_file("")))
+    if (base / "setup.py").exists():
+        return str(base)
+    text = package.read_text("direct_url.json")
     url = json.loads(text).get("url", "") if text else ""
     return url.removeprefix("file://") if url.startswith("file://") else None
 

@@ -42,8 +42,9 @@ def federation() -> Any:
 
 @pytest.fixture
 def other(federation: Federation) -> Any:
-    """Another client of the two sites."""
+    """Another client of the two sites, which knows already that they have this module: it need not ask them first."""
     with Client(federation, set_as_default=False) as client:
+        assert client.submit(inc, 1).result() == 2
         yield client
 
 
