@@ -105,7 +105,7 @@ class Window:
 
     START, LEAST, MOST = 512 * 2**10, 64 * 2**10, 64 * 2**20  # bytes
     FORGET_S = 20.0  # a line may become slower for good
-    SLACK_S = 0.002
+    SLACK_S = 0.01  # a line without delay would else wait for its ends
 
     def __init__(self) -> None:
         self.nbytes = float(self.START)
