@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import fcntl
 import os
 import re
 import stat
@@ -34,6 +33,7 @@ from zmq.utils import z85
 
 from daskfed.config import hint_for
 from daskfed.errors import KeyFileError
+from daskfed.files import locked, write_whole
 
 DEFAULT_FOLDER = "~/.config/daskfed/keys"
 KEY_BYTES = 32
@@ -240,9 +240,7 @@ class KeyFolder:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other commands from changing who is let in meanwhile: what one revokes another would write back."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(self.path / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.path / "lock"):
             yield
 
     def _change(self, entries: Iterable[Authorized]) -> None:
@@ -399,11 +397,7 @@ def _placed(file: Path, number: int) -> Iterator[None]:
 
 def _write(file: Path, lines: list[str]) -> None:
     """Write a file so that a reader finds the old one or the new one."""
-    new = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.writelines(f"{line}\n" for line in lines)
-        new.replace(file)
+        write_whole(file, "".join(f"{line}\n" for line in lines))
     except OSError as exc:
         raise KeyFileError(f"cannot write {file}: {exc.strerror}") from exc

@@ -27,8 +27,8 @@ from daskfed.hub.server import Hub
 from daskfed.keys import KeyFolder
 from daskfed.messages import Key, Message, SiteHello
 from daskfed.policies import policy_named
-from daskfed.profile import LOCAL, SSH, WAITING, Profile, SiteOptions, named_profile, site_options
-from daskfed.reach.listening import command_to_join, listen_also
+from daskfed.profile import LOCAL, WAITING, Profile, SiteOptions, named_profile, site_options
+from daskfed.reach.listening import command_to_join, listen_also, tunnelled
 from daskfed.site.agent import Agent
 from daskfed.site.clusters import ClusterSpec
 
@@ -152,7 +152,7 @@ class Federation(Cluster):
 
     async def _listen_also(self, hub: Hub) -> None:
         """Have the hub listen for sites that come through tunnels, or dial in, beside for this machine."""
-        if self._tunnelled():
+        if tunnelled(self.site_options.values()):
             KeyFolder().ensured("hub")
             self._tunnel = await listen_also(hub, "zmq://127.0.0.1:0")
         if self._public:
@@ -162,9 +162,6 @@ class Federation(Cluster):
     def _install_s(self) -> float:
         """Return how much longer a start may take since something is installed before."""
         return INSTALL_S if any(options.install is not False for options in self.site_options.values()) else 0.0
-
-    def _tunnelled(self) -> bool:
-        return any(options.reach.startswith(SSH) for options in self.site_options.values())
 
     async def _start_site(self, name: str, options: SiteOptions) -> None:
         assert self.hub is not None

@@ -16,9 +16,10 @@ from daskfed.errors import ConfigurationError, SiteStartError
 from daskfed.hub.peers import own_user
 from daskfed.keys import KeyFolder, written
 from daskfed.policies import policy_named
+from daskfed.profile import LOCAL
 from daskfed.reach.agents import agent_of, keys_of, serve, spec_of
 from daskfed.reach.hubs import check_hub, sites_of
-from daskfed.reach.listening import command_to_join, listen_also
+from daskfed.reach.listening import command_to_join, listen_also, tunnelled
 from daskfed.reach.runs import PROFILES, Report, Run, Start, hub_run
 from daskfed.reach.sites import HubContact, SshSite, stop_run
 from daskfed.reach.ssh import Shell
@@ -90,7 +91,7 @@ class Background:
         """Start a site that is local or reached over SSH."""
         options, addresses = self.profile.sites[site], self.addresses()
         run = self.site(site)
-        if options.reach == "local":
+        if options.reach == LOCAL:
             spec = spec_of(site, addresses["local"], options)
             return run.start(lambda report: run_agent(report, run, spec))
         run_name = f"{self.name}.{site}.{written(KeyFolder().ensured('id').public)[4:12]}"
@@ -167,7 +168,7 @@ async def listen_for(hub: Any, profile: Profile, before: dict[str, str]) -> dict
 
     Where it listened ``before`` it does again, as sites and clients may wait for it there.
     """
-    tunnels = any(site.reach.startswith("ssh://") for site in profile.sites.values())
+    tunnels = tunnelled(profile.sites.values())
     if tunnels or profile.listen:
         KeyFolder().ensured("hub")
     await hub.start_at(await _free(before.get("local"), "local"))

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from daskfed.errors import ConfigurationError
+from daskfed.profile import LOCAL, WAITING
 from daskfed.reach import probe
 from daskfed.reach.hubs import sites_of
 from daskfed.reach.sites import PYTHON, environment_problems, python_problems
@@ -28,13 +29,13 @@ async def check_hub_of(profile: Profile) -> Found:
 
 async def check_site(options: SiteOptions, profile: Profile) -> Found:
     """Say what is at a site, and what is wrong; raises SiteStartError where nobody can log in."""
-    if options.reach == "waiting":
+    if options.reach == WAITING:
         problems = [] if profile.listen else ["the profile has no 'listen', so that it cannot dial the hub"]
         if not profile.embedded:
             return f"is invited where the hub runs: daskfed site invite NAME --hub {profile.hub}", []
         return "waits for an agent that dials in; what is there is seen when it has", problems
     asked = {"cluster": _name(options.cluster), "options": options.options, "trial": True}
-    if options.reach == "local":
+    if options.reach == LOCAL:
         facts = await asyncio.to_thread(probe.facts, {**asked, "cluster": None})
         return _in_words(facts), [*facts["problems"], *await _local_problems(options)]
     shell = await Shell.connect(options.reach)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from daskfed.errors import ConfigurationError
 from daskfed.hub.peers import own_user
+from daskfed.profile import SSH
 from daskfed.reach.tokens import VALID_S, invite
 
 if TYPE_CHECKING:
     from daskfed.profile import SiteOptions
+
+
+def tunnelled(sites: Iterable[SiteOptions]) -> bool:
+    """Whether a hub has to listen for tunnels: some of its sites are reached over SSH."""
+    return any(options.reach.startswith(SSH) for options in sites)
 
 
 async def listen_also(hub: Any, address: str) -> str:

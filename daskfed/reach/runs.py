@@ -16,7 +16,6 @@ They are readable by their user alone.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ import dask
 
 from daskfed import errors
 from daskfed.errors import ConfigurationError, DaskfedError, SiteStartError
+from daskfed.files import locked, write_whole
 
 PROFILES = "profiles"
 DEFAULT_STATE = "~/.local/state/daskfed"
@@ -84,10 +84,7 @@ class Run:
     def write(self, name: str, value: Any) -> None:
         """Write something down, for this user only, so that a reader finds all of it or what was there before."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = self.folder / f".{name}.{os.getpid()}"
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            json.dump(value, stream)
-        new.replace(self.folder / name)
+        write_whole(self.folder / name, json.dumps(value))
 
     def last_lines(self, count: int = 10) -> list[str]:
         """Return the last lines of its log."""
@@ -99,9 +96,7 @@ class Run:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have others who start or stop it wait."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.folder / ".lock"):
             yield
 
     def start(self, work: Work) -> Start:

@@ -65,7 +65,7 @@ class HubContact:
 
     @classmethod
     def elsewhere(cls, address: str) -> HubContact:
-        """Return that of a hub that this user trusts; raises ConfigurationError where none is known there."""
+        """Return that of a hub that this user trusts; raises SiteStartError where none is known there."""
         if not address.startswith("zmq://"):
             raise SiteStartError(f"sites are reached over SSH for a hub at zmq://… only, not for {address}")
         if (key := KeyFolder().hub_at(address)) is None:
