@@ -409,8 +409,9 @@ class DialledLine(Line):
         try:
             _send(self._pipe.socket, parts)
         except zmq.Again:
-            self.broke("it was cut")
-            return
+            if self.multiplexer.connected:
+                self.broke("it was cut")
+            return  # while it is dialled the monitor tells why
         self._pipe.check_soon()
 
     @property

@@ -230,6 +230,18 @@ class TestRefused:
     def test_no_key_at_all(self, keyed: Keyed, tmp_path: Path) -> None:
         assert "wants encrypted connections: daskfed keys trust" in refusal(keyed.address, KeyFolder(tmp_path))
 
+    def test_no_key_at_all_where_the_hub_says_so_before_this_end_has_greeted(
+        self, keyed: Keyed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tell = mux.Multiplexer.tell
+
+        def late(self: mux.Multiplexer, kind: mux.Kind, **what: Any) -> list[mux.Buffer]:
+            time.sleep(0.2)
+            return tell(self, kind, **what)
+
+        monkeypatch.setattr(mux.Multiplexer, "tell", late)
+        assert "wants encrypted connections: daskfed keys trust" in refusal(keyed.address, KeyFolder(tmp_path))
+
     def test_a_client_that_would_be_a_site(self, keyed: Keyed) -> None:
         keyed.person("user", frozenset({Role.CLIENT}))
         assert keyed.site("of-user", "user").wait() != 0
