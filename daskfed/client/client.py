@@ -19,6 +19,7 @@ import distributed
 from dask.base import tokenize
 from dask.utils import format_bytes, format_time, funcname, parse_bytes
 from distributed.client import Future, futures_of
+from distributed.protocol.pickle import loads
 from distributed.versions import VersionMismatchWarning
 from toolz import merge
 
@@ -30,6 +31,7 @@ from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.lanes import CallState, Countdown, opened
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.packages import Packages, Unasked
@@ -90,6 +92,7 @@ class Client(Retrying, Observing, ActingClient):
         self._memory = Memory()
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
+        self._lanes = bool(dask.config.get("daskfed.lanes", False))
         set_sites_lookup(_sites_of_current_client)
         with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
             super().__init__(address, **kwargs)
@@ -101,6 +104,7 @@ class Client(Retrying, Observing, ActingClient):
         self._stream_handlers |= {
             "fed-sites": self._handle_sites,
             "fed-refused": self._handle_refused,
+            "fed-made": self._handle_made,
             "fed-arrived": self._handle_arrived,
             "fed-bound": self._memory.bound,
             "fed-forget": self._memory.forget,
@@ -327,7 +331,7 @@ class Client(Retrying, Observing, ActingClient):
         annotations = merge(dask.get_annotations(), given)
         self._check_sites(annotations)
         self._check_workers(annotations)
-        if self._fixed_single:
+        if self._fixed_single and not (self._lanes and _one_by_one(expr)):
             workers = self._workers_here(workers)
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
@@ -373,7 +377,7 @@ class Client(Retrying, Observing, ActingClient):
         other = {name: value for name, value in annotations.items() if name not in OWN_ANNOTATIONS}
         size = max(1, min(MOST_CALLS, -(-len(keys) // FEWEST_BLOCKS)))
         batches = calls_by_place(expr, constraint, self._data, size)
-        submission = plan_calls(batches, other, self._block_ids(), actors)
+        submission = plan_calls(batches, other, self._block_ids(), actors, self._lanes)
         self._place_by_packages(submission, asked)
         held = self._hold(key for block in submission.blocks for key in block.inputs)
         futures = {key: Future(key, self) for key in keys}
@@ -426,6 +430,7 @@ class Client(Retrying, Observing, ActingClient):
     def _inc_ref(self, key: Key) -> None:
         if key not in self.futures:  # a hub that could not read one key would take none of those that come with it
             validate_key(key)
+            self.futures[key] = CallState(key)
         super()._inc_ref(key)
 
     def _hold(self, keys: Iterable[Key]) -> list[Future]:
@@ -466,7 +471,23 @@ class Client(Retrying, Observing, ActingClient):
         else:
             state.cancel()
 
-    async def _gather(self, futures: Any, *args: Any, **kwargs: Any) -> Any:
+    def _handle_made(self, keys: Collection[Key], values: Collection[Any], types: Collection[Any]) -> None:
+        """Keys are in memory, and small values have come along."""
+        kinds = list(map(_loaded, types)) if len(types) > 1 else [_loaded(next(iter(types)))] * len(keys)
+        for key, value, kind in zip(keys, values, kinds, strict=True):
+            if (state := self.futures.get(key)) is not None:
+                state.value = value
+                state.finish(kind)
+
+    async def _gather(self, futures: Any, errors: str = "raise", *args: Any, **kwargs: Any) -> Any:
+        if type(futures) is list and all(type(future) is Future and future.client is self for future in futures):
+            states = [future._state for future in futures]
+            await Countdown(states).wait()
+            if all(state.status == "finished" and state.value is not None for state in states):
+                return opened(states)
+        return await self._gather_all(futures, errors, *args, **kwargs)
+
+    async def _gather_all(self, futures: Any, *args: Any, **kwargs: Any) -> Any:
         values = await super()._gather(futures, *args, **kwargs)
         if returned := [future for future in futures_in(values) if future.client is None]:
             for future in returned:  # a task made it, and returned it
@@ -632,6 +653,14 @@ def _check_actors(actors: Iterable[Key], tasks: Collection[Key]) -> None:
             f"{', '.join(map(repr, unknown))}: actors= names what is not computed here, or was joined with another "
             "task; name collections or keys of what is computed, or try optimize_graph=False"
         )
+
+
+def _loaded(kind: Any) -> Any:
+    """Return a type that was pickled, None where it cannot be opened here."""
+    try:
+        return loads(kind)
+    except Exception:
+        return None
 
 
 def _one_by_one(expr: Any) -> bool:

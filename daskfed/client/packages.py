@@ -28,7 +28,7 @@ from typing import Any
 from dask.utils import format_bytes
 from distributed.versions import VersionMismatchWarning
 
-from daskfed.client.submission import Submission
+from daskfed.client.submission import Submission, frames_of
 from daskfed.client.versions import allowed_sites, foreign
 from daskfed.errors import ConfigurationError, MissingPackageError
 from daskfed.messages import BlockSpec
@@ -106,7 +106,7 @@ class Packages:
         ``asked`` is how often sites were asked for its sake. Raises MissingPackageError where no site has what a block
         needs, and Unasked, if sites may be asked, where it is not known.
         """
-        needs = [self._mentioned(payload["expr"].frames) for payload in submission.payloads]
+        needs = [self._mentioned(frames_of(payload)) for payload in submission.payloads]
         wanted = set().union(*needs)
         if not wanted:
             return wanted
@@ -114,7 +114,7 @@ class Packages:
         if may_ask and (unknown or not (sites or asked)):
             raise Unasked(unknown or wanted)
         for number, names in enumerate(needs):
-            block, frames = submission.blocks[number], submission.payloads[number]["expr"].frames
+            block, frames = submission.blocks[number], frames_of(submission.payloads[number])
             submission.blocks[number] = self._placed(block, names - unknown, frames, sites, may_ask)
         self._good |= {name for name in wanted if all(known.get(name) is not None for known in self.sites.values())}
         return unknown

@@ -20,6 +20,7 @@ from distributed.comm.core import CommClosedError
 from distributed.protocol.serialize import deserialize
 
 from daskfed.client.gathering import Stream
+from daskfed.client.lanes import calls_of
 from daskfed.client.submission import Submission
 from daskfed.comm.opaque import OpaqueError
 from daskfed.config import client_memory
@@ -63,8 +64,8 @@ class Memory:
     def opened(self) -> Iterator[tuple[BlockSpec, Mapping[Key, Any]]]:
         """Yield the blocks with their tasks, the newest first."""
         for name in reversed(list(self.blocks)):
-            payload = self.payloads[name]["expr"]
-            yield self.blocks[name].spec, deserialize(payload.header, payload.frames).__dask_graph__()
+            spec, payload = self.blocks[name].spec, self.payloads[name]
+            yield spec, calls_of(spec, payload) if "calls" in payload else _tasks_of(payload["expr"])
 
     def forget(self, block: str) -> None:
         """The hub will never need a block again."""
@@ -236,6 +237,10 @@ class PatientRPC:
         if self._stream is not None:
             await self._stream.close()
         await self._rpc.close_rpc()
+
+
+def _tasks_of(expr: Any) -> Mapping[Key, Any]:
+    return deserialize(expr.header, expr.frames).__dask_graph__()  # type: ignore[no-any-return]
 
 
 def is_broken(exc: OSError) -> bool:

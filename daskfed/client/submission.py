@@ -17,6 +17,7 @@ from distributed.utils import nbytes
 from daskfed.client.calls import Calls
 from daskfed.client.constraints import annotations_of
 from daskfed.client.cutting import Piece, cut
+from daskfed.client.lanes import lane_payload
 from daskfed.client.graphs import BlockExpr, MaterialisedGraph, block_payload
 from daskfed.client.versions import PYTHON
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
@@ -34,7 +35,7 @@ class Submission:
     @property
     def nbytes(self) -> int:
         """Bytes of all payloads."""
-        return sum(_nbytes(payload["expr"]) for payload in self.payloads)
+        return sum(sum(map(nbytes, frames_of(payload))) for payload in self.payloads)
 
     def message(self, wanted: Iterable[Key], wait: bool = False) -> dict[str, Any]:
         """Return the message that submits the blocks."""
@@ -120,6 +121,7 @@ def plan_calls(
     annotations: Mapping[str, Any],
     ids: Iterator[str],
     actors: bool = False,
+    lanes: bool = False,
 ) -> Submission:
     """Make a block of each batch of calls, with its constraint, and near the sites that are named.
 
@@ -142,7 +144,12 @@ def plan_calls(
             stateful=(makes_actors := actors and not each.is_value),
             uses=each.places(tuple(each.needs)),
         )
-        submission.add(spec, annotated(each, {**annotations, **annotations_of(constraint)}), None, makes_actors)
+        told = {**annotations, **annotations_of(constraint)}
+        if lanes and not makes_actors and (calls := lane_payload(each, told)) is not None:
+            submission.blocks.append(spec)
+            submission.payloads.append({"calls": calls})
+        else:
+            submission.add(spec, annotated(each, told), None, makes_actors)
     return submission
 
 
@@ -165,5 +172,6 @@ def pickled(expr: Any) -> Serialized:
     return Serialized(*serialize(to_serialize(expr), on_error="raise"))
 
 
-def _nbytes(frames: Serialized) -> int:
-    return sum(map(nbytes, frames.frames))
+def frames_of(payload: Mapping[str, Any]) -> Collection[Any]:
+    """Return the frames of what a payload runs."""
+    return payload["calls" if "calls" in payload else "expr"].frames  # type: ignore[no-any-return]

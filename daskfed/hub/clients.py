@@ -454,9 +454,19 @@ class ClientSessions:
             return
         if theirs := self.hub.owners.foreign(command.keys, session.owner):
             self._refuse(session, theirs, theirs)
+        if command.outcome is ev.Outcome.IN_MEMORY and session.federated and not theirs and self.hub.stores.passing:
+            self._tell_with_values(session, command.keys)
+            return
         for key in command.keys:
             if key not in theirs:
                 session.send(self._status(key, command.outcome))
+
+    def _tell_with_values(self, session: ClientSession, keys: Collection[Key]) -> None:
+        """Tell that keys are made, with those values that have just come."""
+        stores = self.hub.stores
+        values, types = [stores.passing.get(key) for key in keys], [stores.types.get(key) for key in keys]
+        alike = types[:1] if len(set(types)) == 1 else types
+        session.send({"op": "fed-made", "keys": list(keys), "values": values, "types": alike})
 
     def tell_own(self, client: str, message: dict[str, Any]) -> None:
         """Send a message that only daskfed's own clients understand."""

@@ -360,8 +360,10 @@ class Hub(Hosting, OpaqueServer):
         elif isinstance(message, KeysMade) and payload:
             types = payload.get("types") or {}
             self.stores.keep_types({known[key].key: kind for key, kind in types.items() if key in known})
+            self.stores.passing = payload.get("values") or {}
         before = self.core.sites[site].status if site in self.core.sites else None
         self.take(ev.FromSite(site, message))
+        self.stores.passing = {}
         if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
             self.sites_changed()
 

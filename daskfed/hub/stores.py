@@ -23,6 +23,7 @@ class Stores:
         self.payloads: MutableMapping[str, Any] = {} if payloads is None else payloads
         self.errors: dict[Key, dict[str, Any]] = {}
         self.types: dict[Key, Any] = {}
+        self.passing: Mapping[Key, Any] = {}  # small results that come with the report that is being taken in
         self._same: dict[Any, Any] = {}  # type -> itself
 
     def keep_payloads(self, blocks: Iterable[BlockSpec], payloads: Iterable[Any]) -> None:

@@ -319,7 +319,15 @@ class Agent:
     # -- for other agents and for the site's own workers -------------------------------------------------------------
 
     def _door_handlers(self) -> dict[str, Callable[..., Any]]:
-        return {"get_keys": self._get_keys, "get-import": self._get_import, "forward-to-hub": self._serve_forwarding}
+        return {
+            "get_keys": self._get_keys,
+            "get-import": self._get_import,
+            "forward-to-hub": self._serve_forwarding,
+            "lane": self._serve_lane,
+        }
+
+    async def _serve_lane(self, comm: Comm, token: str, lane: str) -> Status:
+        return await self.session.lanes.serve(comm, token, lane)
 
     async def _get_keys(self, comm: Comm, keys: Collection[Key], token: str, site: str) -> Status:
         trusted = self._port is not None and hmac.compare_digest(token, self._port.door)

@@ -43,6 +43,7 @@ from daskfed.messages import (
 from daskfed.site import events as ev
 from daskfed.site import inspection
 from daskfed.site.core import SiteCore
+from daskfed.site.lanes import Lanes
 from daskfed.site.ports import HubPort
 from daskfed.site.quiet import QuietEnd
 from daskfed.site.reporting import SiteReporter
@@ -91,6 +92,7 @@ class Session:
         self.core = SiteCore()
         self.pool = OpaquePool(limit=256, connection_args=dict(connection_args or {}))
         self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
+        self.lanes = Lanes(self.wire, door_address, door_token, self._take_report, lambda: self.status.threads)
         self.source = Source(self.gather_values, self._expected_nbytes)
         self.status = SiteStatus(0, 0, 0, 0, 0, 0)
         self.closed = False
@@ -191,6 +193,7 @@ class Session:
         self.take([message])
 
     def _take_report(self, report: Report) -> None:
+        report.events = self.lanes.heard(report.events)
         if report.restarted:
             report.events.append(ev.KeysForgotten(tuple(self.core.keys)))
         self.take(report.events, report)
@@ -246,7 +249,7 @@ class Session:
             self._submit_imports()
         match command:
             case ev.SubmitBlock(block, _, outputs):
-                self.wire.submit_block(outputs, self._payloads.pop(block))
+                self._submit_block(block, outputs)
             case ev.SubmitImport():
                 self._imports.append(command)
             case ev.Fetch(key, source, nbytes):
@@ -254,7 +257,8 @@ class Session:
             case ev.DropBytes(key):
                 self.parcels.pop(key, None)
             case ev.ReleaseAtScheduler(keys):
-                self.wire.release(keys)
+                if keys := self.lanes.release(keys):
+                    self.wire.release(keys)
                 self._note_let_go(keys)
                 for key in self._failures.keys() & set(keys):
                     del self._failures[key]
@@ -270,6 +274,24 @@ class Session:
                 self._payloads.pop(block, None)
             case ev.StopSite(reason):
                 self.on_stop(reason)
+
+    def _submit_block(self, block: str, outputs: Collection[Key]) -> None:
+        payload, spec = self._payloads.pop(block), self.core.blocks[block].spec
+        if "calls" in payload:
+            self.lanes.submit(spec, outputs, payload["calls"])
+            return
+        self._land_results(spec.inputs)
+        self.wire.submit_block(outputs, payload)
+        self.lanes.yield_idle()
+
+    def _land_results(self, keys: Collection[Key]) -> None:
+        """Have the scheduler know the results of calls that its tasks need."""
+        inline = {}
+        for key in self.lanes.landing(keys):
+            parcel = Parcel.of(self.lanes.value(key))
+            frames = [bytes(frame) for frame in parcel.frames]
+            inline[key] = _by_value_task(key, open_import, parcel.header, frames, parcel.checksum)
+        self._import(inline, {INLINE: True})
 
     def _tell(self, message: Message, payload: Any = None) -> None:
         if self.port is not None:
@@ -298,11 +320,14 @@ class Session:
                 inline[key] = _by_value_task(key, open_import, parcel.header, frames, parcel.checksum)
             else:
                 others[key] = _by_value_task(key, fetch_import, self.door_address, key, self.door_token)
-        for graph, notes in ((inline, {INLINE: True}), (others, {})):
-            if graph:
-                expr = LLGExpr(graph, _determ_token=secrets.token_hex(8))
-                pickled = Serialized(*serialize(expr, on_error="raise"))
-                self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY, notes)
+        self._import(inline, {INLINE: True})
+        self._import(others, {})
+
+    def _import(self, graph: dict[Key, Task], notes: Mapping[str, Any]) -> None:
+        if graph:
+            expr = LLGExpr(graph, _determ_token=secrets.token_hex(8))
+            pickled = Serialized(*serialize(expr, on_error="raise"))
+            self.wire.submit_imports(list(graph), pickled, IMPORT_PRIORITY, notes)
 
     def _failing_task(self, key: Key) -> Task:
         """Return the task that raises the error that an import failed with at its source."""
@@ -330,10 +355,12 @@ class Session:
 
     async def gather_values(self, keys: Collection[Key]) -> dict[Key, Any]:
         """Return the unopened values of those of ``keys`` that are in memory here; give up those that no worker has."""
-        values: dict[Key, Any] = {}
+        values: dict[Key, Any] = {key: self.lanes.value(key) for key in keys if key in self.lanes.values}
         located: dict[Key, Any] = {}
         for _ in range(GATHER_TRIES):
             missing = [key for key in keys if key not in values]
+            if not missing:
+                break
             who_has = await self.ask_scheduler("who_has", keys=missing)
             located = {key: workers for key, workers in who_has.items() if workers}
             found = await self._from_workers(located)
@@ -409,7 +436,8 @@ def _beside(message: Message, report: Report | None) -> Any:
         return None
     if isinstance(message, KeysMade):
         types = {made.key: report.types[made.key] for made in message.keys if made.key in report.types}
-        return {"types": types} if types else None
+        values = {made.key: report.values[made.key] for made in message.keys if made.key in report.values}
+        return {"types": types, "values": values} if types else None
     return report.errors.get(message.keys[0]) if isinstance(message, KeysFailed) else None
 
 

@@ -40,6 +40,7 @@ class Report:
 
     events: list[ev.Event] = field(default_factory=list)
     types: dict[Key, Any] = field(default_factory=dict)  # pickled type of a result
+    values: dict[Key, bytes] = field(default_factory=dict)  # small results of calls, pickled
     errors: dict[Key, dict[str, Any]] = field(default_factory=dict)  # exception and traceback, unopened
     status: dict[str, Any] | None = None  # the newest fed-status
     learned: list[dict[str, Any]] = field(default_factory=list)  # fed-learned

@@ -1,0 +1,146 @@
+"""Calls as lanes run them: what is sent, and results that come home with the news that they are there.
+
+:class:`CallState` is what a client knows of a key: small, and with the pickled result where that has come along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from distributed.client import FutureState
+from distributed.protocol import to_serialize
+from distributed.protocol.serialize import Serialized, deserialize, serialize
+
+from daskfed.client.calls import Calls, CallsExpr
+from daskfed.dask_private import GraphNode, Task
+from daskfed.messages import BlockSpec, Key
+
+PLAIN_ANNOTATIONS = frozenset({"sites", "environment", "retries", "priority"})
+SETTLED = frozenset({"finished", "error", "cancelled"})
+
+
+class CallState(FutureState):
+    """The state of a key, without an event as long as nobody waits for it by one."""
+
+    __slots__ = ("value", "watch")
+
+    def __init__(self, key: Key) -> None:
+        super().__init__(key)
+        self.value: bytes | None = None  # pickled, where it is here
+        self.watch: Countdown | None = None
+
+    def _get_event(self) -> asyncio.Event:
+        if self._event is None:
+            self._event = asyncio.Event()
+            if self.status in SETTLED:
+                self._event.set()
+        return self._event  # type: ignore[no-any-return]
+
+    def finish(self, type: Any = None) -> None:
+        """The key is in memory."""
+        self.status = "finished"
+        if type is not None:
+            self.type = type
+        self._settle()
+
+    def set_error(self, exception: Any, traceback: Any) -> None:
+        """The key has failed."""
+        super().set_error(exception, traceback)
+        self._settle()
+
+    def cancel(self, reason: Any = None, msg: Any = None) -> None:
+        """The key is cancelled."""
+        super().cancel(reason, msg)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._event is not None:
+            self._event.set()
+        if self.watch is not None:
+            self.watch.settled(self)
+
+    def lose(self) -> None:
+        """The key is lost."""
+        self.value = None
+        super().lose()
+
+    def retry(self) -> None:
+        """The key is made again."""
+        self.value = None
+        super().retry()
+
+    def reset(self) -> None:
+        """The key is pending again."""
+        self.value = None
+        super().reset()
+
+    def done(self) -> bool:
+        """Whether it is known what became of the key."""
+        return self.status in SETTLED
+
+
+class Countdown:
+    """Waits until all of some states are settled, or one of them is bad."""
+
+    def __init__(self, states: Iterable[CallState]) -> None:
+        self._waits: set[int] = set()
+        self._over = asyncio.Event()
+        self._states = [state for state in states if state.status not in SETTLED]
+
+    async def wait(self) -> None:
+        """Wait; states that another countdown watches are waited for one by one."""
+        others = [state for state in self._states if state.watch is not None]
+        mine = [state for state in self._states if state.watch is None]
+        self._waits = set(map(id, mine))
+        for state in mine:
+            state.watch = self
+        try:
+            if mine:
+                await self._over.wait()
+            for state in others:
+                await state.wait()
+        finally:
+            for state in mine:
+                state.watch = None
+
+    def settled(self, state: CallState) -> None:
+        """One of them is settled."""
+        self._waits.discard(id(state))
+        if not self._waits or state.status != "finished":
+            self._over.set()
+
+
+def lane_payload(calls: Calls, annotations: Mapping[str, Any]) -> Serialized | None:
+    """Return the function, columns and keywords of calls that a lane may run, pickled; else None."""
+    if calls.needs or calls.is_value or not PLAIN_ANNOTATIONS.issuperset(annotations):
+        return None
+    expr = calls.expr
+    if isinstance(expr, CallsExpr):
+        parts = expr.operand("func"), expr.operand("columns"), expr.operand("kwargs")
+        if expr.operand("shared"):
+            return None
+    else:
+        (task,) = expr.operand("dsk").values()
+        if type(task) is not Task:
+            return None
+        parts = task.func, [[value] for value in task.args], task.kwargs
+    if any(isinstance(value, GraphNode) for column in parts[1] if isinstance(column, list) for value in column):
+        return None
+    if any(isinstance(value, GraphNode) for value in parts[2].values()):
+        return None
+    return Serialized(*serialize(to_serialize(parts), on_error="raise"))
+
+
+def calls_of(spec: BlockSpec, payload: Mapping[str, Any]) -> dict[Key, Task]:
+    """Return the calls in a payload as the tasks that they would be without lanes."""
+    func, columns, kwargs = deserialize(payload["calls"].header, payload["calls"].frames)
+    rows = zip(*columns, strict=True) if columns else iter(((),))
+    return {key: Task(key, func, *row, **kwargs) for key, row in zip(spec.outputs, rows, strict=True)}
+
+
+def opened(states: Collection[CallState]) -> list[Any]:
+    """Return the values of states that have them."""
+    return [pickle.loads(state.value) for state in states]  # type: ignore[arg-type]

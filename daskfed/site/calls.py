@@ -1,0 +1,281 @@
+"""The calls of a site that wait for a lane, and what each lane is given. Pure.
+
+A call is a row of a block: *run* names one submission of the block here, so that a late report of an earlier one is not
+taken for one of this. A row waits, is with one lane, or is closed: reported, or dropped since nobody wants it any more.
+
+Lanes are given as many rows at a time as take about MESSAGE_S; of a function that nobody knows yet, one. What was with a
+lane that died is suspect and goes out one row at a time, so that the row that kills workers is known for certain.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from daskfed.messages import Key
+
+MESSAGE_S = 0.03  # work that a lane is given at a time
+MOST_CALLS = 8192  # in one message
+GROWTH = 8  # how many times as many calls as were timed are given next
+AHEAD = 2  # messages that a lane has, so that it need not wait for the next one
+WEIGHT = 0.3  # of a new measurement of how long a call takes
+
+
+class Chunk(NamedTuple):
+    """Rows of one run, from ``start`` up to ``stop``."""
+
+    run: int
+    start: int
+    stop: int
+
+
+class Timing:
+    """How long calls of one function take, as far as it is known."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # of one call
+        self.timed = 0  # calls
+
+    def add(self, calls: int, seconds: float) -> None:
+        """Note that some calls took so long together."""
+        each = seconds / calls
+        self.seconds = each if not self.timed else self.seconds + WEIGHT * (each - self.seconds)
+        self.timed += calls
+
+    def calls_in(self, seconds: float) -> int:
+        """Return how many calls may be given for so much time, at least one."""
+        if not self.timed:
+            return 1
+        return max(1, min(int(seconds / max(self.seconds, 1e-7)), GROWTH * self.timed, MOST_CALLS))
+
+
+@dataclass(slots=True)
+class Run:
+    """One submission of a block."""
+
+    number: int
+    block: str
+    keys: tuple[Key, ...]  # by row
+    prefix: str
+    order: tuple[int, int]  # lower ones go first
+    retries: int
+    waiting: deque[range]
+    open: int  # rows that are not closed
+    dropped: set[int] = field(default_factory=set)
+    deaths: dict[int, int] = field(default_factory=dict)  # row -> lanes that died with it
+    failures: dict[int, int] = field(default_factory=dict)  # row -> how often it raised
+    queued: bool = False
+    _rows: dict[Key, int] | None = None
+
+    def row_of(self, key: Key) -> int | None:
+        """Return the row of a key, if it has one."""
+        if self._rows is None:
+            self._rows = {key: row for row, key in enumerate(self.keys)}
+        return self._rows.get(key)
+
+
+class CallQueue:
+    """All calls of a site that are not closed, and which lane has which of them."""
+
+    def __init__(self, allowed_deaths: int = 3) -> None:
+        self.allowed_deaths = allowed_deaths
+        self.runs: dict[int, Run] = {}
+        self.timings: dict[str, Timing] = {}
+        self._of_block: dict[str, int] = {}
+        self._queue: list[tuple[tuple[int, int], int]] = []
+        self._with: dict[str, dict[int, set[int]]] = {}  # lane -> run -> rows
+        self._numbers = 0
+
+    # -- blocks ------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, block: str, keys: tuple[Key, ...], rows: Iterable[int], prefix: str, priority: int = 0, retries: int = 0
+    ) -> Run:
+        """Take in a block, of which some rows are to run; an earlier run of it is dropped."""
+        self.drop_block(block)
+        self._numbers += 1
+        waiting = deque(ranges(rows))
+        run = Run(self._numbers, block, keys, prefix, (-priority, self._numbers), retries, waiting, sum(map(len, waiting)))
+        self.runs[run.number] = run
+        self._of_block[block] = run.number
+        self._enqueue(run)
+        return run
+
+    def drop_block(self, block: str) -> None:
+        """Forget a block: nobody wants any of it."""
+        if (number := self._of_block.pop(block, None)) is not None:
+            del self.runs[number]
+
+    def drop(self, keys: Collection[Key]) -> set[Key]:
+        """Close what nobody wants any more of these keys; return those that were open."""
+        dropped = set()
+        for run in list(self.runs.values()):
+            for key in keys:
+                row = run.row_of(key)
+                if row is not None and row not in run.dropped and not self._is_closed(run, row):
+                    run.dropped.add(row)
+                    dropped.add(key)
+                    self._close(run, 1)
+        return dropped
+
+    def _is_closed(self, run: Run, row: int) -> bool:
+        with_lanes = (rows.get(run.number, ()) for rows in self._with.values())
+        return not any(row in each for each in run.waiting) and not any(row in rows for rows in with_lanes)
+
+    def _close(self, run: Run, rows: int) -> None:
+        run.open -= rows
+        if run.open == 0:
+            self.runs.pop(run.number, None)
+            if self._of_block.get(run.block) == run.number:
+                del self._of_block[run.block]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are calls that no lane has."""
+        self._trim()
+        return bool(self._queue)
+
+    @property
+    def open(self) -> int:
+        """How many calls are not closed."""
+        return sum(run.open for run in self.runs.values())
+
+    def _enqueue(self, run: Run) -> None:
+        if not run.queued and run.waiting:
+            run.queued = True
+            heapq.heappush(self._queue, (run.order, run.number))
+
+    def _trim(self) -> None:
+        while self._queue and not self._first_waits():
+            heapq.heappop(self._queue)
+
+    def _first_waits(self) -> bool:
+        run = self.runs.get(self._queue[0][1])
+        if run is None:
+            return False
+        run.queued = bool(run.waiting)
+        return run.queued
+
+    # -- lanes -------------------------------------------------------------------------------------------------------
+
+    def open_lane(self, lane: str) -> None:
+        """A lane is there."""
+        self._with[lane] = {}
+
+    def give(self, lane: str, lanes: int = 1) -> list[Chunk]:
+        """Return what a lane is to run next, of ``lanes`` that share what there is; nothing if it has enough."""
+        chunks: list[Chunk] = []
+        room = MESSAGE_S
+        while room > 0 and self.waiting and len(chunks) < MOST_CALLS:
+            run = self.runs[self._queue[0][1]]
+            timing = self.timings.setdefault(run.prefix, Timing())
+            limit = 1 if run.deaths else timing.calls_in(room)
+            chunk = self._take(run, min(limit, max(1, -(-run.open // max(1, lanes))) if limit > 1 else 1))
+            if chunk is None:
+                continue
+            chunks.append(chunk)
+            self._with[lane].setdefault(run.number, set()).update(range(chunk.start, chunk.stop))
+            room -= timing.seconds * (chunk.stop - chunk.start) if timing.timed and not run.deaths else room
+        return chunks
+
+    def _take(self, run: Run, most: int) -> Chunk | None:
+        """Take some rows that wait, next to each other."""
+        rows = run.waiting.popleft()
+        while rows and rows.start in run.dropped:
+            rows = rows[1:]
+        stop = next((row for row in rows if row in run.dropped), rows.stop) if run.dropped else rows.stop
+        stop = min(stop, rows.start + most)
+        if rest := range(stop, rows.stop):
+            run.waiting.appendleft(rest)
+        return Chunk(run.number, rows.start, stop) if rows else None
+
+    def has(self, lane: str) -> int:
+        """Return how many rows a lane has."""
+        return sum(map(len, self._with.get(lane, {}).values()))
+
+    def done(self, lane: str, chunk: Chunk, seconds: float = 0.0) -> range | list[int]:
+        """A lane has run rows, which took so long; return those that somebody waits for. They are closed."""
+        run = self.runs.get(chunk.run)
+        mine = self._with.get(lane, {}).get(chunk.run)
+        rows = range(chunk.start, chunk.stop)
+        if run is None or mine is None:
+            self._forget(lane, chunk)
+            return ()  # type: ignore[return-value]
+        if seconds and rows:
+            self.timings.setdefault(run.prefix, Timing()).add(len(rows), seconds)
+        wanted: range | list[int] = rows
+        if run.dropped or not mine.issuperset(rows):
+            wanted = [row for row in rows if row in mine and row not in run.dropped]
+        mine.difference_update(rows)
+        self._close(run, len(wanted))
+        return wanted
+
+    def failed(self, lane: str, chunk: Chunk) -> bool:
+        """A row raised; say whether somebody is to hear of it: it may be tried again, or not be wanted any more."""
+        run = self.runs.get(chunk.run)
+        mine = self._with.get(lane, {}).get(chunk.run, set())
+        if run is None or chunk.start not in mine:
+            return False
+        mine.discard(chunk.start)
+        if chunk.start in run.dropped:
+            return False
+        run.failures[chunk.start] = tries = run.failures.get(chunk.start, 0) + 1
+        if tries <= run.retries:
+            self._again(run, (chunk.start,))
+            return False
+        self._close(run, 1)
+        return True
+
+    def returned(self, lane: str, chunk: Chunk) -> None:
+        """A lane gives rows back that it has not begun."""
+        run = self.runs.get(chunk.run)
+        mine = self._with.get(lane, {}).get(chunk.run, set())
+        rows = [row for row in range(chunk.start, chunk.stop) if row in mine]
+        mine.difference_update(rows)
+        if run is not None:
+            self._again(run, (row for row in rows if row not in run.dropped))
+
+    def close_lane(self, lane: str, died: bool) -> list[tuple[Run, int]]:
+        """A lane is gone; what it had waits again. Return the rows that have killed too many; they are closed."""
+        convicted = []
+        for number, rows in self._with.pop(lane, {}).items():
+            run = self.runs.get(number)
+            left = sorted(rows) if run is None else sorted(rows - run.dropped)
+            if run is None or not left:
+                continue
+            if died:
+                for row in left:
+                    run.deaths[row] = run.deaths.get(row, 0) + (1 if len(left) == 1 else 0)
+                if len(left) == 1 and run.deaths[left[0]] > self.allowed_deaths:
+                    convicted.append((run, left.pop()))
+                    self._close(run, 1)
+            self._again(run, left)
+        return convicted
+
+    def _again(self, run: Run, rows: Iterable[int]) -> None:
+        for each in reversed(list(ranges(rows))):
+            run.waiting.appendleft(each)
+        self._enqueue(run)
+
+    def _forget(self, lane: str, chunk: Chunk) -> None:
+        if (mine := self._with.get(lane, {}).get(chunk.run)) is not None:
+            mine.difference_update(range(chunk.start, chunk.stop))
+
+
+def ranges(rows: Iterable[int]) -> Iterator[range]:
+    """Yield rows, which come in order, as ranges."""
+    if isinstance(rows, range):
+        yield rows
+        return
+    start = stop = -1
+    for row in rows:
+        if row != stop and stop >= 0:
+            yield range(start, stop)
+        if row != stop:
+            start = row
+        stop = row + 1
+    if stop >= 0:
+        yield range(start, stop)
