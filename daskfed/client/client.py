@@ -18,7 +18,7 @@ import dask
 import distributed
 from dask.base import tokenize
 from dask.utils import format_bytes, format_time, funcname, parse_bytes
-from distributed.client import Future, futures_of
+from distributed.client import ClosedClientError, Future, futures_of
 from distributed.protocol.pickle import loads
 from distributed.versions import VersionMismatchWarning
 from toolz import merge
@@ -26,6 +26,7 @@ from toolz import merge
 from daskfed.client import hooks, opening, progress
 from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
+from daskfed.client.calling import Call, Functions, Outbox, call_of, submission_of
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
@@ -39,7 +40,7 @@ from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
-from daskfed.client.versions import differences, foreign, unopened
+from daskfed.client.versions import PYTHON, differences, foreign, unopened
 from daskfed.config import client_grace_s, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
+FLUSH_S = 0.001  # what is sent to the hub within this time travels together; a stock client waits ten times as long
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
@@ -81,8 +83,10 @@ class Client(Retrying, Observing, ActingClient):
         hooks.install()
         progress.install(lambda client: isinstance(client, Client))
         self._sites: dict[str, dict[str, Any]] = {}
+        self._strange = False  # whether some site has another Python
         self._data = DataSites()
         self._packages = Packages()
+        self._functions = Functions(self._packages.mentioned)
         self._fixed_single = False
         self._graph_ids = itertools.count()
         self._assemblies: dict[Key, tuple[Assembly, list[Future]]] = {}
@@ -112,6 +116,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-drop-copies": self._handle_drop_copies,
             "fed-ended": self._handle_ended,
         }
+        self._outbox = Outbox(lambda call: self.loop.add_callback(call), self._send_to_scheduler_safe, self._packed_calls)
         super().start(**kwargs)
 
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
@@ -151,6 +156,7 @@ class Client(Retrying, Observing, ActingClient):
             self.scheduler = PatientRPC(rpc, self._standing, self._memory, self._mark, self._secret, stream)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
+            self.scheduler_comm.interval = FLUSH_S
             self._say_hello()
 
     def _standing(self) -> str:
@@ -242,6 +248,7 @@ class Client(Retrying, Observing, ActingClient):
     def _handle_sites(self, sites: dict[str, dict[str, Any]]) -> None:
         joined = {name: facts for name, facts in sites.items() if name not in self._sites}
         self._sites, self._data = sites, DataSites.of(sites)
+        self._strange = any(map(foreign, sites.values()))
         self._packages.sites_changed(sites)
         if problems := differences(joined):
             warnings.warn(VersionMismatchWarning("Mismatched versions found:\n" + "\n".join(problems)), stacklevel=2)
@@ -301,10 +308,39 @@ class Client(Retrying, Observing, ActingClient):
         ``site`` is a name, a label ``name=value``, or a list of them; where ``func`` itself has a parameter of that
         name, it gets it. The same call bound to another site has another key: what it finds there differs.
         """
+        if self._lanes and (future := self._submit_at_once(func, args, kwargs)) is not None:
+            return future
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
                 kwargs["key"] = f"{bound}-{tokenize(func, kwargs, *args)}"
             return super().submit(func, *args, **kwargs)
+
+    def _submit_at_once(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future | None:
+        """Submit a call of which nothing need be found out before; None where this is another one."""
+        if self._data or self._strange or dask.get_annotations():
+            return None
+        if (call := call_of(self._functions, func, args, kwargs)) is None:
+            return None
+        with self._refcount_lock:
+            known = call.key in self.futures
+            future = Future(call.key, self)
+        if not known:
+            self._say(call, "submit")
+        return future
+
+    def _packed_calls(self, calls: list[Call]) -> list[dict[str, Any]]:
+        submission = submission_of(calls, self._block_ids(), PYTHON, MOST_CALLS)
+        self._memory.keep(submission)
+        return [submission.message([call.key for call in calls])]
+
+    def _send_to_scheduler(self, msg: dict[str, Any]) -> None:
+        self._say(msg, msg["op"])
+
+    def _say(self, item: Any, name: str) -> None:
+        """Have something sent to the hub, in order; raises ClosedClientError where the client has closed."""
+        if self.status not in ("running", "closing", "connecting", "newly-created"):
+            raise ClosedClientError(f"Client is {self.status}. Can't send {name} message.")
+        self._outbox.put(item)
 
     def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
         """Map a function over sequences; as ``distributed.Client.map``, with ``site=`` and ``environment=``."""

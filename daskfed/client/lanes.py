@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Collection, Iterable, Mapping
+from inspect import iscoroutinefunction
 from typing import Any
 
 from distributed.client import FutureState
@@ -119,12 +120,14 @@ def lane_payload(calls: Calls, annotations: Mapping[str, Any]) -> Serialized | N
         return None
     expr = calls.expr
     if isinstance(expr, CallsExpr):
+        if iscoroutinefunction(expr.operand("func")):
+            return None
         parts = expr.operand("func"), expr.operand("columns"), expr.operand("kwargs")
         if expr.operand("shared"):
             return None
     else:
         (task,) = expr.operand("dsk").values()
-        if type(task) is not Task:
+        if type(task) is not Task or iscoroutinefunction(task.func):
             return None
         parts = task.func, [[value] for value in task.args], task.kwargs
     if any(isinstance(value, GraphNode) for column in parts[1] if isinstance(column, list) for value in column):
@@ -136,7 +139,12 @@ def lane_payload(calls: Calls, annotations: Mapping[str, Any]) -> Serialized | N
 
 def calls_of(spec: BlockSpec, payload: Mapping[str, Any]) -> dict[Key, Task]:
     """Return the calls in a payload as the tasks that they would be without lanes."""
-    func, columns, kwargs = deserialize(payload["calls"].header, payload["calls"].frames)
+    func, *rest = deserialize(payload["calls"].header, payload["calls"].frames)
+    if len(rest) == 1:
+        opened = pickle.loads(func)
+        each = zip(spec.outputs, map(pickle.loads, rest[0]), strict=True)
+        return {key: Task(key, opened, *args, **kwargs) for key, (args, kwargs) in each}
+    columns, kwargs = rest
     rows = zip(*columns, strict=True) if columns else iter(((),))
     return {key: Task(key, func, *row, **kwargs) for key, row in zip(spec.outputs, rows, strict=True)}
 

@@ -106,7 +106,7 @@ class Packages:
         ``asked`` is how often sites were asked for its sake. Raises MissingPackageError where no site has what a block
         needs, and Unasked, if sites may be asked, where it is not known.
         """
-        needs = [self._mentioned(frames_of(payload)) for payload in submission.payloads]
+        needs = [self.mentioned(frames_of(payload)) for payload in submission.payloads]
         wanted = set().union(*needs)
         if not wanted:
             return wanted
@@ -119,7 +119,7 @@ class Packages:
         self._good |= {name for name in wanted if all(known.get(name) is not None for known in self.sites.values())}
         return unknown
 
-    def _mentioned(self, frames: Iterable[Any]) -> set[str]:
+    def mentioned(self, frames: Iterable[Any]) -> set[str]:
         """Return the packages that a pickle may refer to, apart from those that all sites have."""
         if self._modules != len(sys.modules):
             self._modules = len(sys.modules)

@@ -22,7 +22,7 @@ from distributed.batched import BatchedSend
 from distributed.comm import connect
 from distributed.comm.core import CommClosedError
 from distributed.core import error_message
-from distributed.protocol.pickle import dumps
+from distributed.protocol.pickle import dumps, loads
 from distributed.protocol.serialize import merge_and_deserialize
 from distributed.utils import sync
 
@@ -165,11 +165,11 @@ class Lane:
                 self._flush_soon()
 
     def _run(self, chunk: Chunk, deadline: float) -> None:
-        func, columns, kwargs = self._opened(chunk.run)
+        payload = self._opened(chunk.run)
         most = 1
         while perf_counter() < deadline and (rows := self._claimed(chunk, most)):
             began = self._since = perf_counter()
-            self._run_rows(chunk.run, rows, func, columns, kwargs)
+            self._run_rows(chunk.run, rows, *payload)
             self._since = 0.0
             took = perf_counter() - began
             if took < PIECE_S:
@@ -191,9 +191,12 @@ class Lane:
         return rows
 
     def _opened(self, run: int) -> tuple[Any, Any, Any]:
+        """Return the function of a run, its columns, or its rows as they were pickled, and keywords or None."""
         payload = self._payloads[run]
         if not isinstance(payload, tuple):
             payload = merge_and_deserialize(payload.header, payload.frames)
+            if len(payload) == 2:
+                payload = (loads(payload[0]), payload[1], None)
             self._payloads[run] = payload
         return payload
 
@@ -203,7 +206,11 @@ class Lane:
         start, began = rows.start, perf_counter()
         for row in rows:
             try:
-                value = func(*[column[row] for column in columns], **kwargs)
+                if kwargs is None:
+                    args, own = loads(columns[row])
+                    value = func(*args, **own)
+                else:
+                    value = func(*[column[row] for column in columns], **kwargs)
                 kind = type(value)
                 values.append(pickle.dumps(value, 5) if kind in PLAIN else dumps(value))
             except Exception as exc:
