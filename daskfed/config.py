@@ -18,6 +18,7 @@ from daskfed.errors import ConfigurationError
 
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
 LOST_WORKER = "5m"
+AUTO, ALWAYS, NEVER = LANES = ("auto", "always", "never")
 DEFAULT_GRACE = "1h"
 DEFAULT_SITE_TIMEOUT = "5m"
 DEFAULT_ORPHAN_TIMEOUT = "1h"
@@ -112,6 +113,17 @@ def largest_message() -> int:
     """
     given = dask.config.get("daskfed.comm.largest-message", None)
     return int(MAX_BUFFER_SIZE) if given is None else int(parse_bytes(given))
+
+
+def lanes() -> str:
+    """Return whether calls of ``submit`` and ``map`` go down lanes: "auto", where they are short, "always" or "never".
+
+    ``daskfed.client.lanes`` in Dask's configuration. Raises ConfigurationError for another word.
+    """
+    given = str(dask.config.get("daskfed.client.lanes", AUTO))
+    if given not in LANES:
+        raise ConfigurationError(f"daskfed.client.lanes is {given!r}: {hint_for(given, LANES, 'it may be')}")
+    return given
 
 
 def site_timeout_s() -> float:

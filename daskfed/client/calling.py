@@ -52,10 +52,16 @@ class Call(NamedTuple):
 
 
 class Outbox:
-    """What a client says to its hub, in order; ``later`` has something called on the event loop, ``send`` takes a message, ``pack`` makes messages of adjacent calls."""
+    """What a client says to its hub, in order.
+
+    ``later`` has something called on the event loop, ``send`` takes a message, ``pack`` makes messages of calls.
+    """
 
     def __init__(
-        self, later: Callable[[Callable[[], None]], None], send: Callable[[dict[str, Any]], None], pack: Callable[[list[Call]], Iterable[dict[str, Any]]]
+        self,
+        later: Callable[[Callable[[], None]], None],
+        send: Callable[[dict[str, Any]], None],
+        pack: Callable[[list[Call]], Iterable[dict[str, Any]]],
     ) -> None:
         self._later = later
         self._send = send
@@ -114,7 +120,9 @@ class Functions:
         return found
 
     def _pickle(self, function: Any) -> bytes | None:
-        if not isinstance(function, types.FunctionType | types.BuiltinFunctionType | type) or iscoroutinefunction(function):
+        if not isinstance(function, types.FunctionType | types.BuiltinFunctionType | type) or iscoroutinefunction(
+            function
+        ):
             return None
         if isinstance(function, types.FunctionType) and function.__module__ == "__main__" and not is_closed(function):
             return None

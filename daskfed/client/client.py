@@ -32,16 +32,16 @@ from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.lanes import CallState, Countdown, opened
+from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, opened
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.packages import Packages, Unasked
 from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
-from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph
+from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph, plan_lanes
 from daskfed.client.versions import PYTHON, differences, foreign, unopened
-from daskfed.config import client_grace_s, site_timeout_s
+from daskfed.config import NEVER, client_grace_s, lanes, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
@@ -96,7 +96,7 @@ class Client(Retrying, Observing, ActingClient):
         self._memory = Memory()
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
-        self._lanes = bool(dask.config.get("daskfed.lanes", False))
+        self._lanes = lanes()
         set_sites_lookup(_sites_of_current_client)
         with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
             super().__init__(address, **kwargs)
@@ -116,7 +116,9 @@ class Client(Retrying, Observing, ActingClient):
             "fed-drop-copies": self._handle_drop_copies,
             "fed-ended": self._handle_ended,
         }
-        self._outbox = Outbox(lambda call: self.loop.add_callback(call), self._send_to_scheduler_safe, self._packed_calls)
+        self._outbox = Outbox(
+            lambda call: self.loop.add_callback(call), self._send_to_scheduler_safe, self._packed_calls
+        )
         super().start(**kwargs)
 
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
@@ -308,7 +310,7 @@ class Client(Retrying, Observing, ActingClient):
         ``site`` is a name, a label ``name=value``, or a list of them; where ``func`` itself has a parameter of that
         name, it gets it. The same call bound to another site has another key: what it finds there differs.
         """
-        if self._lanes and (future := self._submit_at_once(func, args, kwargs)) is not None:
+        if self._lanes != NEVER and (future := self._submit_at_once(func, args, kwargs)) is not None:
             return future
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
@@ -367,7 +369,8 @@ class Client(Retrying, Observing, ActingClient):
         annotations = merge(dask.get_annotations(), given)
         self._check_sites(annotations)
         self._check_workers(annotations)
-        if self._fixed_single and not (self._lanes and _one_by_one(expr)):
+        calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
+        if self._fixed_single and calls is None:
             workers = self._workers_here(workers)
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
@@ -375,6 +378,8 @@ class Client(Retrying, Observing, ActingClient):
             )  # fmt: skip
         for key in set(keys):
             validate_key(key)
+        if calls is not None:
+            return self._send_calls(calls, keys)
         with paused_collection():
             return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
 
@@ -418,6 +423,19 @@ class Client(Retrying, Observing, ActingClient):
         held = self._hold(key for block in submission.blocks for key in block.inputs)
         futures = {key: Future(key, self) for key in keys}
         self._send(submission, keys, held)
+        return futures
+
+    def _calls_for_lanes(self, expr: Any, annotations: Mapping[str, Any], actors: Any) -> Submission | None:
+        """Return the blocks of calls that may all go down lanes; else None: the only site takes them as they are."""
+        if self._lanes == NEVER or actors or not _one_by_one(expr) or not PLAIN_ANNOTATIONS.issuperset(annotations):
+            return None
+        batches = calls_by_place(expr, self._bound(constraint_of(annotations)), self._data, MOST_CALLS)
+        return plan_lanes(batches, {}, self._block_ids(), self._lanes)
+
+    def _send_calls(self, submission: Submission, keys: Collection[Key]) -> dict[Key, Future]:
+        with self._refcount_lock:
+            futures = {key: Future(key, self) for key in dict.fromkeys(keys)}
+            self._send(submission, list(futures), [])
         return futures
 
     def _submit_graph(

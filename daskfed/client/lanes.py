@@ -13,11 +13,13 @@ from typing import Any
 
 from distributed.client import FutureState
 from distributed.protocol import to_serialize
-from distributed.protocol.serialize import Serialized, deserialize, serialize
+from distributed.protocol.serialize import Serialized, serialize
 
 from daskfed.client.calls import Calls, CallsExpr
+from daskfed.config import ALWAYS, NEVER
 from daskfed.dask_private import GraphNode, Task
 from daskfed.messages import BlockSpec, Key
+from daskfed.site.opening import calls_in
 
 PLAIN_ANNOTATIONS = frozenset({"sites", "environment", "retries", "priority"})
 SETTLED = frozenset({"finished", "error", "cancelled"})
@@ -27,6 +29,10 @@ class CallState(FutureState):
     """The state of a key, without an event as long as nobody waits for it by one."""
 
     __slots__ = ("value", "watch")
+
+    _event: Any  # slots of the class that it derives from
+    status: Any
+    type: Any
 
     def __init__(self, key: Key) -> None:
         super().__init__(key)
@@ -114,39 +120,36 @@ class Countdown:
             self._over.set()
 
 
-def lane_payload(calls: Calls, annotations: Mapping[str, Any]) -> Serialized | None:
-    """Return the function, columns and keywords of calls that a lane may run, pickled; else None."""
-    if calls.needs or calls.is_value or not PLAIN_ANNOTATIONS.issuperset(annotations):
+def payload_for_lanes(calls: Calls, annotations: Mapping[str, Any], lanes: str) -> dict[str, Any] | None:
+    """Return a payload of calls that may go down lanes, ``lanes`` being what the user wants; else None."""
+    if lanes == NEVER or calls.needs or calls.is_value or not PLAIN_ANNOTATIONS.issuperset(annotations):
         return None
-    expr = calls.expr
+    func, columns, kwargs = _parts(calls.expr)
+    if func is None or iscoroutinefunction(func) or not all(map(_is_plain, (*columns, list(kwargs.values())))):
+        return None
+    parts = Serialized(*serialize(to_serialize((func, columns, kwargs)), on_error="raise"))
+    return {"calls": parts, "always": True} if lanes == ALWAYS else {"calls": parts}
+
+
+def _parts(expr: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Return function, columns and keywords of the calls in an expression; of what is no such call, no function."""
     if isinstance(expr, CallsExpr):
-        if iscoroutinefunction(expr.operand("func")):
-            return None
-        parts = expr.operand("func"), expr.operand("columns"), expr.operand("kwargs")
-        if expr.operand("shared"):
-            return None
-    else:
-        (task,) = expr.operand("dsk").values()
-        if type(task) is not Task or iscoroutinefunction(task.func):
-            return None
-        parts = task.func, [[value] for value in task.args], task.kwargs
-    if any(isinstance(value, GraphNode) for column in parts[1] if isinstance(column, list) for value in column):
-        return None
-    if any(isinstance(value, GraphNode) for value in parts[2].values()):
-        return None
-    return Serialized(*serialize(to_serialize(parts), on_error="raise"))
+        func = None if expr.operand("shared") else expr.operand("func")
+        return func, expr.operand("columns"), expr.operand("kwargs")
+    (task,) = expr.operand("dsk").values()
+    return (task.func, [[each] for each in task.args], task.kwargs) if type(task) is Task else (None, [], {})
+
+
+def _is_plain(column: Any) -> bool:
+    """Whether no value of a column stands for something else."""
+    return not isinstance(column, list) or not any(isinstance(value, GraphNode) for value in column)
 
 
 def calls_of(spec: BlockSpec, payload: Mapping[str, Any]) -> dict[Key, Task]:
-    """Return the calls in a payload as the tasks that they would be without lanes."""
-    func, *rest = deserialize(payload["calls"].header, payload["calls"].frames)
-    if len(rest) == 1:
-        opened = pickle.loads(func)
-        each = zip(spec.outputs, map(pickle.loads, rest[0]), strict=True)
-        return {key: Task(key, opened, *args, **kwargs) for key, (args, kwargs) in each}
-    columns, kwargs = rest
-    rows = zip(*columns, strict=True) if columns else iter(((),))
-    return {key: Task(key, func, *row, **kwargs) for key, row in zip(spec.outputs, rows, strict=True)}
+    """Return the calls in a payload as the tasks that they are without lanes."""
+    calls = calls_in(payload["calls"].header, payload["calls"].frames)
+    each = zip(spec.outputs, calls, strict=True)
+    return {key: Task(key, func, *args, **kwargs) for key, (func, args, kwargs) in each}
 
 
 def opened(states: Collection[CallState]) -> list[Any]:

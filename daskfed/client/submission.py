@@ -17,9 +17,10 @@ from distributed.utils import nbytes
 from daskfed.client.calls import Calls
 from daskfed.client.constraints import annotations_of
 from daskfed.client.cutting import Piece, cut
-from daskfed.client.lanes import lane_payload
 from daskfed.client.graphs import BlockExpr, MaterialisedGraph, block_payload
+from daskfed.client.lanes import payload_for_lanes
 from daskfed.client.versions import PYTHON
+from daskfed.config import NEVER
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
 
 LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
@@ -116,41 +117,61 @@ def _block_of(piece: Piece, name: str) -> BlockSpec:
     )
 
 
+Batches = Iterable[tuple[Calls, Constraint, tuple[str, ...]]]
+"""Calls, what constrains them, and the sites that they are near."""
+
+
 def plan_calls(
-    batches: Iterable[tuple[Calls, Constraint, tuple[str, ...]]],
-    annotations: Mapping[str, Any],
-    ids: Iterator[str],
-    actors: bool = False,
-    lanes: bool = False,
+    batches: Batches, annotations: Mapping[str, Any], ids: Iterator[str], actors: bool = False, lanes: str = NEVER
 ) -> Submission:
     """Make a block of each batch of calls, with its constraint, and near the sites that are named.
 
-    ``annotations`` are given to every call; ``actors``: they make actors.
+    ``annotations`` are given to every call; ``actors``: they make actors. ``lanes`` says whether calls go down them.
     """
     submission = Submission()
     for each, constraint, near in batches:
-        spec = BlockSpec(
-            id=next(ids),
-            client="",
-            owner="",
-            kind=BlockKind.CALLS,
-            inputs=tuple(each.needs),
-            outputs=tuple(each.keys),
-            ntasks=len(each.keys),
-            prefixes=((key_split(each.keys[0]), len(each.keys)),),
-            constraint=replace(constraint, python=PYTHON),
-            near=near,
-            label=label_of(each.keys),
-            stateful=(makes_actors := actors and not each.is_value),
-            uses=each.places(tuple(each.needs)),
-        )
+        makes_actors = actors and not each.is_value
+        spec = _block_of_calls(each, constraint, near, next(ids), makes_actors)
         told = {**annotations, **annotations_of(constraint)}
-        if lanes and not makes_actors and (calls := lane_payload(each, told)) is not None:
+        payload = None if makes_actors else payload_for_lanes(each, told, lanes)
+        if payload is not None:
             submission.blocks.append(spec)
-            submission.payloads.append({"calls": calls})
+            submission.payloads.append(payload)
         else:
             submission.add(spec, annotated(each, told), None, makes_actors)
     return submission
+
+
+def plan_lanes(batches: Batches, annotations: Mapping[str, Any], ids: Iterator[str], lanes: str) -> Submission | None:
+    """Make a block of each batch of calls, as :func:`plan_calls`, if all of them may go down lanes; else None."""
+    submission = Submission()
+    for each, constraint, near in batches:
+        payload = payload_for_lanes(each, {**annotations, **annotations_of(constraint)}, lanes)
+        if payload is None:
+            return None
+        submission.blocks.append(_block_of_calls(each, constraint, near, next(ids)))
+        submission.payloads.append(payload)
+    return submission
+
+
+def _block_of_calls(
+    calls: Calls, constraint: Constraint, near: tuple[str, ...], name: str, stateful: bool = False
+) -> BlockSpec:
+    return BlockSpec(
+        id=name,
+        client="",
+        owner="",
+        kind=BlockKind.CALLS,
+        inputs=tuple(calls.needs),
+        outputs=tuple(calls.keys),
+        ntasks=len(calls.keys),
+        prefixes=((key_split(calls.keys[0]), len(calls.keys)),),
+        constraint=replace(constraint, python=PYTHON),
+        near=near,
+        label=label_of(calls.keys),
+        stateful=stateful,
+        uses=calls.places(tuple(calls.needs)),
+    )
 
 
 def annotated(calls: Calls, annotations: Mapping[str, Any]) -> Any:

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 MOVED_S = 1.0  # how often it is looked whether the hub has another address
 TOLD = ("dask", "distributed", "daskfed", "numpy", "pandas", "pyarrow", "scipy", "xarray", "zarr")
 """Packages that a site tells the version of, so that clients need not ask."""
+LOOKING = frozenset({"who_has", "has_what", "nbytes", "story", "get_story", "replicate", "rebalance"})
+"""Ops of a scheduler that are about results: those of calls that it does not know are shown to it before."""
 REJOIN_S = (0.05, 5.0)  # first and longest pause between attempts to reach a hub that went away
 DRAIN_TIMEOUT_S = 300.0
 BRING_TIMEOUT_S = 60.0
@@ -292,6 +294,8 @@ class Agent:
         return {"status": "OK", "nbytes": await self.session.scatter(dict(data), broadcast, workers)}
 
     async def _scheduler_rpc(self, scheduler_op: str, kwargs: Mapping[str, Any]) -> Any:
+        if scheduler_op in LOOKING:
+            await self.session.show(kwargs.get("keys"))
         return await self.session.ask_scheduler(scheduler_op, **kwargs)
 
     async def _ask_scheduler(self, op: str, **kwargs: Any) -> Any:
@@ -326,8 +330,8 @@ class Agent:
             "lane": self._serve_lane,
         }
 
-    async def _serve_lane(self, comm: Comm, token: str, lane: str) -> Status:
-        return await self.session.lanes.serve(comm, token, lane)
+    async def _serve_lane(self, comm: Comm, token: str, lane: str, worker: str) -> Status:
+        return await self.session.lanes.serve(comm, token, lane, worker)
 
     async def _get_keys(self, comm: Comm, keys: Collection[Key], token: str, site: str) -> Status:
         trusted = self._port is not None and hmac.compare_digest(token, self._port.door)

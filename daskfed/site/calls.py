@@ -3,8 +3,8 @@
 A call is a row of a block: *run* names one submission of the block here, so that a late report of an earlier one is not
 taken for one of this. A row waits, is with one lane, or is closed: reported, or dropped since nobody wants it any more.
 
-Lanes are given as many rows at a time as take about MESSAGE_S; of a function that nobody knows yet, one. What was with a
-lane that died is suspect and goes out one row at a time, so that the row that kills workers is known for certain.
+Lanes are given as many rows at a time as take about MESSAGE_S; of a function that nobody knows yet, one. What was with
+a lane that died is suspect and goes out one row at a time, so that the row that kills workers is known for certain.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Run:
     waiting: deque[range]
     open: int  # rows that are not closed
     dropped: set[int] = field(default_factory=set)
+    parked: set[int] = field(default_factory=set)  # have run, and are to be reported when that is possible
     deaths: dict[int, int] = field(default_factory=dict)  # row -> lanes that died with it
     failures: dict[int, int] = field(default_factory=dict)  # row -> how often it raised
     queued: bool = False
@@ -85,6 +86,7 @@ class CallQueue:
         self.runs: dict[int, Run] = {}
         self.timings: dict[str, Timing] = {}
         self._of_block: dict[str, int] = {}
+        self._held: dict[str, list[int]] = {}
         self._queue: list[tuple[tuple[int, int], int]] = []
         self._with: dict[str, dict[int, set[int]]] = {}  # lane -> run -> rows
         self._numbers = 0
@@ -92,17 +94,46 @@ class CallQueue:
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def submit(
-        self, block: str, keys: tuple[Key, ...], rows: Iterable[int], prefix: str, priority: int = 0, retries: int = 0
+        self,
+        block: str,
+        keys: tuple[Key, ...],
+        rows: Iterable[int],
+        prefix: str,
+        priority: int = 0,
+        retries: int = 0,
+        held: bool = False,
     ) -> Run:
-        """Take in a block, of which some rows are to run; an earlier run of it is dropped."""
+        """Take in a block, of which some rows are to run; an earlier run of it is dropped.
+
+        Where it is ``held`` no lane gets any of it until :meth:`resume`.
+        """
         self.drop_block(block)
         self._numbers += 1
-        waiting = deque(ranges(rows))
-        run = Run(self._numbers, block, keys, prefix, (-priority, self._numbers), retries, waiting, sum(map(len, waiting)))
+        order, waiting = (-priority, self._numbers), deque(ranges(rows))
+        run = Run(self._numbers, block, keys, prefix, order, retries, waiting, sum(map(len, waiting)))
         self.runs[run.number] = run
         self._of_block[block] = run.number
-        self._enqueue(run)
+        if held:
+            self._held.setdefault(prefix, []).append(run.number)
+        else:
+            self._enqueue(run)
         return run
+
+    def resume(self, prefix: str) -> None:
+        """Let lanes have what was held of a function."""
+        for run in self._no_longer_held(prefix):
+            self._enqueue(run)
+
+    def withdraw(self, prefix: str) -> list[tuple[Run, list[int]]]:
+        """Return what was held of a function, as runs with their rows; it is no longer here."""
+        found = []
+        for run in self._no_longer_held(prefix):
+            found.append((run, [row for rows in run.waiting for row in rows if row not in run.dropped]))
+            self.drop_block(run.block)
+        return found
+
+    def _no_longer_held(self, prefix: str) -> list[Run]:
+        return [self.runs[number] for number in self._held.pop(prefix, ()) if number in self.runs]
 
     def drop_block(self, block: str) -> None:
         """Forget a block: nobody wants any of it."""
@@ -122,6 +153,8 @@ class CallQueue:
         return dropped
 
     def _is_closed(self, run: Run, row: int) -> bool:
+        if row in run.parked:
+            return False
         with_lanes = (rows.get(run.number, ()) for rows in self._with.values())
         return not any(row in each for each in run.waiting) and not any(row in rows for rows in with_lanes)
 
@@ -205,7 +238,7 @@ class CallQueue:
             self._forget(lane, chunk)
             return ()  # type: ignore[return-value]
         if seconds and rows:
-            self.timings.setdefault(run.prefix, Timing()).add(len(rows), seconds)
+            self.time(run.prefix, len(rows), seconds)
         wanted: range | list[int] = rows
         if run.dropped or not mine.issuperset(rows):
             wanted = [row for row in rows if row in mine and row not in run.dropped]
@@ -228,6 +261,35 @@ class CallQueue:
             return False
         self._close(run, 1)
         return True
+
+    def park(self, lane: str, chunk: Chunk) -> None:
+        """A row has run, and will be reported later, whatever becomes of the lane."""
+        self._forget(lane, chunk)
+        if (run := self.runs.get(chunk.run)) is not None and chunk.start not in run.dropped:
+            run.parked.add(chunk.start)
+
+    def parked_done(self, number: int, row: int) -> bool:
+        """Close a row that was parked; say whether somebody waits for it."""
+        run = self.runs.get(number)
+        if run is None or row not in run.parked:
+            return False
+        run.parked.discard(row)
+        if row in run.dropped:
+            return False
+        self._close(run, 1)
+        return True
+
+    def unpark(self, number: int, row: int) -> None:
+        """A row that was parked must run again."""
+        run = self.runs.get(number)
+        if run is not None and row in run.parked:
+            run.parked.discard(row)
+            if row not in run.dropped:
+                self._again(run, (row,))
+
+    def time(self, prefix: str, calls: int, seconds: float) -> None:
+        """Note how long calls of a function took."""
+        self.timings.setdefault(prefix, Timing()).add(calls, seconds)
 
     def returned(self, lane: str, chunk: Chunk) -> None:
         """A lane gives rows back that it has not begun."""

@@ -4,8 +4,10 @@ It is sent to workers by value, and needs only distributed and the standard libr
 event loop talks to the agent, also while a call runs: what is done is told every FLUSH_S, and calls that have not begun
 are given back when the one before them takes long, so that nobody waits for it who need not.
 
-Lane to agent: ``{"done": [(run, start, [value, ...], types, seconds), ...], "failed": [...], "returned": [...]}``.
-Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...]}``, ``{"drop": [...]}``, ``{"end"}``.
+Lane to agent: ``{"done": [(run, start, [value, ...], types, seconds), ...], "failed": [...], "returned": [...]}``, and
+of results that stay with the worker ``{"large": [(run, row, seconds), ...]}``, which the agent answers with their keys,
+in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, nbytes, type), ...]}``.
+Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...]}``, and ``{"end": True}``.
 """
 
 from __future__ import annotations
@@ -17,15 +19,19 @@ from collections import deque
 from time import perf_counter
 from typing import Any
 
-from distributed import get_worker
+from dask.sizeof import sizeof
+from distributed import Actor, Future, Reschedule, get_worker
 from distributed.batched import BatchedSend
 from distributed.comm import connect
 from distributed.comm.core import CommClosedError
-from distributed.core import error_message
+from distributed.core import Status, error_message
 from distributed.protocol.pickle import dumps, loads
 from distributed.protocol.serialize import merge_and_deserialize
 from distributed.utils import sync
 
+from daskfed.dask_private import UpdateDataEvent
+
+SMALL = 2**16  # bytes of a result that rides home
 FLUSH_S = 0.01
 PIECE_S = 0.001  # of work that the thread takes on at once
 PLAIN = frozenset({int, float, bool, str, bytes, type(None), complex})
@@ -59,6 +65,9 @@ class Lane:
         self._payloads: dict[int, Any] = {}  # run -> frames, or the function, its columns and keywords
         self._done: deque[tuple[Any, ...]] = deque()
         self._failed: deque[tuple[Any, ...]] = deque()
+        self._kept: deque[tuple[Any, ...]] = deque()  # large results that are to be told of
+        self._large: dict[tuple[int, int], Any] = {}  # (run, row) -> those that are not stored yet, and their type
+        self._again: deque[tuple[int, int, int]] = deque()  # calls that want to run again
         self._claims = threading.Lock()
         self._chunks: deque[Chunk] = deque()  # that have calls which have not begun
         self._since = 0.0  # when the thread began what it runs; 0: nothing
@@ -75,7 +84,9 @@ class Lane:
 
         comm = await connect(address, deserialize=False, **self.worker.connection_args)
         comm.name = "Lane->Agent"
-        await comm.write({"op": "lane", "token": token, "lane": self.name, "reply": False})
+        await comm.write(
+            {"op": "lane", "token": token, "lane": self.name, "worker": self.worker.address, "reply": False}
+        )
         self._stream = BatchedSend(interval="1ms")  # which belongs to the loop on which it is made
         self._stream.start(comm)
         self._reader = asyncio.ensure_future(self._read(comm))
@@ -93,6 +104,9 @@ class Lane:
     def _take(self, message: dict[str, Any]) -> None:
         if "end" in message:
             self._inbox.put(None)
+            return
+        if "store" in message:
+            self._store(message["store"])
             return
         self._payloads.update(message.get("payloads", {}))
         for run, start, stop in message["chunks"]:
@@ -121,10 +135,21 @@ class Lane:
         if returned:
             self._send({"returned": returned})
 
+    def _store(self, told: Any) -> None:
+        """Keep large results under their keys."""
+        stored = []
+        for run, row, key in told:
+            value, kind = self._large.pop((run, row))
+            stored.append((run, row, sizeof(value), self._type(kind)))
+            event = UpdateDataEvent(data={key: value}, stimulus_id=f"{self.name}-{run}-{row}")
+            self.worker.handle_stimulus(event)
+        self._send({"stored": stored})
+
     def _flush(self) -> None:
         """Tell what is done."""
         message = {}
-        for name, kept in (("done", self._done), ("failed", self._failed)):
+        kinds = (("done", self._done), ("failed", self._failed), ("large", self._kept), ("returned", self._again))
+        for name, kept in kinds:
             told = []
             while kept:
                 told.append(kept.popleft())
@@ -141,9 +166,13 @@ class Lane:
 
     async def close(self) -> None:
         """Tell the rest, give back what has not begun, and end."""
+        import asyncio
+
         self._watcher.cancel()
-        self._flush()
         self._give_back()
+        self._flush()
+        while self._large and not self._stream.closed():
+            await asyncio.sleep(FLUSH_S)
         self._send({"ended": True})
         await self._stream.close()
         self._reader.cancel()
@@ -163,11 +192,19 @@ class Lane:
             self._run(chunk, deadline)
             if self._inbox.empty():
                 self._flush_soon()
+            if not self._may_go_on():
+                return
+
+    def _may_go_on(self) -> bool:
+        """Whether the thread is still of its worker's pool, and the worker takes work."""
+        pool = getattr(self.worker.executors["default"], "_threads", None)
+        seceded = pool is not None and threading.current_thread() not in pool
+        return self.worker.status is Status.running and not seceded
 
     def _run(self, chunk: Chunk, deadline: float) -> None:
         payload = self._opened(chunk.run)
         most = 1
-        while perf_counter() < deadline and (rows := self._claimed(chunk, most)):
+        while perf_counter() < deadline and self._may_go_on() and (rows := self._claimed(chunk, most)):
             began = self._since = perf_counter()
             self._run_rows(chunk.run, rows, *payload)
             self._since = 0.0
@@ -192,13 +229,13 @@ class Lane:
 
     def _opened(self, run: int) -> tuple[Any, Any, Any]:
         """Return the function of a run, its columns, or its rows as they were pickled, and keywords or None."""
-        payload = self._payloads[run]
+        payload: Any = self._payloads[run]
         if not isinstance(payload, tuple):
             payload = merge_and_deserialize(payload.header, payload.frames)
             if len(payload) == 2:
                 payload = (loads(payload[0]), payload[1], None)
             self._payloads[run] = payload
-        return payload
+        return payload  # type: ignore[no-any-return]
 
     def _run_rows(self, run: int, rows: range, func: Any, columns: Any, kwargs: Any) -> None:
         values: list[bytes] = []
@@ -212,15 +249,30 @@ class Lane:
                 else:
                     value = func(*[column[row] for column in columns], **kwargs)
                 kind = type(value)
-                values.append(pickle.dumps(value, 5) if kind in PLAIN else dumps(value))
-            except Exception as exc:
+                told = pickle.dumps(value, 5) if kind in PLAIN else _pickled(value)
+            except (SystemExit, KeyboardInterrupt):  # as of any task: it ends the worker
+                raise
+            except BaseException as exc:
                 self._tell(run, start, values, types, began)
-                error = error_message(exc)
-                self._failed.append((run, row, error["exception"], error["traceback"]))
+                self._note_failure(run, row, exc)
+                values, types, start, began = [], [], row + 1, perf_counter()
+                continue
+            if told is None or len(told) > SMALL:
+                self._tell(run, start, values, types, began)
+                self._large[run, row] = value, kind
+                self._kept.append((run, row, perf_counter() - began))
                 values, types, start, began = [], [], row + 1, perf_counter()
             else:
+                values.append(told)
                 types.append(kind)
         self._tell(run, start, values, types, began)
+
+    def _note_failure(self, run: int, row: int, exc: BaseException) -> None:
+        if isinstance(exc, Reschedule):
+            self._again.append((run, row, row + 1))
+        else:
+            error = error_message(exc)
+            self._failed.append((run, row, error["exception"], error["traceback"]))
 
     def _tell(self, run: int, start: int, values: list[bytes], types: list[Any], began: float) -> None:
         if values:
@@ -235,3 +287,24 @@ class Lane:
             except Exception:
                 self._types[kind] = dumps(object)
         return self._types[kind]
+
+
+def _pickled(value: Any) -> bytes | None:
+    """Return a result as it can ride home, None where it must stay with its worker: it is large, or bound to it."""
+    if isinstance(value, Future | Actor) or sizeof(value) > SMALL:
+        return None
+    if isinstance(value, (list, tuple, set, dict)) and futures_in(value):
+        return None
+    try:
+        return bytes(dumps(value))
+    except Exception:  # as of any task: it is known when somebody gathers it
+        return None
+
+
+def futures_in(value: Any, depth: int = 3) -> bool:
+    """Whether there are futures or actors in a small container."""
+    if isinstance(value, Future | Actor):
+        return True
+    if not isinstance(value, (list, tuple, set, dict)) or len(value) > 1000 or depth == 0:
+        return False
+    return any(futures_in(each, depth - 1) for each in (value.values() if isinstance(value, dict) else value))

@@ -1,20 +1,25 @@
 """The lanes of a site: Dask tasks that the agent submits to run calls, see :mod:`daskfed.site.lane`.
 
-Which calls a lane gets is decided by :class:`daskfed.site.calls.CallQueue`. Here are the tasks, one for each thread while
-calls wait, the streams that these dial, and the results: small ones stay with the agent, unopened, until the hub lets
-them go. What becomes of calls is reported in the words in which the scheduler reports, as if those were its tasks.
+Which calls a lane gets is decided by :class:`daskfed.site.calls.CallQueue`. Here are the tasks, one for each thread
+while calls wait, the streams that these dial, and the results: small ones stay with the agent, unopened, until the hub
+lets them go. What becomes of calls is reported in the words in which the scheduler reports, as if those were its tasks.
+
+Lanes are for short calls. How long those of a function take is found out from the first ones, which the scheduler gets
+as the tasks that they are; it also gets all calls of functions that take long, since there its price does not matter,
+and whoever looks at tasks finds them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import itertools
 import logging
 import pickle
 import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from dask.utils import apply
 from distributed.batched import BatchedSend
@@ -23,27 +28,42 @@ from distributed.core import Status, error_message
 from distributed.protocol.serialize import Serialized, serialize
 from distributed.scheduler import KilledWorker
 
+from daskfed.comm.opaque import OpaqueError
 from daskfed.dask_private import LLGExpr, Task
 from daskfed.data.fetch import by_value
+from daskfed.ending import end_tasks
 from daskfed.messages import BlockSpec, Key, MadeKey
 from daskfed.site import events as ev
 from daskfed.site import lane
 from daskfed.site.calls import CallQueue, Chunk, Run
-from daskfed.site.wire import Report, SchedulerWire
+from daskfed.site.opening import FramedCalls
+from daskfed.site.wire import POLL_S, Report, SchedulerWire
 
 logger = logging.getLogger(__name__)
 
 TURN_S = 1.0
+CLOSE_S = 0.5
+LONG_S = 0.1  # calls of which none is back by then are the scheduler's
+SHORT_S = 0.05  # calls that take less on average are for lanes
+PROBES = 2  # calls for each thread that are to tell how long they take
 PREFIX = "daskfed-lane-"
 HEADER = {"serializer": "pickle", "writeable": ()}
 RUN_LANE = by_value(lane.run_lane)
 
 
+class Work(NamedTuple):
+    """A block of calls, and its payload."""
+
+    spec: BlockSpec
+    calls: Serialized
+
+
 class LaneStream:
     """What a lane dialled."""
 
-    def __init__(self, stream: BatchedSend) -> None:
+    def __init__(self, stream: BatchedSend, worker: str) -> None:
         self.stream = stream
+        self.worker = worker  # its address
         self.payloads: set[int] = set()  # runs whose payload it has
         self.ended = False
 
@@ -54,38 +74,102 @@ class LaneStream:
 
 
 class Lanes:
-    """All lanes of a site; ``deliver`` gets a :class:`Report` of what became of calls, ``threads`` says how many.
+    """All lanes of a site; ``deliver`` gets a :class:`Report` of what became of calls, ``threads`` says how many,
+    ``ask`` calls an RPC of the scheduler.
 
     ``address`` and ``token`` are those of the agent's door.
     """
 
     def __init__(
-        self, wire: SchedulerWire, address: str, token: str, deliver: Callable[[Report], None], threads: Callable[[], int]
+        self,
+        wire: SchedulerWire,
+        address: str,
+        token: str,
+        deliver: Callable[[Report], None],
+        threads: Callable[[], int],
+        ask: Callable[..., Awaitable[Any]],
     ) -> None:
         self.queue = CallQueue()
         self.values: dict[Key, bytes] = {}  # small results
         self.landed: set[Key] = set()  # those of which the scheduler knows
+        self._landing: set[Key] = set()  # and of these, those that it does not have in memory yet
         self.wire = wire
         self.tasks: dict[str, None] = {}  # that the scheduler has
         self._address, self._token = address, token
+        self._ask = ask
+        self._tasks: set[asyncio.Task[None]] = set()  # that register large results
         self._deliver = deliver
         self._threads = threads
         self._streams: dict[str, LaneStream] = {}
-        self._payloads: dict[int, Any] = {}
+        self._work: dict[int, Work] = {}  # by run
+        self._short: dict[str, bool] = {}  # prefix -> whether its calls are
+        self._probes: dict[str, asyncio.TimerHandle] = {}  # prefix of which that is being found out
+        self._probing: dict[Key, str] = {}  # key -> prefix that it is to tell of
         self._names = (f"{PREFIX}{secrets.token_hex(4)}-{n}" for n in itertools.count())
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
-    def submit(self, spec: BlockSpec, outputs: Collection[Key], payload: Any) -> None:
-        """Have calls run."""
-        keys = spec.outputs
-        rows: Iterable[int] = range(len(keys)) if len(outputs) == len(keys) else _places(keys, outputs)
-        constraint = spec.constraint
-        run = self.queue.submit(
-            spec.id, keys, rows, spec.prefixes[0][0], priority=constraint.priority, retries=constraint.retries
-        )
-        self._payloads[run.number] = payload
-        self._feed()
+    def submit(self, spec: BlockSpec, outputs: Collection[Key], payload: Mapping[str, Any]) -> None:
+        """Have calls run: by lanes if they are short, else by the scheduler, which also has those to find that out."""
+        keys, prefix = spec.outputs, spec.prefixes[0][0]
+        rows: Sequence[int] = range(len(keys)) if len(outputs) == len(keys) else _places(keys, outputs)
+        work = Work(spec, payload["calls"])
+        short = True if payload.get("always") else self._short.get(prefix)
+        if short:
+            self._enqueue(work, rows)
+        elif short is None and prefix not in self._probes:
+            probes = rows[: PROBES * max(1, self._threads())]
+            self._probe(prefix, [keys[row] for row in probes])
+            self._to_scheduler(work, probes)
+            self._enqueue(work, rows[len(probes) :], held=True)
+        elif short is None:
+            self._enqueue(work, rows, held=True)
+        else:
+            self._to_scheduler(work, rows)
+
+    def _enqueue(self, work: Work, rows: Sequence[int], held: bool = False) -> None:
+        if rows:
+            spec, constraint = work.spec, work.spec.constraint
+            how = {"priority": constraint.priority, "retries": constraint.retries, "held": held}
+            run = self.queue.submit(spec.id, spec.outputs, rows, spec.prefixes[0][0], **how)  # type: ignore[arg-type]
+            self._work[run.number] = work
+            self._feed()
+
+    def _to_scheduler(self, work: Work, rows: Sequence[int]) -> None:
+        if rows:
+            keys = [work.spec.outputs[row] for row in rows]
+            parts = work.calls.header, [bytes(frame) for frame in work.calls.frames]
+            expr = FramedCalls(*parts, keys, list(rows), _determ_token=secrets.token_hex(8))
+            constraint = work.spec.constraint
+            notes = {"retries": constraint.retries, "priority": constraint.priority}
+            self.wire.submit_calls(keys, _pickled(expr), {name: value for name, value in notes.items() if value})
+
+    # -- short or long -----------------------------------------------------------------------------------------------
+
+    def _probe(self, prefix: str, keys: Collection[Key]) -> None:
+        """Find out whether calls of a function are short, from those that the scheduler is about to get."""
+        loop = asyncio.get_running_loop()
+        self._probes[prefix] = loop.call_later(LONG_S, self._judge, prefix, False)
+        self._probing.update(dict.fromkeys(keys, prefix))
+
+    def _judge(self, prefix: str, short: bool) -> None:
+        """It is known whether calls of a function are short."""
+        self._short[prefix] = short
+        if (timer := self._probes.pop(prefix, None)) is not None:
+            timer.cancel()
+            self._probing = {key: each for key, each in self._probing.items() if each != prefix}
+        if short:
+            self.queue.resume(prefix)
+            self._feed()
+        else:
+            for run, rows in self.queue.withdraw(prefix):
+                self._to_scheduler(self._work.pop(run.number), rows)
+
+    def learned(self, durations: Iterable[tuple[str, int, float]]) -> None:
+        """The scheduler has told how long tasks took: prefix, how many, seconds in all."""
+        for prefix, count, seconds in durations:
+            if prefix in self._short and count:
+                self._short[prefix] = seconds / count < SHORT_S
 
     def release(self, keys: Collection[Key]) -> list[Key]:
         """Nobody wants these keys any more: they need not be made, and results are forgotten.
@@ -94,6 +178,7 @@ class Lanes:
         """
         others = [key for key in keys if self.values.pop(key, None) is None or key in self.landed]
         self.landed.difference_update(others)
+        self._landing.difference_update(others)
         if others and self.queue.runs:
             pending = self.queue.drop(others)
             return [key for key in others if key not in pending]
@@ -103,7 +188,12 @@ class Lanes:
         """Return which of ``keys`` are results that the scheduler is to hear of now, since its tasks need them."""
         found = [key for key in keys if key in self.values and key not in self.landed]
         self.landed.update(found)
+        self._landing.update(found)
         return found
+
+    def have_landed(self, keys: Collection[Key]) -> bool:
+        """Whether the scheduler has those of ``keys`` in memory that it was told to have."""
+        return self._landing.isdisjoint(keys)
 
     def value(self, key: Key) -> Serialized:
         """Return a small result, unopened."""
@@ -129,15 +219,16 @@ class Lanes:
             return
         new = {chunk.run for chunk in chunks} - stream.payloads
         stream.payloads |= new
-        stream.send({"payloads": {run: self._payloads[run] for run in new}, "chunks": [tuple(each) for each in chunks]})
+        stream.send(
+            {"payloads": {run: self._work[run].calls for run in new}, "chunks": [tuple(each) for each in chunks]}
+        )
 
     def _start(self) -> None:
         name = next(self._names)
         self.tasks[name] = None
         opened = Task(None, pickle.loads, RUN_LANE)
         task = Task(name, apply, opened, [self._address, self._token, name, TURN_S])
-        expr = LLGExpr({name: task}, _determ_token=name)
-        self.wire.submit([name], Serialized(*serialize(expr, on_error="raise")))
+        self.wire.submit([name], _pickled(LLGExpr({name: task}, _determ_token=name)))
 
     def yield_idle(self) -> None:
         """Other work waits: lanes that have nothing to do end their turn."""
@@ -148,6 +239,14 @@ class Lanes:
 
     def heard(self, events: list[ev.Event]) -> list[ev.Event]:
         """Return what the scheduler said without what is about lanes."""
+        if self._landing:
+            ready = (each.key for event in events if isinstance(event, ev.KeysReady) for each in event.keys)
+            self._landing.difference_update(ready)
+        if self._probing:
+            named = (each for event in events if isinstance(event, ev.KeysReady | ev.KeysErred) for each in event.keys)
+            keys = (each.key if isinstance(each, MadeKey) else each for each in named)
+            for prefix in {self._probing[key] for key in keys if key in self._probing}:
+                self._judge(prefix, True)
         return [each for event in events if (each := self._without_lanes(event)) is not None] if self.tasks else events
 
     def _without_lanes(self, event: ev.Event) -> ev.Event | None:
@@ -158,7 +257,7 @@ class Lanes:
             return event
         for name in names:
             if name in self.tasks:
-                del self.tasks[name]  # type: ignore[arg-type]
+                del self.tasks[name]
                 if not isinstance(event, ev.KeysForgotten):
                     self.wire.release([name])
         self._feed()
@@ -167,13 +266,13 @@ class Lanes:
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
-    async def serve(self, comm: Comm, token: str, lane: str) -> Status:
+    async def serve(self, comm: Comm, token: str, lane: str, worker: str) -> Status:
         """Serve a lane until its turn ends."""
         if not hmac.compare_digest(token, self._token):
             await comm.close()
             return Status.dont_reply
         comm.name = "Agent->Lane"
-        stream = self._streams[lane] = LaneStream(BatchedSend(interval="1ms"))
+        stream = self._streams[lane] = LaneStream(BatchedSend(interval="1ms"), worker)
         stream.stream.start(comm)
         self.queue.open_lane(lane)
         died = True
@@ -199,6 +298,10 @@ class Lanes:
             self._done(report, lane, run, *told)
         for run, row, exception, traceback in message.get("failed", ()):
             self._failed(report, lane, run, row, {"exception": exception, "traceback": traceback})
+        for run, row, seconds in message.get("large", ()):
+            self._large(lane, run, row, seconds)
+        if stored := message.get("stored"):
+            self._stored(lane, stored)
         for chunk in message.get("returned", ()):
             self.queue.returned(lane, Chunk(*chunk))
         if message.get("returned"):
@@ -211,7 +314,7 @@ class Lanes:
     ) -> None:
         known = self.queue.runs.get(run)
         rows = self.queue.done(lane, Chunk(run, start, start + len(values)), seconds)
-        self._forget_payload(run)
+        self._forget_work(run)
         if known is None or not rows:
             return
         keys = known.keys
@@ -223,18 +326,61 @@ class Lanes:
             made.append(MadeKey(key, len(value)))
         report.events.append(ev.KeysReady(tuple(made)))
 
+    def _large(self, lane: str, run: int, row: int, seconds: float) -> None:
+        """A result is large: it stays with its worker, under its key."""
+        known = self.queue.runs.get(run)
+        if known is not None:
+            self.queue.time(known.prefix, 1, seconds)
+            self._streams[lane].send({"store": [(run, row, known.keys[row])]})
+        else:  # nobody wants it
+            self._streams[lane].send({"store": [(run, row, _unwanted(run, row))]})
+
+    def _stored(self, lane: str, stored: Iterable[tuple[int, int, int, bytes]]) -> None:
+        worker = self._streams[lane].worker
+        for run, row, nbytes, kind in stored:
+            known = self.queue.runs.get(run)
+            key: Key = self.queue.runs[run].keys[row] if known is not None else _unwanted(run, row)
+            self.queue.park(lane, Chunk(run, row, row + 1))
+            self._tasks.add(task := asyncio.ensure_future(self._register(worker, run, row, MadeKey(key, nbytes), kind)))
+            task.add_done_callback(self._tasks.discard)
+
+    async def _register(self, worker: str, run: int, row: int, made: MadeKey, kind: bytes) -> None:
+        """Have the scheduler know a large result, and report it; where its worker is gone the call runs again."""
+        what = {"who_has": {made.key: [worker]}, "nbytes": {made.key: made.nbytes}}
+        try:
+            await self._ask("update_data", **what, client=self.wire.client)
+        except (OpaqueError, OSError) as exc:
+            logger.info("the result of %r cannot be kept at %s: %s", made.key, worker, exc)
+            self.queue.unpark(run, row)
+            self._feed()
+            return
+        if self.queue.parked_done(run, row):
+            self._deliver(Report([ev.KeysReady((made,))], {made.key: kind}))
+        else:
+            self.wire.release([made.key])
+        self._forget_work(run)
+
+    async def close(self) -> None:
+        """End what is under way; lanes that run nothing end their turns, and are waited for."""
+        self.yield_idle()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                while any(not self.queue.has(name) for name in self._streams):
+                    await asyncio.sleep(POLL_S)
+        await end_tasks(*self._tasks)
+
     def _failed(self, report: Report, lane: str, run: int, row: int, error: dict[str, Any]) -> None:
         known = self.queue.runs.get(run)
         told = self.queue.failed(lane, Chunk(run, row, row + 1))
-        self._forget_payload(run)
+        self._forget_work(run)
         if known is not None and told:
             key = known.keys[row]
             report.errors[key] = error
             report.events.append(ev.KeysErred((key,)))
 
-    def _forget_payload(self, run: int) -> None:
+    def _forget_work(self, run: int) -> None:
         if run not in self.queue.runs:
-            self._payloads.pop(run, None)
+            self._work.pop(run, None)
 
     def _killed(self, rows: list[tuple[Run, int]]) -> None:
         report = Report()
@@ -245,6 +391,15 @@ class Lanes:
             report.events.append(ev.KeysErred((key,), blame=key))
         if report.events:
             self._deliver(report)
+
+
+def _unwanted(run: int, row: int) -> str:
+    """Return the key of a result that nobody wants any more."""
+    return f"{PREFIX}unwanted-{run}-{row}"
+
+
+def _pickled(expr: Any) -> Serialized:
+    return Serialized(*serialize(expr, on_error="raise"))
 
 
 def _places(keys: tuple[Key, ...], some: Collection[Key]) -> list[int]:

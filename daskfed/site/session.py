@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,7 @@ IMPORT_PRIORITY = 1000  # fetch tasks are short, and others wait for them
 ARRIVALS_S = 0.001  # keys that arrive within this time are given to the scheduler together
 SCATTER_TIMEOUT_S = 30
 LET_GO_S = 0.1  # after a release, until data is scattered under the same key again
+SHOW_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 30.0
 GATHER_TIMEOUT_S = 15.0  # for workers to answer, beside the time that the bytes take
 SLOWEST_BPS = 10e6  # bytes per second from a worker to the agent, at the least
@@ -91,10 +93,11 @@ class Session:
         self.on_stop = on_stop
         self.core = SiteCore()
         self.pool = OpaquePool(limit=256, connection_args=dict(connection_args or {}))
-        self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
-        self.lanes = Lanes(self.wire, door_address, door_token, self._take_report, lambda: self.status.threads)
-        self.source = Source(self.gather_values, self._expected_nbytes)
         self.status = SiteStatus(0, 0, 0, 0, 0, 0)
+        self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
+        threads = lambda: self.status.threads  # noqa: E731
+        self.lanes = Lanes(self.wire, door_address, door_token, self._take_report, threads, self.ask_scheduler)
+        self.source = Source(self.gather_values, self._expected_nbytes)
         self.closed = False
         self.parcels: dict[Key, Parcel] = {}  # imports that have not landed on a worker yet
         self.port: HubPort | None = None
@@ -173,6 +176,7 @@ class Session:
     async def close(self) -> None:
         """Drop everything: transfers, and at the scheduler whatever was asked for."""
         self.closed = True
+        await self.lanes.close()
         if self.fetcher is not None:
             await self.fetcher.close()
         await self.wire.close()
@@ -193,14 +197,21 @@ class Session:
         self.take([message])
 
     def _take_report(self, report: Report) -> None:
-        report.events = self.lanes.heard(report.events)
+        report.events = [self._with_lanes(event) for event in self.lanes.heard(report.events)]
         if report.restarted:
             report.events.append(ev.KeysForgotten(tuple(self.core.keys)))
         self.take(report.events, report)
         if report.status is not None:
             self._take_status(report.status)
         for learned in report.learned:
+            self.lanes.learned(learned["durations"])
             self._tell(Learned(tuple(map(tuple, learned["durations"])), tuple(map(tuple, learned["sizes"]))))
+
+    def _with_lanes(self, event: ev.Event) -> ev.Event:
+        """Count the calls that lanes have to run among what the scheduler has to do."""
+        return (
+            replace(event, unfinished=event.unfinished + self.lanes.queue.open) if isinstance(event, ev.Load) else event
+        )
 
     def _take_status(self, told: Mapping[str, Any]) -> None:
         self.status = SiteStatus(
@@ -257,8 +268,8 @@ class Session:
             case ev.DropBytes(key):
                 self.parcels.pop(key, None)
             case ev.ReleaseAtScheduler(keys):
-                if keys := self.lanes.release(keys):
-                    self.wire.release(keys)
+                if left := self.lanes.release(keys):
+                    self.wire.release(left)
                 self._note_let_go(keys)
                 for key in self._failures.keys() & set(keys):
                     del self._failures[key]
@@ -278,7 +289,8 @@ class Session:
     def _submit_block(self, block: str, outputs: Collection[Key]) -> None:
         payload, spec = self._payloads.pop(block), self.core.blocks[block].spec
         if "calls" in payload:
-            self.lanes.submit(spec, outputs, payload["calls"])
+            self.lanes.submit(spec, outputs, payload)
+            self.wire.note_elsewhere()
             return
         self._land_results(spec.inputs)
         self.wire.submit_block(outputs, payload)
@@ -292,6 +304,15 @@ class Session:
             frames = [bytes(frame) for frame in parcel.frames]
             inline[key] = _by_value_task(key, open_import, parcel.header, frames, parcel.checksum)
         self._import(inline, {INLINE: True})
+
+    async def show(self, keys: Collection[Key] | None) -> None:
+        """Have the scheduler know the results of calls among ``keys`` (None: all), for who looks at its tasks."""
+        wanted = list(self.lanes.values) if keys is None else [key for key in keys if key in self.lanes.values]
+        self._land_results(wanted)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SHOW_TIMEOUT_S):
+                while not self.lanes.have_landed(wanted):
+                    await asyncio.sleep(POLL_S)
 
     def _tell(self, message: Message, payload: Any = None) -> None:
         if self.port is not None:

@@ -133,6 +133,16 @@ class SchedulerWire:
             self.submit(keys, payload["expr"], payload.get("priorities"), payload.get("actors"))
         self._send(self._reading.mark(submitted=1))
 
+    def note_elsewhere(self) -> None:
+        """Note that a block was submitted that is not for the scheduler, or only in part."""
+        self._reading.submitted_elsewhere()
+
+    def submit_calls(self, keys: Collection[Key], expr: Any, annotations: Mapping[str, Any]) -> None:
+        """Submit calls that are not for lanes."""
+        if self._reading.failures:
+            self._send({"op": "fed-renew"})
+        self.update_graph({"expr_ser": expr, "keys": set(keys), "annotations": ToPickle(annotations)})
+
     def submit_imports(self, keys: Collection[Key], expr: Any, priority: int, annotations: Mapping[str, Any]) -> None:
         """Submit fetch tasks under the names ``keys``; a higher ``priority`` runs earlier, as everywhere in Dask."""
         self._send({"op": "fed-import", "keys": list(keys)})
@@ -211,8 +221,15 @@ class Reading:
         """Say whether there is no silence about any of these keys."""
         return self._silent.keys().isdisjoint(keys)
 
+    def submitted_elsewhere(self) -> None:
+        """A block was submitted that is not for the scheduler: it counts as taken in with the marks before it."""
+        self._submitted += 1
+        if not self._submissions:
+            self._seen = self._submitted
+
     def _marked(self, mark: int) -> None:
-        self._seen = self._submissions.pop(mark)
+        seen = self._submissions.pop(mark)
+        self._seen = seen if self._submissions else self._submitted
         for key in self._silent_until.pop(mark, ()):
             if self._silent.get(key) == mark:
                 del self._silent[key]
