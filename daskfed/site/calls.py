@@ -13,6 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import exp
 from typing import NamedTuple
 
 from daskfed.messages import Key
@@ -20,7 +21,7 @@ from daskfed.messages import Key
 MESSAGE_S = 0.03  # work that a lane is given at a time
 MOST_CALLS = 8192  # in one message
 GROWTH = 8  # how many times as many calls as were timed are given next
-AHEAD = 2  # messages that a lane has, so that it need not wait for the next one
+HEAT_S = 1.0
 WEIGHT = 0.3  # of a new measurement of how long a call takes
 
 
@@ -50,6 +51,20 @@ class Timing:
         if not self.timed:
             return 1
         return max(1, min(int(seconds / max(self.seconds, 1e-7)), GROWTH * self.timed, MOST_CALLS))
+
+
+class Heat:
+    """How many calls of a function came lately: what came HEAT_S ago counts a third."""
+
+    def __init__(self) -> None:
+        self._calls = 0.0
+        self._at = 0.0
+
+    def add(self, calls: int, now: float) -> float:
+        """Note that some came and return how many that makes."""
+        self._calls = self._calls * exp((self._at - now) / HEAT_S) + calls
+        self._at = now
+        return self._calls
 
 
 @dataclass(slots=True)
@@ -90,6 +105,7 @@ class CallQueue:
         self._queue: list[tuple[tuple[int, int], int]] = []
         self._with: dict[str, dict[int, set[int]]] = {}  # lane -> run -> rows
         self._numbers = 0
+        self.open = 0  # calls that are not closed
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -112,6 +128,7 @@ class CallQueue:
         order, waiting = (-priority, self._numbers), deque(ranges(rows))
         run = Run(self._numbers, block, keys, prefix, order, retries, waiting, sum(map(len, waiting)))
         self.runs[run.number] = run
+        self.open += run.open
         self._of_block[block] = run.number
         if held:
             self._held.setdefault(prefix, []).append(run.number)
@@ -138,7 +155,7 @@ class CallQueue:
     def drop_block(self, block: str) -> None:
         """Forget a block: nobody wants any of it."""
         if (number := self._of_block.pop(block, None)) is not None:
-            del self.runs[number]
+            self.open -= self.runs.pop(number).open
 
     def drop(self, keys: Collection[Key]) -> set[Key]:
         """Close what nobody wants any more of these keys; return those that were open."""
@@ -160,6 +177,7 @@ class CallQueue:
 
     def _close(self, run: Run, rows: int) -> None:
         run.open -= rows
+        self.open -= rows
         if run.open == 0:
             self.runs.pop(run.number, None)
             if self._of_block.get(run.block) == run.number:
@@ -170,11 +188,6 @@ class CallQueue:
         """Whether there are calls that no lane has."""
         self._trim()
         return bool(self._queue)
-
-    @property
-    def open(self) -> int:
-        """How many calls are not closed."""
-        return sum(run.open for run in self.runs.values())
 
     def _enqueue(self, run: Run) -> None:
         if not run.queued and run.waiting:
@@ -199,19 +212,25 @@ class CallQueue:
         self._with[lane] = {}
 
     def give(self, lane: str, lanes: int = 1) -> list[Chunk]:
-        """Return what a lane is to run next, of ``lanes`` that share what there is; nothing if it has enough."""
+        """Return what a lane is to run next, of ``lanes`` that share what there is."""
         chunks: list[Chunk] = []
-        room = MESSAGE_S
-        while room > 0 and self.waiting and len(chunks) < MOST_CALLS:
+        left, room = max(1, -(-self.open // max(1, lanes))), MESSAGE_S
+        budgets: dict[str, int] = {}  # by prefix
+        while left > 0 and room > 0 and self.waiting:
             run = self.runs[self._queue[0][1]]
             timing = self.timings.setdefault(run.prefix, Timing())
-            limit = 1 if run.deaths else timing.calls_in(room)
-            chunk = self._take(run, min(limit, max(1, -(-run.open // max(1, lanes))) if limit > 1 else 1))
+            budget = budgets.setdefault(run.prefix, timing.calls_in(room))
+            alone = bool(run.deaths)
+            if budget <= 0 or (alone and chunks):
+                break
+            chunk = self._take(run, 1 if alone else min(left, budget))
             if chunk is None:
                 continue
+            count = chunk.stop - chunk.start
             chunks.append(chunk)
             self._with[lane].setdefault(run.number, set()).update(range(chunk.start, chunk.stop))
-            room -= timing.seconds * (chunk.stop - chunk.start) if timing.timed and not run.deaths else room
+            left, budgets[run.prefix] = left - count, budget - count
+            room = room - timing.seconds * count if timing.timed and not alone else 0.0
         return chunks
 
     def _take(self, run: Run, most: int) -> Chunk | None:

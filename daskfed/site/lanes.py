@@ -4,9 +4,9 @@ Which calls a lane gets is decided by :class:`daskfed.site.calls.CallQueue`. Her
 while calls wait, the streams that these dial, and the results: small ones stay with the agent, unopened, until the hub
 lets them go. What becomes of calls is reported in the words in which the scheduler reports, as if those were its tasks.
 
-Lanes are for short calls. How long those of a function take is found out from the first ones, which the scheduler gets
-as the tasks that they are; it also gets all calls of functions that take long, since there its price does not matter,
-and whoever looks at tasks finds them.
+Lanes are for many short calls. How long those of a function take is found out from the first ones, which the scheduler
+gets as the tasks that they are; it also gets calls that take long, or that come now and then, since there its price does
+not matter, and whoever looks at tasks finds them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import logging
 import pickle
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from daskfed.ending import end_tasks
 from daskfed.messages import BlockSpec, Key, MadeKey
 from daskfed.site import events as ev
 from daskfed.site import lane
-from daskfed.site.calls import CallQueue, Chunk, Run
+from daskfed.site.calls import CallQueue, Chunk, Heat, Run
 from daskfed.site.opening import FramedCalls
 from daskfed.site.wire import POLL_S, Report, SchedulerWire
 
@@ -43,8 +44,12 @@ logger = logging.getLogger(__name__)
 
 TURN_S = 1.0
 CLOSE_S = 0.5
+LEARNED_S = 0.5
+MOST_BYTES = 256 * 2**20  # of results that the agent keeps; beyond, workers take the oldest
+HAND_OVER_BYTES = 32 * 2**20  # at a time
 LONG_S = 0.1  # calls of which none is back by then are the scheduler's
 SHORT_S = 0.05  # calls that take less on average are for lanes
+HOT = 50  # calls within about a second from which lanes are worth it
 PROBES = 2  # calls for each thread that are to tell how long they take
 PREFIX = "daskfed-lane-"
 HEADER = {"serializer": "pickle", "writeable": ()}
@@ -75,7 +80,7 @@ class LaneStream:
 
 class Lanes:
     """All lanes of a site; ``deliver`` gets a :class:`Report` of what became of calls, ``threads`` says how many,
-    ``ask`` calls an RPC of the scheduler.
+    ``ask`` calls an RPC of the scheduler, ``land`` has it know results.
 
     ``address`` and ``token`` are those of the agent's door.
     """
@@ -88,21 +93,27 @@ class Lanes:
         deliver: Callable[[Report], None],
         threads: Callable[[], int],
         ask: Callable[..., Awaitable[Any]],
+        land: Callable[[Collection[Key]], None],
     ) -> None:
         self.queue = CallQueue()
         self.values: dict[Key, bytes] = {}  # small results
+        self.nbytes = 0  # of them
+        self._handed: set[Key] = set()  # those that are the scheduler's alone when it has them
+        self._measured: dict[str, list[float]] = {}  # prefix -> calls, seconds, bytes of results
         self.landed: set[Key] = set()  # those of which the scheduler knows
         self._landing: set[Key] = set()  # and of these, those that it does not have in memory yet
         self.wire = wire
         self.tasks: dict[str, None] = {}  # that the scheduler has
         self._address, self._token = address, token
         self._ask = ask
+        self._land = land
         self._tasks: set[asyncio.Task[None]] = set()  # that register large results
         self._deliver = deliver
         self._threads = threads
         self._streams: dict[str, LaneStream] = {}
         self._work: dict[int, Work] = {}  # by run
         self._short: dict[str, bool] = {}  # prefix -> whether its calls are
+        self._heat: dict[str, Heat] = {}
         self._probes: dict[str, asyncio.TimerHandle] = {}  # prefix of which that is being found out
         self._probing: dict[Key, str] = {}  # key -> prefix that it is to tell of
         self._names = (f"{PREFIX}{secrets.token_hex(4)}-{n}" for n in itertools.count())
@@ -115,7 +126,10 @@ class Lanes:
         rows: Sequence[int] = range(len(keys)) if len(outputs) == len(keys) else _places(keys, outputs)
         work = Work(spec, payload["calls"])
         short = True if payload.get("always") else self._short.get(prefix)
-        if short:
+        heat = self._heat.setdefault(prefix, Heat()).add(len(rows), time.monotonic())
+        if heat < HOT and not payload.get("always"):
+            self._to_scheduler(work, rows)
+        elif short:
             self._enqueue(work, rows)
         elif short is None and prefix not in self._probes:
             probes = rows[: PROBES * max(1, self._threads())]
@@ -176,7 +190,13 @@ class Lanes:
 
         Return those of which the scheduler may know.
         """
-        others = [key for key in keys if self.values.pop(key, None) is None or key in self.landed]
+        others = []
+        for key in keys:
+            if (value := self.values.pop(key, None)) is not None and key not in self._handed:
+                self.nbytes -= len(value)
+            if value is None or key in self.landed:
+                others.append(key)
+        self._handed.difference_update(others)
         self.landed.difference_update(others)
         self._landing.difference_update(others)
         if others and self.queue.runs:
@@ -241,13 +261,20 @@ class Lanes:
         """Return what the scheduler said without what is about lanes."""
         if self._landing:
             ready = (each.key for event in events if isinstance(event, ev.KeysReady) for each in event.keys)
-            self._landing.difference_update(ready)
+            self._landed(list(ready))
         if self._probing:
             named = (each for event in events if isinstance(event, ev.KeysReady | ev.KeysErred) for each in event.keys)
             keys = (each.key if isinstance(each, MadeKey) else each for each in named)
             for prefix in {self._probing[key] for key in keys if key in self._probing}:
                 self._judge(prefix, True)
         return [each for event in events if (each := self._without_lanes(event)) is not None] if self.tasks else events
+
+    def _landed(self, keys: Collection[Key]) -> None:
+        """The scheduler has keys in memory: those that were handed over are its own now."""
+        self._landing.difference_update(keys)
+        for key in self._handed.intersection(keys):
+            del self.values[key]
+            self._handed.discard(key)
 
     def _without_lanes(self, event: ev.Event) -> ev.Event | None:
         if not isinstance(event, ev.KeysReady | ev.KeysErred | ev.KeysForgotten):
@@ -319,11 +346,14 @@ class Lanes:
             return
         keys = known.keys
         made = []
+        nbytes = 0
         for row in rows:
             key, value = keys[row], values[row - start]
             self.values[key] = report.values[key] = value
             report.types[key] = types[0] if len(types) == 1 else types[row - start]
-            made.append(MadeKey(key, len(value)))
+            made.append(MadeKey(key, size := len(value)))
+            nbytes += size
+        self._note(known.prefix, len(values), seconds, nbytes)
         report.events.append(ev.KeysReady(tuple(made)))
 
     def _large(self, lane: str, run: int, row: int, seconds: float) -> None:
@@ -368,6 +398,36 @@ class Lanes:
                 while any(not self.queue.has(name) for name in self._streams):
                     await asyncio.sleep(POLL_S)
         await end_tasks(*self._tasks)
+
+    def _note(self, prefix: str, calls: int, seconds: float, nbytes: int) -> None:
+        """Remember what the hub wants to know of calls of a function, and how much the results are."""
+        if not self._measured:
+            asyncio.get_running_loop().call_later(LEARNED_S, self._tell_learned)
+        measured = self._measured.setdefault(prefix, [0, 0.0, 0])
+        for n, what in enumerate((calls, seconds, nbytes)):
+            measured[n] += what
+        self.nbytes += nbytes
+        if self.nbytes > MOST_BYTES:
+            self._hand_over()
+
+    def _tell_learned(self) -> None:
+        measured, self._measured = self._measured, {}
+        durations = [(prefix, int(calls), seconds) for prefix, (calls, seconds, _) in measured.items()]
+        sizes = [(prefix, int(calls), int(nbytes)) for prefix, (calls, _, nbytes) in measured.items()]
+        self._deliver(Report(learned=[{"durations": durations, "sizes": sizes}]))
+
+    def _hand_over(self) -> None:
+        """The results are too much for the memory of an agent: workers take the oldest, which spill what they must."""
+        some, nbytes = [], 0
+        for key, value in self.values.items():
+            if key not in self._handed:
+                some.append(key)
+                nbytes += len(value)
+            if nbytes > HAND_OVER_BYTES:
+                break
+        self._handed.update(some)
+        self.nbytes -= nbytes
+        self._land(some)
 
     def _failed(self, report: Report, lane: str, run: int, row: int, error: dict[str, Any]) -> None:
         known = self.queue.runs.get(run)

@@ -96,7 +96,7 @@ class Session:
         self.status = SiteStatus(0, 0, 0, 0, 0, 0)
         self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
         threads = lambda: self.status.threads  # noqa: E731
-        self.lanes = Lanes(self.wire, door_address, door_token, self._take_report, threads, self.ask_scheduler)
+        self.lanes = Lanes(self.wire, door_address, door_token, self._take_report, threads, self.ask_scheduler, self._land_results)
         self.source = Source(self.gather_values, self._expected_nbytes)
         self.closed = False
         self.parcels: dict[Key, Parcel] = {}  # imports that have not landed on a worker yet
