@@ -5,9 +5,10 @@ A key is here because the hub asked for it (``hub``), because a block that was g
 reasons goes, the key is released. A block waits until all its inputs are with the scheduler, queues by priority, and is
 submitted as soon as the scheduler runs low; until then it can be recalled.
 
-What the hub may rely on: each import is answered by one KeyImported or ImportFailed, unless it is released first or its
-value cannot be opened here, which fails whatever uses it; each output of an attempt is reported once; a block that is
-cancelled or lost takes everything with it that it made, unless there is another reason to have it here.
+What the hub may rely on: each import is answered by one KeyImported or ImportFailed, unless it is released first; if
+its value cannot be opened here, it fails whatever uses it, and the answer comes when it is no longer here; each output
+of an attempt is reported once; a block that is cancelled or lost takes everything with it that it made, unless there is
+another reason to have it here.
 """
 
 from __future__ import annotations
@@ -435,6 +436,8 @@ class SiteCore:
         """Note that a block makes this key, which may be here or on its way already: then the two are joined."""
         state = self.keys.setdefault(key, KeyState(key))
         if state.phase is KeyPhase.FAILED and not state.makers:
+            if state.unopened:
+                self._answer_unopened(state)
             self._releases.append(key)  # the scheduler would answer with the old error
             self._move_key(state, "make")
             state.hub = False  # it was the error that the hub wanted here,
@@ -505,6 +508,11 @@ class SiteCore:
         self.imports.discharge(state.key)
         self._command(ev.DropBytes(state.key))
 
+    def _answer_unopened(self, state: KeyState) -> None:
+        """What failed here since it could not be opened ends: the hub, which was told nothing, counts on it no more."""
+        state.unopened = False
+        self._tell(ImportFailed(state.key, state.source, "its value could not be opened here", state.number))
+
     def _close_output(self, state: KeyState) -> list[str]:
         """Return the blocks that are to report this key, noting that they do."""
         names = sorted(state.makers)
@@ -567,7 +575,9 @@ class SiteCore:
 
     def _lose_key(self, state: KeyState, reason: str) -> None:
         """A key is not here against the site's will: tell the hub, and give back the blocks that cannot go on."""
-        if state.announce:
+        if state.unopened:
+            self._answer_unopened(state)
+        elif state.announce:
             self._tell(ImportFailed(state.key, state.source, reason, state.number))
         elif state.hub or state.made_by:
             self._tell(KeysLost((state.key,)))

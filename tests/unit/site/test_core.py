@@ -419,6 +419,19 @@ class TestImports:
         assert site(KeysErred(("x",))) == [DropBytes("x")]
         assert site(KeysErred(("y",))) == [TellHub(KeysFailed("b", FIRST, ("y",)))]
 
+    def test_one_that_cannot_be_opened_is_answered_for_when_it_is_made_here(self, site: Site) -> None:
+        """Else the hub would believe for ever that it is on its way, and send blocks here that need it."""
+        site(CopyKeys((Import("x", "north", 100, number=7),)), arrived("x"), KeysErred(("x",)))
+        answer = TellHub(ImportFailed("x", "north", "its value could not be opened here", number=7))
+        assert site(run(block("b", ("x",)))) == [answer, ReleaseAtScheduler(("x",)), *submitted("b", "x")]
+        assert site.core.holdings().coming == ()
+        assert site(CancelBlock("b", FIRST)) == [ReleaseAtScheduler(("x",))]
+
+    def test_one_that_cannot_be_opened_is_answered_for_when_the_scheduler_forgets_it(self, site: Site) -> None:
+        site(CopyKeys((Import("x", "north", 100, number=7),)), arrived("x"), KeysErred(("x",)))
+        answer = TellHub(ImportFailed("x", "north", "its value could not be opened here", number=7))
+        assert site(KeysForgotten(("x",))) == [answer, ReleaseAtScheduler(("x",))]
+
     def test_a_failure_that_exists_elsewhere_now_is_brought_in_afresh(self, site: Site) -> None:
         site(run(block("b", ("x",))), KeysErred(("x",)))
         assert site(CopyKeys((Import("x", "north", 100),))) == [Fetch("x", "north", 100), ReleaseAtScheduler(("x",))]
