@@ -120,7 +120,7 @@ def lanes() -> str:
 
     ``daskfed.client.lanes`` in Dask's configuration. Raises ConfigurationError for another word.
     """
-    given = str(dask.config.get("daskfed.client.lanes", AUTO))
+    given = str(dask.config.get("daskfed.client.lanes", NEVER))
     if given not in LANES:
         raise ConfigurationError(f"daskfed.client.lanes is {given!r}: {hint_for(given, LANES, 'it may be')}")
     return given

@@ -22,6 +22,7 @@ from distributed.protocol.pickle import dumps
 from distributed.protocol.serialize import Serialized
 
 from daskfed.client.submission import Submission
+from daskfed.client.versions import PYTHON
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
 
 RELEASE = "client-releases-keys"
@@ -178,8 +179,8 @@ def call_of(functions: Functions, func: Any, args: tuple[Any, ...], kwargs: Mapp
     return Call(key, function, pickle.dumps((args, own), 5), kwargs.get("priority") or 0, kwargs.get("retries") or 0)
 
 
-def submission_of(calls: list[Call], ids: Iterator[str], python: str, most: int) -> Submission:
-    """Return blocks of calls, at most so many in each."""
+def submission_of(calls: list[Call], ids: Iterator[str], most: int, how: Mapping[str, Any]) -> Submission:
+    """Return blocks of calls, at most so many in each; ``how`` goes with their payloads."""
     submission = Submission()
     for (function, priority, retries), alike in groupby(calls, key=lambda call: call.kind):
         several = list(alike)
@@ -191,9 +192,9 @@ def submission_of(calls: list[Call], ids: Iterator[str], python: str, most: int)
                 BlockSpec(
                     id=next(ids), client="", owner="", kind=BlockKind.CALLS, inputs=(), outputs=keys, ntasks=len(keys),
                     prefixes=((name, len(keys)),), label=name,
-                    constraint=Constraint(python=python, priority=priority, retries=retries),
+                    constraint=Constraint(python=PYTHON, priority=priority, retries=retries),
                 )
             )  # fmt: skip
             rows = [call.arguments for call in some]
-            submission.payloads.append({"calls": Serialized(HEADER, [pickle.dumps((function, rows), 5)])})
+            submission.payloads.append({"calls": Serialized(HEADER, [pickle.dumps((function, rows), 5)]), **how})
     return submission

@@ -32,7 +32,7 @@ from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, opened
+from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, how_for_lanes, opened
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.packages import Packages, Unasked
@@ -40,7 +40,7 @@ from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph, plan_lanes
-from daskfed.client.versions import PYTHON, differences, foreign, unopened
+from daskfed.client.versions import differences, foreign, unopened
 from daskfed.config import NEVER, client_grace_s, lanes, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
@@ -331,7 +331,7 @@ class Client(Retrying, Observing, ActingClient):
         return future
 
     def _packed_calls(self, calls: list[Call]) -> list[dict[str, Any]]:
-        submission = submission_of(calls, self._block_ids(), PYTHON, MOST_CALLS)
+        submission = submission_of(calls, self._block_ids(), MOST_CALLS, how_for_lanes(self._lanes))
         self._memory.keep(submission)
         return [submission.message([call.key for call in calls])]
 

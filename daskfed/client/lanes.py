@@ -128,7 +128,12 @@ def payload_for_lanes(calls: Calls, annotations: Mapping[str, Any], lanes: str) 
     if func is None or iscoroutinefunction(func) or not all(map(_is_plain, (*columns, list(kwargs.values())))):
         return None
     parts = Serialized(*serialize(to_serialize((func, columns, kwargs)), on_error="raise"))
-    return {"calls": parts, "always": True} if lanes == ALWAYS else {"calls": parts}
+    return {"calls": parts, **how_for_lanes(lanes)}
+
+
+def how_for_lanes(lanes: str) -> dict[str, Any]:
+    """Return what goes with a payload of calls, ``lanes`` being what the user wants."""
+    return {"always": True} if lanes == ALWAYS else {}
 
 
 def _parts(expr: Any) -> tuple[Any, list[Any], dict[str, Any]]:

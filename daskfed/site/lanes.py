@@ -5,8 +5,8 @@ while calls wait, the streams that these dial, and the results: small ones stay 
 lets them go. What becomes of calls is reported in the words in which the scheduler reports, as if those were its tasks.
 
 Lanes are for many short calls. How long those of a function take is found out from the first ones, which the scheduler
-gets as the tasks that they are; it also gets calls that take long, or that come now and then, since there its price does
-not matter, and whoever looks at tasks finds them.
+gets as the tasks that they are; it also gets calls that take long, or that come now and then: there its price does not
+matter, and whoever looks at tasks finds them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distributed.batched import BatchedSend
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Status, error_message
 from distributed.protocol.serialize import Serialized, serialize
-from distributed.scheduler import KilledWorker
+from distributed.scheduler import KilledWorker, WorkerState
 
 from daskfed.comm.opaque import OpaqueError
 from daskfed.dask_private import LLGExpr, Task
@@ -116,6 +116,7 @@ class Lanes:
         self._heat: dict[str, Heat] = {}
         self._probes: dict[str, asyncio.TimerHandle] = {}  # prefix of which that is being found out
         self._probing: dict[Key, str] = {}  # key -> prefix that it is to tell of
+        self._served = itertools.count()
         self._names = (f"{PREFIX}{secrets.token_hex(4)}-{n}" for n in itertools.count())
 
     # -- blocks ------------------------------------------------------------------------------------------------------
@@ -299,6 +300,7 @@ class Lanes:
             await comm.close()
             return Status.dont_reply
         comm.name = "Agent->Lane"
+        lane = f"{lane}-{next(self._served)}"  # a task whose worker died runs again, under the same name
         stream = self._streams[lane] = LaneStream(BatchedSend(interval="1ms"), worker)
         stream.stream.start(comm)
         self.queue.open_lane(lane)
@@ -314,7 +316,7 @@ class Lanes:
             pass
         finally:
             del self._streams[lane]
-            self._killed(self.queue.close_lane(lane, died))
+            self._killed(self.queue.close_lane(lane, died), worker)
             self._feed()
             stream.stream.abort()
         return Status.dont_reply
@@ -442,15 +444,22 @@ class Lanes:
         if run not in self.queue.runs:
             self._work.pop(run, None)
 
-    def _killed(self, rows: list[tuple[Run, int]]) -> None:
+    def _killed(self, rows: list[tuple[Run, int]], worker: str) -> None:
+        """Report calls that too many workers died of, the last of them at the address ``worker``."""
         report = Report()
         for run, row in rows:
             key = run.keys[row]
-            error = error_message(KilledWorker(key, None, self.queue.allowed_deaths, "a worker of a lane"))
+            error = error_message(KilledWorker(key, dead_worker(worker), self.queue.allowed_deaths))
             report.errors[key] = {"exception": error["exception"], "traceback": error["traceback"]}
             report.events.append(ev.KeysErred((key,), blame=key))
         if report.events:
             self._deliver(report)
+
+
+def dead_worker(address: str) -> WorkerState:
+    """Return what Dask's KilledWorker has of the last worker."""
+    nothing: dict[str, Any] = {"status": Status.closed, "pid": 0, "name": address, "nthreads": 0, "memory_limit": 0}
+    return WorkerState(address=address, local_directory="", nanny="", server_id="", **nothing)
 
 
 def _unwanted(run: int, row: int) -> str:

@@ -96,7 +96,8 @@ class Session:
         self.status = SiteStatus(0, 0, 0, 0, 0, 0)
         self.wire = SchedulerWire(scheduler_address, self.client, self._take_report, on_scheduler_lost, connection_args)
         threads = lambda: self.status.threads  # noqa: E731
-        self.lanes = Lanes(self.wire, door_address, door_token, self._take_report, threads, self.ask_scheduler, self._land_results)
+        calls = self._take_report, threads, self.ask_scheduler, self._land_results
+        self.lanes = Lanes(self.wire, door_address, door_token, *calls)
         self.source = Source(self.gather_values, self._expected_nbytes)
         self.closed = False
         self.parcels: dict[Key, Parcel] = {}  # imports that have not landed on a worker yet
@@ -197,7 +198,7 @@ class Session:
         self.take([message])
 
     def _take_report(self, report: Report) -> None:
-        report.events = [self._with_lanes(event) for event in self.lanes.heard(report.events)]
+        report.events = self.lanes.heard(report.events)
         if report.restarted:
             report.events.append(ev.KeysForgotten(tuple(self.core.keys)))
         self.take(report.events, report)
@@ -206,12 +207,6 @@ class Session:
         for learned in report.learned:
             self.lanes.learned(learned["durations"])
             self._tell(Learned(tuple(map(tuple, learned["durations"])), tuple(map(tuple, learned["sizes"]))))
-
-    def _with_lanes(self, event: ev.Event) -> ev.Event:
-        """Count the calls that lanes have to run among what the scheduler has to do."""
-        return (
-            replace(event, unfinished=event.unfinished + self.lanes.queue.open) if isinstance(event, ev.Load) else event
-        )
 
     def _take_status(self, told: Mapping[str, Any]) -> None:
         self.status = SiteStatus(
