@@ -15,6 +15,7 @@ from typing import TypeAlias
 from daskfed.backlog import Backlog
 from daskfed.hub.estimates import LANDING_S, FunctionBook, LinkBook
 from daskfed.hub.events import TellSite
+from daskfed.hub.fairness import Flow, Shares
 from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
 from daskfed.hub.placement import Candidate, Policy, finish_s, worth_moving
 from daskfed.hub.states import BlockPhase, KeyPhase
@@ -43,8 +44,8 @@ RECALL_GAIN = 0.8  # a recall must promise to finish in this share of the time o
 EXISTING = (KeyPhase.HELD, KeyPhase.FAILED)
 AT_ONCE = (BlockKind.WHOLE, BlockKind.NESTED)  # must not be overtaken by releases of what the hub does not know
 
-Where: TypeAlias = tuple[Constraint, tuple[str, ...]]
-"""What blocks of one queue have in common: where they may run, and near what they should."""
+Where: TypeAlias = tuple[Constraint, tuple[str, ...], Flow]
+"""What blocks of one queue have in common: where they may run, near what they should, and whose turn it is."""
 
 
 @dataclass(slots=True)
@@ -139,6 +140,7 @@ class Dispatcher:
         self.links = LinkBook()
         self.sites: dict[str, SiteState] = {}
         self.queues: dict[Where, list[tuple[Order, str]]] = {}
+        self.shares = Shares()
         self.imports = 0  # asked for so far
         self.resting: list[tuple[float, Order, str]] = []  # (until, order, block) that are ready but failed before
         self.replicated: dict[Key, None] = {}  # keys that several sites are to hold
@@ -180,7 +182,7 @@ class Dispatcher:
         while self.resting and self.resting[0][0] <= self.ledger.now:
             _, order, name = heapq.heappop(self.resting)
             if (rested := self.ledger.blocks.get(name)) is not None:
-                where = placement_part(rested.spec.constraint), rested.spec.near
+                where = placement_part(rested.spec.constraint), rested.spec.near, Flow.of(rested.spec)
                 heapq.heappush(self.queues.setdefault(where, []), (order, name))
         self.ledger.unplaced, self.ledger.ready = [], []
 
@@ -217,19 +219,37 @@ class Dispatcher:
     # -- placing -----------------------------------------------------------------------------------------------------
 
     def place(self) -> None:
-        """Send ready blocks to sites as long as the best site of one has room."""
+        """Send ready blocks to sites as long as the best site of one has room; of several flows in turn."""
         self.update()
-        for where in sorted(self.queues, key=lambda where: self.queues[where][0] if self.queues[where] else ()):
-            self._place_from(where)
+        flows = {where[2] for where, queue in self.queues.items() if queue}
+        self.shares.update(flows)
+        if len(flows) > 1:
+            self._place_in_turn()
+        else:
+            for where in sorted(self.queues, key=lambda where: self.queues[where][0] if self.queues[where] else ()):
+                self._place_from(where)
         for where in [where for where, queue in self.queues.items() if not queue]:
             del self.queues[where]
 
-    def _place_from(self, where: Where) -> None:
-        queue = self.queues[where]
+    def _place_in_turn(self) -> None:
+        waiting = [where for where, queue in self.queues.items() if queue]
+        while waiting:
+            where = min(waiting, key=self._turn)
+            if not self._place_from(where, most=1) or not self.queues[where]:
+                waiting.remove(where)
+
+    def _turn(self, where: Where) -> tuple[tuple[bool, int], tuple[float, float], Order]:
+        """Return a number for a queue; the least is next: its head's priority counts, then who has had least."""
+        order = self.queues[where][0][0]
+        return order[:2], self.shares.turn(where[2]), order
+
+    def _place_from(self, where: Where, most: int | None = None) -> int:
+        """Send blocks of a queue, at most so many; return how many were sent."""
+        queue, sent = self.queues[where], 0
         deferred: list[tuple[Order, str]] = []
         sites = [site for site in self.eligible(where[0]) if not (site.draining or site.away)]
         sites = [site for site in sites if not site.deserted] or sites
-        while queue and sites and len(deferred) < LOOKAHEAD:
+        while queue and sites and len(deferred) < LOOKAHEAD and sent != most:
             block = self.ledger.blocks.get(queue[0][1])
             if block is None or block.phase is not BlockPhase.READY:
                 heapq.heappop(queue)
@@ -244,10 +264,13 @@ class Dispatcher:
                 deferred.append(entry)
             elif whole or site.has_room(priority):
                 self._send(block, site)
+                self.shares.sent(where[2], block.expected_s)
+                sent += 1
             else:
                 deferred.append(entry)
         for entry in deferred:
             heapq.heappush(queue, entry)
+        return sent
 
     def _is_trial(self, block: BlockState) -> bool:
         return on_trial(block.suspects, [state.key for state in self.ledger.pending_of(block)])

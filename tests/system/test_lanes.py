@@ -227,3 +227,16 @@ class TestDeaths:
         assert all(future.status == "cancelled" for future in futures)
         again = client.map(slow, range(40), pure=False)
         assert client.gather(again) == list(range(40))
+
+
+def test_graphs_get_their_turn_beside_many_calls(client: Client) -> None:
+    calls = client.map(slow, range(400), seconds=0.02, pure=False, site="north")  # 4 s of two threads
+    time.sleep(0.5)
+    start = time.monotonic()
+    with dask.annotate(sites=["north"]):
+        graph = dask.delayed(sum)([dask.delayed(slow)(n, seconds=0.05) for n in range(4)])
+    assert client.compute(graph).result(timeout=60) == 6
+    waited = time.monotonic() - start
+    assert any(not call.done() for call in calls), "the graph ran while calls wait"
+    assert waited < 3.5
+    assert client.gather(calls) == list(range(400))
