@@ -22,6 +22,7 @@ MESSAGE_S = 0.03  # work that a lane is given at a time
 MOST_CALLS = 8192  # in one message
 GROWTH = 8  # how many times as many calls as were timed are given next
 HEAT_S = 1.0
+PATIENCE = 3.0  # calls that take so many times as long as usual do not keep others waiting
 WEIGHT = 0.3  # of a new measurement of how long a call takes
 
 
@@ -247,6 +248,23 @@ class CallQueue:
     def has(self, lane: str) -> int:
         """Return how many rows a lane has."""
         return sum(map(len, self._with.get(lane, {}).values()))
+
+    def wants_more(self, lane: str, lanes: int) -> bool:
+        """Whether a lane should be given something: it has nothing, or little, and there is enough for all of them."""
+        if not (rows := self.has(lane)):
+            return True
+        expected = sum(self._seconds_of(number) * len(each) for number, each in self._with[lane].items())
+        waits = self.open - sum(map(self.has, self._with))
+        return waits > lanes and (rows == 1 or expected < MESSAGE_S / 2) and expected > 0
+
+    def patience_s(self, lane: str) -> float:
+        """Return after which time a call of those that a lane has takes longer than it should."""
+        return PATIENCE * max((self._seconds_of(number) for number in self._with.get(lane, {})), default=0.0)
+
+    def _seconds_of(self, number: int) -> float:
+        run = self.runs.get(number)
+        timing = self.timings.get(run.prefix) if run is not None and not run.deaths else None
+        return timing.seconds if timing is not None else 0.0
 
     def done(self, lane: str, chunk: Chunk, seconds: float = 0.0) -> range | list[int]:
         """A lane has run rows, which took so long; return those that somebody waits for. They are closed."""

@@ -7,7 +7,8 @@ are given back when the one before them takes long, so that nobody waits for it 
 Lane to agent: ``{"done": [(run, start, [value, ...], types, seconds), ...], "failed": [...], "returned": [...]}``, and
 of results that stay with the worker ``{"large": [(run, row, seconds), ...]}``, which the agent answers with their keys,
 in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, nbytes, type), ...]}``.
-Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...]}``, and ``{"end": True}``.
+Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...], "patience": seconds}``, and
+``{"end": True}``.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Lane:
         self._again: deque[tuple[int, int, int]] = deque()  # calls that want to run again
         self._claims = threading.Lock()
         self._chunks: deque[Chunk] = deque()  # that have calls which have not begun
+        self._patience_s = 0.0  # after which a call no longer keeps others waiting
         self._since = 0.0  # when the thread began what it runs; 0: nothing
         self._flushed = 0.0
         self._types: dict[type, bytes] = {}
@@ -109,6 +111,7 @@ class Lane:
             self._store(message["store"])
             return
         self._payloads.update(message.get("payloads", {}))
+        self._patience_s = message["patience"]
         for run, start, stop in message["chunks"]:
             chunk = Chunk(run, start, stop)
             self._chunks.append(chunk)
@@ -120,9 +123,10 @@ class Lane:
 
         while True:
             await asyncio.sleep(2 * FLUSH_S)
-            if self._since and perf_counter() - self._since > 2 * FLUSH_S:
+            if self._since and (took := perf_counter() - self._since) > 2 * FLUSH_S:
                 self._flush()
-                self._give_back()
+                if took > self._patience_s:
+                    self._give_back()
 
     def _give_back(self) -> None:
         returned = []

@@ -47,8 +47,8 @@ CLOSE_S = 0.5
 LEARNED_S = 0.5
 MOST_BYTES = 256 * 2**20  # of results that the agent keeps; beyond, workers take the oldest
 HAND_OVER_BYTES = 32 * 2**20  # at a time
-LONG_S = 0.1  # calls of which none is back by then are the scheduler's
-SHORT_S = 0.05  # calls that take less on average are for lanes
+LONG_S = 1.0  # calls of which none is back by then are the scheduler's
+SHORT_S = 0.5  # calls that take less on average are for lanes
 HOT = 50  # calls within about a second from which lanes are worth it
 PROBES = 2  # calls for each thread that are to tell how long they take
 PREFIX = "daskfed-lane-"
@@ -155,6 +155,7 @@ class Lanes:
             keys = [work.spec.outputs[row] for row in rows]
             parts = work.calls.header, [bytes(frame) for frame in work.calls.frames]
             expr = FramedCalls(*parts, keys, list(rows), _determ_token=secrets.token_hex(8))
+            self.yield_idle()
             constraint = work.spec.constraint
             notes = {"retries": constraint.retries, "priority": constraint.priority}
             self.wire.submit_calls(keys, _pickled(expr), {name: value for name, value in notes.items() if value})
@@ -233,16 +234,15 @@ class Lanes:
                 self._start()
 
     def _give(self, name: str, stream: LaneStream) -> None:
-        if stream.ended or self.queue.has(name):
+        if stream.ended or not self.queue.wants_more(name, len(self._streams)):
             return
         chunks = self.queue.give(name, max(1, len(self._streams)))
         if not chunks:
             return
         new = {chunk.run for chunk in chunks} - stream.payloads
         stream.payloads |= new
-        stream.send(
-            {"payloads": {run: self._work[run].calls for run in new}, "chunks": [tuple(each) for each in chunks]}
-        )
+        payloads, told = {run: self._work[run].calls for run in new}, [tuple(each) for each in chunks]
+        stream.send({"payloads": payloads, "chunks": told, "patience": self.queue.patience_s(name)})
 
     def _start(self) -> None:
         name = next(self._names)

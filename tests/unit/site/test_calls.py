@@ -161,6 +161,22 @@ def test_a_large_result_is_closed_when_it_is_registered_whatever_becomes_of_the_
     assert rows_of(queue.give("b")) == [1]
 
 
+def test_a_lane_gets_more_before_it_has_nothing_if_there_is_enough() -> None:
+    queue = queue_with(100)
+    queue.time("inc", 10, 10 * MESSAGE_S / 6)  # six make a message
+    (chunk,) = queue.give("a")
+    assert not queue.wants_more("a", 1)
+    queue.done("a", Chunk(chunk.run, 0, 4), seconds=4 * MESSAGE_S / 6)
+    assert queue.wants_more("a", 1) and not queue.wants_more("a", 95)
+    assert queue.patience_s("a") > MESSAGE_S / 6
+
+
+def test_of_calls_that_nobody_has_timed_a_lane_has_one() -> None:
+    queue = queue_with(100)
+    queue.give("a")
+    assert not queue.wants_more("a", 1)
+
+
 def test_ranges() -> None:
     assert list(ranges([1, 2, 3, 7, 9, 10])) == [range(1, 4), range(7, 8), range(9, 11)]
     assert list(ranges([])) == []
