@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
@@ -298,7 +298,7 @@ class BlockRecalled(Message):
 class KeysMade(Message):
     """Outputs of a block are in memory at the site, which holds them until told otherwise.
 
-    The pickled types of the results may travel beside it.
+    The pickled types of the results may travel beside it, and small results of calls.
     """
 
     op: ClassVar[str] = "keys-made"
