@@ -26,18 +26,31 @@ class Paced:
     async def write(self, message: Any) -> None:
         """Write a message, and wait until the one before it has left; CommClosedError where the connection broke."""
         await self.comm.write(message)
-        try:
-            before, self._sent = self._sent, _all_sent(self.comm)
-            if before is not None:
-                await asyncio.shield(before)  # tornado logs an error where it is cancelled
-        except StreamClosedError as exc:
-            raise CommClosedError(f"the connection with {self.comm.peer_address} broke: {exc}") from exc
+        before, self._sent = self._sent, self._leaving()
+        await self._until(before)
 
     async def write_all(self, messages: AsyncGenerator[Any]) -> None:
-        """Write messages as they come, each of which is asked for when there is room for it."""
+        """Write messages as they come, each of which is asked for when there is room for it, until all have left."""
         async with aclosing(messages):
             async for message in messages:
                 await self.write(message)
+        await self._until(self._sent)
+
+    def _leaving(self) -> Awaitable[Any] | None:
+        try:
+            return _all_sent(self.comm)
+        except StreamClosedError as exc:
+            raise self._broke(exc) from exc
+
+    async def _until(self, sent: Awaitable[Any] | None) -> None:
+        if sent is not None:
+            try:
+                await asyncio.shield(sent)  # tornado logs an error where it is cancelled
+            except StreamClosedError as exc:
+                raise self._broke(exc) from exc
+
+    def _broke(self, exc: StreamClosedError) -> CommClosedError:
+        return CommClosedError(f"the connection with {self.comm.peer_address} broke: {exc}")
 
 
 def _all_sent(comm: Any) -> Awaitable[Any] | None:

@@ -220,7 +220,7 @@ class Lane:
 
     def _flush_soon(self) -> None:
         self._flushed = perf_counter()
-        if self._done or self._failed:
+        if self._done or self._failed or self._kept or self._again:
             self.worker.loop.add_callback(self._flush)
 
     def _claimed(self, chunk: Chunk, most: int) -> range:

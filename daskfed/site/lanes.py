@@ -270,6 +270,13 @@ class Lanes:
                 self._judge(prefix, True)
         return [each for event in events if (each := self._without_lanes(event)) is not None] if self.tasks else events
 
+    def restarted(self) -> None:
+        """The scheduler has forgotten all tasks, also those that are lanes; what runs of them ends with its worker."""
+        names, self.tasks = list(self.tasks), {}
+        if names:
+            self.wire.release(names)  # one that was on its way is not forgotten
+        self._feed()
+
     def _landed(self, keys: Collection[Key]) -> None:
         """The scheduler has keys in memory: those that were handed over are its own now."""
         self._landing.difference_update(keys)

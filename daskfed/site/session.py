@@ -202,6 +202,8 @@ class Session:
         if report.restarted:
             report.events.append(ev.KeysForgotten(tuple(self.core.keys)))
         self.take(report.events, report)
+        if report.restarted:
+            self.lanes.restarted()
         if report.status is not None:
             self._take_status(report.status)
         for learned in report.learned:

@@ -196,6 +196,19 @@ class TestClientsInCalls:
         assert client.submit(work, pure=False).result(timeout=20).result(timeout=20) == 2
 
 
+def test_large_results_are_told_of_at_once(client: Client) -> None:
+    def large(n: int) -> bytes:
+        return bytes(n)
+
+    client.submit(large, 2**20, pure=False).result(timeout=30)  # the function is known
+    took = []
+    for _ in range(5):
+        start = time.monotonic()
+        assert len(client.submit(large, 2**20, pure=False).result(timeout=30)) == 2**20
+        took.append(time.monotonic() - start)
+    assert min(took) < 0.5, "not only when the turn of a lane is over"
+
+
 class TestDeaths:
     def test_a_worker_dies_and_nothing_is_lost(self, client: Client, tmp_path: Path) -> None:
         def once(folder: str, n: int) -> int:
@@ -220,7 +233,7 @@ class TestDeaths:
         assert isinstance(found.value, KilledWorker) or "Killed" in type(found.value).__name__
         assert client.gather([each for n, each in enumerate(futures) if n != 3]) == [0, 1, 2, 4, 5]
 
-    def test_restart_and_retiring_while_lanes_run(self, client: Client) -> None:
+    def test_restart_while_lanes_run(self, client: Client) -> None:
         futures = client.map(slow, range(40), pure=False, site="north")
         time.sleep(0.5)
         client.restart()
