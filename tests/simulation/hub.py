@@ -55,6 +55,7 @@ class HubNode:
         self._started = sim.clock.now
         self._cancelled: set[tuple[str, str, Attempt]] = set()  # (site, block, attempt) that were told to stop
         self._asked: dict[str, float] = {}  # site that was to report its holdings -> when
+        self._told: set[str] = set()  # sites that have said what they hold, since this hub started
         self._tells_due: dict[tuple[str, Key], int] = {}  # how often a client may yet be told that a key is there
         sim.clock.call_later(TICK_S, self._tick)
 
@@ -76,6 +77,7 @@ class HubNode:
             failed = message.keys
             self.stores.keep_error([key for key in failed if key in ledger.keys], beside)
         elif isinstance(message, SiteHoldings):
+            self._told.add(site)
             failed = message.failed
             for key in failed:
                 if key in ledger.keys and key not in self.stores.errors:
@@ -192,8 +194,8 @@ class HubNode:
             self.sim.require(excused, "a block is placed while another site is at work at it", block, target, site.name)
 
     def _is_overdue(self, site: str) -> bool:
-        """Whether a site has not come back in time, or not answered in time what it holds."""
-        if site not in self.links:
+        """Whether a site has not come back in time, or not said in time what it holds."""
+        if site not in self.links or site not in self._told:
             since = self._started
         else:
             since = self._asked.get(site, inf) if site in self.core.ledger.crossing else inf
