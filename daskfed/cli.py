@@ -21,7 +21,7 @@ from daskfed.keys import KeyFolder
 from daskfed.profilecommands import profile
 from daskfed.reach.agents import agent_of, serve
 from daskfed.reach.hubs import check_hub, sites_of
-from daskfed.sitecommands import COMMANDS, down, start_detached, up
+from daskfed.sitecommands import COMMANDS, down, hub_of, start_detached, up
 
 if TYPE_CHECKING:
     from daskfed.profile import SiteOptions
@@ -95,15 +95,18 @@ for command in (keys, up, down, profile):
 
 
 @cli.command()
-@click.option("--hub", "hub_address", required=True, help="address of the hub")
+@click.argument("profile", required=False)
+@click.option("--hub", "hub_address", help="address of the hub, where no profile names it")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--tls-ca-file", type=click.Path(exists=True), help="certificate of the authority")
 @click.option("--tls-cert", type=click.Path(exists=True), help="certificate of this client")
 @click.option("--tls-key", type=click.Path(exists=True), help="key of this client")
-def status(hub_address: str, as_json: bool, **tls: str | None) -> None:
-    """Show the sites of a federation and what they do."""
+def status(profile: str | None, hub_address: str | None, as_json: bool, **tls: str | None) -> None:
+    """Show the sites of a federation and what they do: of a profile that is up, or of the hub at an address."""
+    if profile is not None and hub_address is not None:
+        raise click.UsageError("name a profile or --hub, not both")
     security = _security(tls)
-    sites = guarded(lambda: asyncio.run(sites_of(hub_address, security)))
+    sites = guarded(lambda: asyncio.run(sites_of(hub_address or hub_of(profile), security)))
     click.echo(json.dumps(sites, indent=1) if as_json else _table(sites))
 
 

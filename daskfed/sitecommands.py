@@ -73,6 +73,13 @@ def down(profile: str | None) -> None:
         raise click.ClickException(f"{', '.join(failed)} could not be ended; each ends by itself without a hub")
 
 
+def hub_of(profile: str | None) -> str:
+    """Return the address of the hub of a profile that is up; raises ConfigurationError."""
+    from daskfed.reach.background import Background
+
+    return Background(*_profile(profile)).addresses()["local"]
+
+
 def _start_sites(background: Background, sites: list[str], began: float) -> list[str]:
     """Start sites side by side, tell how that goes, and return those that did not start."""
     starting: dict[str, Start] = {}

@@ -39,7 +39,7 @@ PYTHON = "python3"
 RECONNECT_S = (0.5, 15.0)  # first and longest pause between two attempts to log in again
 START_S = 180.0
 STOP_S = 40.0
-BRIEF_S = 30.0  # what ends sooner is not tried again at once
+BRIEF_S = 30.0  # a connection that ends sooner, and the one before it did too, is not made again at once
 LOOK_S = 2  # whether the agent still runs
 
 Admit = Callable[[bytes], Awaitable[None]]
@@ -102,6 +102,7 @@ class SshSite:
         self._machine = ""
         self._folder = ""
         self._direct = False  # it dials the hub by itself
+        self._brief = 0  # connections in a row that ended soon
         self._shell: Shell | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()  # the agent
@@ -182,7 +183,8 @@ class SshSite:
             logger.warning("%s ended what looks after the agent; logging in again", self.options.reach)
         except (DaskfedError, OSError) as exc:
             logger.warning("lost %s: %s; logging in again", self.options.reach, exc)
-        if time.monotonic() - began < BRIEF_S:  # not so fast that somebody takes it for an attack
+        self._brief = self._brief + 1 if time.monotonic() - began < BRIEF_S else 0
+        if self._brief > 1:  # not so fast that somebody takes it for an attack
             await asyncio.sleep(RECONNECT_S[1])
         return False
 

@@ -46,6 +46,8 @@ def test_up_is_used_by_clients_and_down_ends_it(user: User) -> None:
             assert sorted(client.sites()) == ["north", "south"] and client.cluster is None
             assert client.submit(sum, [20, 22], site="south").result(timeout=60) == 42
     assert user.run("up").count("runs already") == 2
+    assert sorted(json.loads(user.run("status", "two", "--json"))) == ["north", "south"]
+    assert "north" in user.run("status") and "south" in user.run("status")
     assert pids == [user.pid("hub"), user.pid("sites", "north"), user.pid("sites", "south")]
     sessions = {pid: descendants(pid) for pid in pids}
     assert user.run("down").count("has ended") == 3
