@@ -33,6 +33,7 @@ from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, how_for_lanes, opened
+from daskfed.client.limits import TIMEOUT, limited, takes_timeout, wants_limits
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.packages import Packages, Unasked
@@ -305,13 +306,18 @@ class Client(Retrying, Observing, ActingClient):
     # -- submitting --------------------------------------------------------------------------------------------------
 
     def submit(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
-        """Submit a call; as ``distributed.Client.submit``, with ``site=`` and ``environment=``.
+        """Submit a call; as ``distributed.Client.submit``, with ``site=``, ``environment=`` and ``timeout=``.
 
         ``site`` is a name, a label ``name=value``, or a list of them; where ``func`` itself has a parameter of that
         name, it gets it. The same call bound to another site has another key: what it finds there differs.
+
+        ``timeout`` is how long each run of the call may take, in seconds or as "5m"; one that takes longer fails
+        with TimeoutError, and is run again if it has ``retries``. A ``func`` that has a parameter of that name, or
+        keywords of any name, gets it: for such a one use ``dask.annotate(timeout=…)``. Raises ConfigurationError.
         """
         if self._lanes != NEVER and (future := self._submit_at_once(func, args, kwargs)) is not None:
             return future
+        func = _with_timeout(func, kwargs)
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
                 kwargs["key"] = f"{bound}-{tokenize(func, kwargs, *args)}"
@@ -345,7 +351,8 @@ class Client(Retrying, Observing, ActingClient):
         self._outbox.put(item)
 
     def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
-        """Map a function over sequences; as ``distributed.Client.map``, with ``site=`` and ``environment=``."""
+        """Map a function over sequences; as ``distributed.Client.map``, with the keywords of :meth:`submit`."""
+        func = _with_timeout(func, kwargs)
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
                 kwargs["key"] = bound
@@ -367,10 +374,12 @@ class Client(Retrying, Observing, ActingClient):
     ) -> dict[Key, Future]:
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
+        if _one_by_one(expr):
+            annotations.pop(TIMEOUT, None)  # its function keeps to it
         self._check_sites(annotations)
         self._check_workers(annotations)
         calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
-        if self._fixed_single and calls is None:
+        if self._fixed_single and calls is None and not wants_limits(expr, annotations):
             workers = self._workers_here(workers)
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
@@ -661,6 +670,18 @@ class _annotated:
 
     def __exit__(self, *exc_info: Any) -> None:
         self._context.__exit__(*exc_info)
+
+
+def _with_timeout(func: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function that keeps to the ``timeout`` taken out of ``kwargs``, or else of the annotations around."""
+    timeout = dask.get_annotations().get(TIMEOUT)
+    if TIMEOUT in kwargs and not takes_timeout(func):
+        timeout = kwargs.pop(TIMEOUT)
+    if timeout is None:
+        return func
+    if kwargs.get("actor") or kwargs.get("actors"):
+        raise ConfigurationError("timeout= is for calls: an actor lives until nobody holds its future any more")
+    return limited(func, timeout)
 
 
 def _names_itself(kwargs: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from dask.utils import ensure_dict
 
 from daskfed.client import fusion
 from daskfed.client.constraints import CONSTRAINING, EMPTY, annotations_of, constraint_of
+from daskfed.client.limits import TIMEOUT, with_limits
 from daskfed.client.notes import Note, Tasks, evaluated, flat_keys, noted_tasks, without_futures
 from daskfed.client.plain_keys import with_plain_keys
 from daskfed.client.stock import imported, without_annotations
@@ -134,6 +135,7 @@ def _materialise(expr: Any, wanted: set[Key], given: Note, kept: Collection[Key]
     tasks, notes = _without_aliases(tasks, notes, wanted.union(kept))
     tasks = {key: _plain(node, tasks) for key, node in tasks.items()}
     constraints, annotations = _sorted_out(tasks, notes, given)
+    tasks = with_limits(tasks, annotations.pop(TIMEOUT, {}))
     finals = frozenset(key for key in _final_keys(expr, wanted, tasks) if key in tasks)
     return MaterialisedGraph(tasks, wanted, constraints, annotations, finals)
 

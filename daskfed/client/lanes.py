@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Collection, Iterable, Mapping
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, unwrap
 from typing import Any
 
 from distributed.client import FutureState
@@ -125,7 +125,7 @@ def payload_for_lanes(calls: Calls, annotations: Mapping[str, Any], lanes: str) 
     if lanes == NEVER or calls.needs or calls.is_value or not PLAIN_ANNOTATIONS.issuperset(annotations):
         return None
     func, columns, kwargs = _parts(calls.expr)
-    if func is None or iscoroutinefunction(func) or not all(map(_is_plain, (*columns, list(kwargs.values())))):
+    if func is None or iscoroutinefunction(unwrap(func)) or not all(map(_is_plain, (*columns, list(kwargs.values())))):
         return None
     parts = Serialized(*serialize(to_serialize((func, columns, kwargs)), on_error="raise"))
     return {"calls": parts, **how_for_lanes(lanes)}
