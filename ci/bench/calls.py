@@ -1,7 +1,7 @@
 """Calls per second and per millisecond of daskfed and its peers: map, submits, one by one, sleeps; JSON and a plot.
 
 Each system runs each case in a process of its own, in turn, ROUNDS times; medians count. Parsl and Ray are installed on
-first use in an environment of their own beside .venv; without them their rows are missing, and it says so.
+first use in environments of their own in .venvs; without them their rows are missing, and it says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Found = dict[str, dict[str, list[dict[str, float]]]]
 
 def peer_python(package: str) -> str | None:
     """Return a Python that has a peer, which is installed if need be; None where that does not work."""
-    folder = Path(f"{sys.prefix}-{package}")
+    folder = HERE.parents[1] / ".venvs" / package
     python = folder / "bin" / "python"
     ready = folder / "ready"
     if not ready.exists():

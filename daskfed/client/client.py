@@ -7,6 +7,7 @@ import getpass
 import inspect
 import itertools
 import logging
+import pickle
 import secrets
 import time
 import warnings
@@ -32,7 +33,7 @@ from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, how_for_lanes, opened
+from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, how_for_lanes
 from daskfed.client.limits import TIMEOUT, limited, takes_timeout, wants_limits
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
@@ -546,9 +547,20 @@ class Client(Retrying, Observing, ActingClient):
         if type(futures) is list and all(type(future) is Future and future.client is self for future in futures):
             states = [future._state for future in futures]
             await Countdown(states).wait()
-            if all(state.status == "finished" and state.value is not None for state in states):
-                return opened(states)
+            if all(state.status == "finished" for state in states):
+                return await self._gather_made(futures, [state.value for state in states], errors, *args, **kwargs)
         return await self._gather_all(futures, errors, *args, **kwargs)
+
+    async def _gather_made(
+        self, futures: list[Future], here: list[bytes | None], *args: Any, **kwargs: Any
+    ) -> list[Any]:
+        """Gather what has been made, some of which is here."""
+        lacking = [future for future, value in zip(futures, here, strict=True) if value is None]
+        brought = await self._gather_all(lacking, *args, **kwargs) if lacking else []
+        if len(brought) < len(lacking):  # some were lost meanwhile, and may be left out
+            return await self._gather_all(futures, *args, **kwargs)  # type: ignore[no-any-return]
+        others = iter(brought)
+        return [next(others) if value is None else pickle.loads(value) for value in here]
 
     async def _gather_all(self, futures: Any, *args: Any, **kwargs: Any) -> Any:
         values = await super()._gather(futures, *args, **kwargs)

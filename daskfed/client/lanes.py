@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from inspect import iscoroutinefunction, unwrap
 from typing import Any
 
@@ -155,8 +154,3 @@ def calls_of(spec: BlockSpec, payload: Mapping[str, Any]) -> dict[Key, Task]:
     calls = calls_in(payload["calls"].header, payload["calls"].frames)
     each = zip(spec.outputs, calls, strict=True)
     return {key: Task(key, func, *args, **kwargs) for key, (func, args, kwargs) in each}
-
-
-def opened(states: Collection[CallState]) -> list[Any]:
-    """Return the values of states that have them."""
-    return [pickle.loads(state.value) for state in states]  # type: ignore[arg-type]

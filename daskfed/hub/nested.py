@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
+from daskfed.hub.recovery import is_promise
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 5.0  # a site that takes longer to say which keys it knows is not waited for
+AGAIN_S = (0.05, 0.2, 0.5, 1.0, 2.0)  # pauses before it is looked again for what nobody knows yet
 URGENT = 2**31  # the priority of a claim: it takes no time, and what it claims may be released soon
 
 
@@ -44,13 +46,37 @@ class Nested:
             yield
             return
         holder = f"finder-{next(self._numbers)}"
-        found = await self._find(unknown, owner)
-        for site, there in found.items():
-            self.claim(site, there, holder, owner)
+        found = await self._claim_what_is_found(unknown, holder, owner)
         try:
             yield
         finally:
-            self.hub.take(ev.KeysReleased(holder, tuple(key for there in found.values() for key in there)))
+            self.hub.take(ev.KeysReleased(holder, tuple(found)))
+        if missing := [key for key in unknown if key not in found]:
+            self.hub.in_background(self._look_again, missing, owner)
+
+    async def _claim_what_is_found(self, keys: Collection[Key], holder: str, owner: str) -> list[Key]:
+        claimed: list[Key] = []
+        for site, there in (await self._find(keys, owner)).items():
+            if nobody_makes := list(filter(self._nobody_makes, there)):
+                self.claim(site, nobody_makes, holder, owner)
+                claimed += nobody_makes
+        return claimed
+
+    def _nobody_makes(self, key: Key) -> bool:
+        state = self.hub.core.ledger.keys.get(key)
+        return state is None or is_promise(state)
+
+    async def _look_again(self, keys: list[Key], owner: str) -> None:
+        """Look for keys that somebody wants: a task's client may have named one before its scheduler heard of it."""
+        known = self.hub.core.ledger.keys
+        for pause in AGAIN_S:
+            await asyncio.sleep(pause)
+            keys = [key for key in keys if key in known and self._nobody_makes(key)]
+            if not keys:
+                return
+            holder = f"finder-{next(self._numbers)}"
+            found = await self._claim_what_is_found(keys, holder, owner)
+            self.hub.take(ev.KeysReleased(holder, tuple(found)))
 
     async def _find(self, keys: Collection[Key], owner: str) -> dict[str, list[Key]]:
         """Return site -> those of ``keys`` that its scheduler knows, each at one site; its agent holds them now.

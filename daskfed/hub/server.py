@@ -14,7 +14,7 @@ import hmac
 import itertools
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -161,7 +161,7 @@ class Hub(Hosting, OpaqueServer):
         self.plugins.restore()
         self.sessions.restore()
         if not self.core.recovery.settled:
-            self._ongoing_background_tasks.call_soon(self._forget_absent_sites)
+            self.in_background(self._forget_absent_sites)
             self.loop.call_later(client_grace_s(), self._forget_absent_clients)
 
     async def recovered(self) -> None:
@@ -201,6 +201,10 @@ class Hub(Hosting, OpaqueServer):
         self.journal.close()
         self.payloads.close()
         self.status = Status.closed
+
+    def in_background(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Have something done meanwhile; it ends with the hub at the latest."""
+        self._ongoing_background_tasks.call_soon(work, *args)
 
     # -- the core ----------------------------------------------------------------------------------------------------
 
@@ -377,7 +381,7 @@ class Hub(Hosting, OpaqueServer):
         self.gateway.roster.forget()
         self.sessions.announce_sites()
         for comm in list(self.watchers):
-            self._ongoing_background_tasks.call_soon(self._tell_watcher, comm)
+            self.in_background(self._tell_watcher, comm)
 
     async def _tell_watcher(self, comm: Comm) -> None:
         async with self._telling:

@@ -257,6 +257,11 @@ class CallQueue:
         waits = self.open - sum(map(self.has, self._with))
         return waits > lanes and (rows == 1 or expected < MESSAGE_S / 2) and expected > 0
 
+    def seconds_waiting(self) -> float:
+        """Return how long what no lane has would take, one call after the other, as far as that is known."""
+        waiting = ((self.timings.get(run.prefix), sum(map(len, run.waiting))) for run in self.runs.values())
+        return sum(timing.seconds * calls for timing, calls in waiting if timing is not None)
+
     def patience_s(self, lane: str) -> float:
         """Return after which time a call of those that a lane has takes longer than it should."""
         return PATIENCE * max((self._seconds_of(number) for number in self._with.get(lane, {})), default=0.0)

@@ -50,6 +50,8 @@ HAND_OVER_BYTES = 32 * 2**20  # at a time
 LONG_S = 1.0  # calls of which none is back by then are the scheduler's
 SHORT_S = 0.5  # calls that take less on average are for lanes
 HOT = 50  # calls within about a second from which lanes are worth it
+LOOK_S = 0.5  # how often it is seen whether there is work for more lanes than threads
+MOST_AHEAD = 200  # lanes for which there is no thread yet
 PROBES = 2  # calls for each thread that are to tell how long they take
 PREFIX = "daskfed-lane-"
 HEADER = {"serializer": "pickle", "writeable": ()}
@@ -104,6 +106,8 @@ class Lanes:
         self._landing: set[Key] = set()  # and of these, those that it does not have in memory yet
         self.wire = wire
         self.tasks: dict[str, None] = {}  # that the scheduler has
+        self.ahead: dict[str, None] = {}  # those that it has beyond one for each thread, and that do not run yet
+        self._looking = False
         self._address, self._token = address, token
         self._ask = ask
         self._land = land
@@ -231,7 +235,22 @@ class Lanes:
             self._give(name, stream)
         if self.queue.waiting:
             for _ in range(max(1, self._threads()) - len(self.tasks)):
-                self._start()
+                self._start(self.tasks)
+            if not self._looking:
+                self._looking = True
+                asyncio.get_running_loop().call_later(LOOK_S, self._look_ahead)
+
+    def _look_ahead(self) -> None:
+        """Have the scheduler see how much waits, by as many lanes as that is turns: an adaptive cluster then grows."""
+        self._looking = bool(self.queue.waiting)
+        wanted = min(MOST_AHEAD, int(self.queue.seconds_waiting() / TURN_S)) if self._looking else 0
+        for _ in range(wanted - len(self.ahead)):
+            self._start(self.ahead, priority=-1)  # other work need not wait for them
+        if surplus := list(self.ahead)[wanted:]:
+            self.ahead = dict.fromkeys(list(self.ahead)[:wanted])
+            self.wire.release(surplus)
+        if self._looking:
+            asyncio.get_running_loop().call_later(LOOK_S, self._look_ahead)
 
     def _give(self, name: str, stream: LaneStream) -> None:
         if stream.ended or not self.queue.wants_more(name, len(self._streams)):
@@ -244,12 +263,12 @@ class Lanes:
         payloads, told = {run: self._work[run].calls for run in new}, [tuple(each) for each in chunks]
         stream.send({"payloads": payloads, "chunks": told, "patience": self.queue.patience_s(name)})
 
-    def _start(self) -> None:
+    def _start(self, book: dict[str, None], priority: int = 0) -> None:
         name = next(self._names)
-        self.tasks[name] = None
+        book[name] = None
         opened = Task(None, pickle.loads, RUN_LANE)
         task = Task(name, apply, opened, [self._address, self._token, name, TURN_S])
-        self.wire.submit([name], _pickled(LLGExpr({name: task}, _determ_token=name)))
+        self.wire.submit([name], _pickled(LLGExpr({name: task}, _determ_token=name)), priority=priority)
 
     def yield_idle(self) -> None:
         """Other work waits: lanes that have nothing to do end their turn."""
@@ -268,11 +287,13 @@ class Lanes:
             keys = (each.key if isinstance(each, MadeKey) else each for each in named)
             for prefix in {self._probing[key] for key in keys if key in self._probing}:
                 self._judge(prefix, True)
-        return [each for event in events if (each := self._without_lanes(event)) is not None] if self.tasks else events
+        if not (self.tasks or self.ahead):
+            return events
+        return [each for event in events if (each := self._without_lanes(event)) is not None]
 
     def restarted(self) -> None:
         """The scheduler has forgotten all tasks, also those that are lanes; what runs of them ends with its worker."""
-        names, self.tasks = list(self.tasks), {}
+        names, self.tasks, self.ahead = [*self.tasks, *self.ahead], {}, {}
         if names:
             self.wire.release(names)  # one that was on its way is not forgotten
         self._feed()
@@ -288,11 +309,13 @@ class Lanes:
         if not isinstance(event, ev.KeysReady | ev.KeysErred | ev.KeysForgotten):
             return event
         names = [each.key if isinstance(each, MadeKey) else each for each in event.keys]
-        if not any(name in self.tasks for name in names):
+        mine = self.tasks.keys() | self.ahead.keys()
+        if mine.isdisjoint(names):
             return event
         for name in names:
-            if name in self.tasks:
-                del self.tasks[name]
+            if name in mine:
+                self.tasks.pop(name, None)
+                self.ahead.pop(name, None)
                 if not isinstance(event, ev.KeysForgotten):
                     self.wire.release([name])
         self._feed()
@@ -307,6 +330,8 @@ class Lanes:
             await comm.close()
             return Status.dont_reply
         comm.name = "Agent->Lane"
+        if lane in self.ahead:
+            self.tasks[lane] = self.ahead.pop(lane)
         lane = f"{lane}-{next(self._served)}"  # a task whose worker died runs again, under the same name
         stream = self._streams[lane] = LaneStream(BatchedSend(interval="1ms"), worker)
         stream.stream.start(comm)

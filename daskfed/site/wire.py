@@ -111,15 +111,19 @@ class SchedulerWire:
         expr: Any,
         priorities: Mapping[Key, int] | None = None,
         actors: bool | Mapping[Key, Collection[Key]] | None = None,
+        priority: int = 0,
     ) -> None:
-        """Have the tasks of a pickled expression run and keep ``keys``; lower priorities run first.
+        """Have the tasks of a pickled expression run and keep ``keys``; lower ``priorities`` run first.
+
+        ``priority`` is that of all, before others: a higher one runs earlier, as everywhere in Dask.
 
         ``actors``: True where all of ``keys`` are to be actors, or key -> actors among the tasks that it takes.
         """
         marked: Any = actors
         if isinstance(actors, Mapping):  # of what is not asked for there may be no task
             marked = list(dict.fromkeys(actor for key in keys for actor in actors.get(key, ())))
-        self.update_graph({"expr_ser": expr, "keys": set(keys), "internal_priority": priorities, "actors": marked})
+        order = {"internal_priority": priorities, "user_priority": priority}
+        self.update_graph({"expr_ser": expr, "keys": set(keys), **order, "actors": marked})
 
     def submit_block(self, keys: Collection[Key], payload: Mapping[str, Any]) -> None:
         """Submit a block: its expression and priorities, or all fields of an ``update-graph`` message, or a claim."""

@@ -103,6 +103,21 @@ class TestClientsInTasks:
         futures = client.map(outer, range(12), pure=False)
         assert client.gather(futures) == list(range(1, 13))
 
+    def test_a_key_that_is_named_before_the_scheduler_has_heard_of_it(self, client: Client, name: str) -> None:
+        def soon(key: str) -> None:
+            own = get_client()
+            secede()
+            time.sleep(0.5)
+            future = own.submit(operator.add, 1, 2, key=key)
+            time.sleep(5)
+            future.release()
+
+        running = client.submit(soon, name, pure=False)
+        named = Future(name, client=client)
+        client._send_to_scheduler({"op": "client-desires-keys", "keys": [name]})  # as for one in what a task returned
+        assert named.result(timeout=20) == 3
+        assert not running.done()
+
     def test_secede_and_rejoin(self, client: Client) -> None:
         def step_aside(name: str) -> bool:
             secede()

@@ -253,3 +253,36 @@ def test_graphs_get_their_turn_beside_many_calls(client: Client) -> None:
     assert any(not call.done() for call in calls), "the graph ran while calls wait"
     assert waited < 3.5
     assert client.gather(calls) == list(range(400))
+
+
+class TestScaling:
+    def test_many_calls_make_an_adaptive_cluster_grow_and_it_shrinks_after_them(self) -> None:
+        options = {"n_workers": 1, "threads_per_worker": 1, **NO_DASHBOARD}
+        adaptive = {"minimum": 1, "maximum": 3, "interval": "200ms", "target_duration": "2s", "wait_count": 3}
+        with (
+            dask.config.set({"daskfed.client.lanes": "always"}),
+            Federation(sites={"north": {"options": options}}) as fed,
+            Client(fed) as client,
+        ):
+            fed.adapt(**adaptive)
+            calls = client.map(slow, range(400), seconds=0.05, pure=False)  # 20 s of one thread
+            until(lambda: len(client.scheduler_info()["workers"]) == 3, 30)
+            assert any(not call.done() for call in calls), "it grew while there was work"
+            assert client.gather(calls) == list(range(400))
+            until(lambda: len(client.scheduler_info()["workers"]) == 1, 30)
+            assert client.gather(client.map(inc, range(50), pure=False)) == list(range(1, 51))
+            assert all(call.status == "finished" for call in calls)
+
+    def test_workers_are_retired_while_they_run_lanes(self) -> None:
+        options = {"n_workers": 2, "threads_per_worker": 1, **NO_DASHBOARD}
+        with (
+            dask.config.set({"daskfed.client.lanes": "always"}),
+            Federation(sites={"north": {"options": options}}) as fed,
+            Client(fed) as client,
+        ):
+            large = client.map(bytes, [2**20] * 20, pure=False)
+            calls = client.map(slow, range(200), seconds=0.02, pure=False)
+            time.sleep(0.7)
+            client.retire_workers([next(iter(client.scheduler_info()["workers"]))])
+            assert client.gather(calls) == list(range(200))
+            assert [len(value) for value in client.gather(large)] == [2**20] * 20
