@@ -11,7 +11,6 @@ from inspect import iscoroutinefunction, unwrap
 from typing import Any
 
 from distributed.client import FutureState
-from distributed.protocol import to_serialize
 from distributed.protocol.serialize import Serialized, serialize
 
 from daskfed.client.calls import Calls, CallsExpr
@@ -126,7 +125,7 @@ def payload_for_lanes(calls: Calls, annotations: Mapping[str, Any], lanes: str) 
     func, columns, kwargs = _parts(calls.expr)
     if func is None or iscoroutinefunction(unwrap(func)) or not all(map(_is_plain, (*columns, list(kwargs.values())))):
         return None
-    parts = Serialized(*serialize(to_serialize((func, columns, kwargs)), on_error="raise"))
+    parts = Serialized(*serialize((func, columns, kwargs), serializers=("pickle",), on_error="raise"))  # as one pickle
     return {"calls": parts, **how_for_lanes(lanes)}
 
 
