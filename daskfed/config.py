@@ -118,9 +118,9 @@ def largest_message() -> int:
 def lanes() -> str:
     """Return whether calls of ``submit`` and ``map`` go down lanes: "auto", where they are short, "always" or "never".
 
-    ``daskfed.client.lanes`` in Dask's configuration. Raises ConfigurationError for another word.
+    ``daskfed.client.lanes`` in Dask's configuration, by default "auto". Raises ConfigurationError for another word.
     """
-    given = str(dask.config.get("daskfed.client.lanes", NEVER))
+    given = str(dask.config.get("daskfed.client.lanes", AUTO))
     if given not in LANES:
         raise ConfigurationError(f"daskfed.client.lanes is {given!r}: {hint_for(given, LANES, 'it may be')}")
     return given

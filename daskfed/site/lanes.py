@@ -437,6 +437,8 @@ class Lanes:
         """Remember what the hub wants to know of calls of a function, and how much the results are."""
         if not self._measured:
             asyncio.get_running_loop().call_later(LEARNED_S, self._tell_learned)
+        if self.queue.timings[prefix].seconds > SHORT_S:
+            self._short[prefix] = False  # those that come from now on
         measured = self._measured.setdefault(prefix, [0, 0.0, 0])
         for n, what in enumerate((calls, seconds, nbytes)):
             measured[n] += what
