@@ -41,8 +41,9 @@ from daskfed.client.packages import Packages, Unasked
 from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
-from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph, plan_lanes
+from daskfed.client.submission import Submission, plan_calls, plan_graph, plan_lanes
 from daskfed.client.versions import differences, foreign, unopened
+from daskfed.collecting import Relaxed, paused_collection
 from daskfed.config import NEVER, client_grace_s, lanes, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
@@ -99,6 +100,7 @@ class Client(Retrying, Observing, ActingClient):
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
         self._lanes = lanes()
+        self._collector = Relaxed()
         set_sites_lookup(_sites_of_current_client)
         with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
             super().__init__(address, **kwargs)
@@ -143,6 +145,7 @@ class Client(Retrying, Observing, ActingClient):
         for state in list(self.futures.values()):  # submitted while it closed
             state.cancel(reason="client-closed", msg="the client has closed; submit the work with another one")
         self._memory.close()
+        self._collector.end()
 
     async def _shutdown(self) -> None:
         try:
@@ -357,7 +360,8 @@ class Client(Retrying, Observing, ActingClient):
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
                 kwargs["key"] = bound
-            return super().map(func, *iterables, **kwargs)  # type: ignore[no-any-return]
+            with paused_collection():
+                return super().map(func, *iterables, **kwargs)  # type: ignore[no-any-return]
 
     def _graph_to_futures(
         self,

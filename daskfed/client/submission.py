@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,19 +55,6 @@ class Submission:
         self.blocks.append(block)
         payload = {"expr": pickled(expr), "priorities": dict(priorities) if priorities else None}
         self.payloads.append({**payload, "actors": actors} if actors else payload)
-
-
-@contextmanager
-def paused_collection() -> Iterator[None]:
-    """Keep the garbage collector from searching a graph again and again while it grows: that takes a tenth longer."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def plan_graph(graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[Key] = ()) -> Submission:

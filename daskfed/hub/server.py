@@ -23,6 +23,7 @@ from distributed.comm.core import Comm
 from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
+from daskfed.collecting import Relaxed
 from daskfed.comm.control import ControlStream
 from daskfed.comm.opaque import OpaqueError, OpaqueServer, relays_errors
 from daskfed.config import client_grace_s, hub_memory
@@ -104,6 +105,7 @@ class Hub(Hosting, OpaqueServer):
         self.gateway = Gateway(self)
         self.actors = Actors(self)
         self.nested = Nested(self)
+        self._collector = Relaxed()
         self.dashboard = Dashboard(self.gateway.sites_info, lambda: self.address)
         self.has_page = dashboard
         self.plugins = Plugins(self)
@@ -200,6 +202,7 @@ class Hub(Hosting, OpaqueServer):
         await super().close(timeout=timeout, reason=reason)
         self.journal.close()
         self.payloads.close()
+        self._collector.end()
         self.status = Status.closed
 
     def in_background(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:

@@ -30,6 +30,7 @@ from distributed.comm.core import Comm
 from distributed.core import Status
 
 from daskfed import config
+from daskfed.collecting import Relaxed
 from daskfed.comm.opaque import OpaqueServer
 from daskfed.comm.pacing import Paced
 from daskfed.data.transfer import Door
@@ -87,6 +88,7 @@ class Agent:
     ) -> None:
         self.name = name
         self.cluster: ClusterAdapter = spec.adapter()
+        self._collector = Relaxed()
         self.labels = dict(labels or {})
         self.environments = environments
         self.resources = dict(resources or {})
@@ -221,6 +223,7 @@ class Agent:
             await self._port.close()
         await self._door.close()
         await self.cluster.close()
+        self._collector.end()
         self._ended.set()
 
     @property
