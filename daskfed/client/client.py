@@ -12,6 +12,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,15 @@ from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
-from daskfed.client.lanes import PLAIN_ANNOTATIONS, CallState, Countdown, how_for_lanes
+from daskfed.client.lanes import (
+    PLAIN_ANNOTATIONS,
+    CallsNeeded,
+    CallState,
+    Countdown,
+    how_for_lanes,
+    noticed_futures,
+    pickled_futures,
+)
 from daskfed.client.limits import TIMEOUT, limited, takes_timeout, wants_limits
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
@@ -45,7 +54,7 @@ from daskfed.client.submission import Submission, plan_calls, plan_graph, plan_l
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.collecting import Relaxed, paused_collection
 from daskfed.config import NEVER, client_grace_s, lanes, site_timeout_s
-from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
+from daskfed.dask_private import GraphNode, LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
@@ -99,7 +108,8 @@ class Client(Retrying, Observing, ActingClient):
         self._memory = Memory()
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
-        self._lanes = lanes()
+        opens = kwargs.get("deserializers") or kwargs.get("serializers") or ("pickle",)
+        self._lanes = lanes() if "pickle" in opens else NEVER  # as what comes home from lanes is pickled
         self._collector = Relaxed()
         set_sites_lookup(_sites_of_current_client)
         with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
@@ -336,6 +346,7 @@ class Client(Retrying, Observing, ActingClient):
         with self._refcount_lock:
             known = call.key in self.futures
             future = Future(call.key, self)
+            future._state.call = True
         if not known:
             self._say(call, "submit")
         return future
@@ -346,7 +357,13 @@ class Client(Retrying, Observing, ActingClient):
         return [submission.message([call.key for call in calls])]
 
     def _send_to_scheduler(self, msg: dict[str, Any]) -> None:
+        if msg["op"] == "update-graph" and any(map(self._is_call, noticed_futures())):
+            raise CallsNeeded
         self._say(msg, msg["op"])
+
+    def _is_call(self, key: Key) -> bool:
+        state = self.futures.get(key)
+        return state is not None and state.call
 
     def _say(self, item: Any, name: str) -> None:
         """Have something sent to the hub, in order; raises ClosedClientError where the client has closed."""
@@ -384,12 +401,13 @@ class Client(Retrying, Observing, ActingClient):
         self._check_sites(annotations)
         self._check_workers(annotations)
         calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
-        if self._fixed_single and calls is None and not wants_limits(expr, annotations):
-            workers = self._workers_here(workers)
-            return super()._graph_to_futures(  # type: ignore[no-any-return]
-                expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
-                retries, fifo_timeout, actors,
-            )  # fmt: skip
+        whole = self._fixed_single and calls is None and not wants_limits(expr, annotations)
+        if whole and not any(map(self._is_call, _needs_of_one(expr))):
+            with suppress(CallsNeeded), pickled_futures():
+                return super()._graph_to_futures(  # type: ignore[no-any-return]
+                    expr, keys, span_metadata, self._workers_here(workers), allow_other_workers, internal_priority,
+                    user_priority, resources, retries, fifo_timeout, actors,
+                )  # fmt: skip
         for key in set(keys):
             validate_key(key)
         if calls is not None:
@@ -449,6 +467,8 @@ class Client(Retrying, Observing, ActingClient):
     def _send_calls(self, submission: Submission, keys: Collection[Key]) -> dict[Key, Future]:
         with self._refcount_lock:
             futures = {key: Future(key, self) for key in dict.fromkeys(keys)}
+            for future in futures.values():
+                future._state.call = True
             self._send(submission, list(futures), [])
         return futures
 
@@ -686,6 +706,14 @@ class _annotated:
 
     def __exit__(self, *exc_info: Any) -> None:
         self._context.__exit__(*exc_info)
+
+
+def _needs_of_one(expr: Any) -> Iterable[Key]:
+    """Return what a single call needs; what a graph needs is known when it has been pickled."""
+    if type(expr) is not LLGExpr or len(expr.operand("dsk")) != 1:
+        return ()
+    (task,) = expr.operand("dsk").values()
+    return task.dependencies if isinstance(task, GraphNode) else ()
 
 
 def _with_timeout(func: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import iscoroutinefunction, unwrap
 from typing import Any
 
-from distributed.client import FutureState
+from distributed.client import Future, FutureState
 from distributed.protocol.serialize import Serialized, serialize
 
 from daskfed.client.calls import Calls, CallsExpr
@@ -26,7 +28,7 @@ SETTLED = frozenset({"finished", "error", "cancelled"})
 class CallState(FutureState):
     """The state of a key, without an event as long as nobody waits for it by one."""
 
-    __slots__ = ("value", "watch")
+    __slots__ = ("call", "value", "watch")
 
     _event: Any  # slots of the class that it derives from
     status: Any
@@ -34,6 +36,7 @@ class CallState(FutureState):
 
     def __init__(self, key: Key) -> None:
         super().__init__(key)
+        self.call = False  # whether it was submitted as one that may go down a lane
         self.value: bytes | None = None  # pickled, where it is here
         self.watch: Countdown | None = None
 
@@ -85,6 +88,37 @@ class CallState(FutureState):
     def done(self) -> bool:
         """Whether it is known what became of the key."""
         return self.status in SETTLED
+
+
+class CallsNeeded(Exception):
+    """A graph that was to pass as a whole needs results that its site's scheduler may not know."""
+
+
+_noticing = threading.local()
+
+
+@contextmanager
+def pickled_futures() -> Iterator[None]:
+    """Have :func:`noticed_futures` return the keys of those that this thread pickles inside."""
+    _noticing.keys = set()
+    try:
+        yield
+    finally:
+        del _noticing.keys
+
+
+def noticed_futures() -> set[Key]:
+    """Return the keys of the futures that this thread has pickled."""
+    return getattr(_noticing, "keys", set())
+
+
+def _reduced(future: Future) -> tuple[Any, ...]:
+    if (keys := getattr(_noticing, "keys", None)) is not None:
+        keys.add(future.key)
+    return Future, (future.key,)
+
+
+Future.__reduce__ = _reduced  # else what a graph needs is seen only where it is opened
 
 
 class Countdown:

@@ -169,7 +169,7 @@ class Owners:
     def foreign(self, keys: Iterable[Key], owner: str) -> list[Key]:
         """Return those of ``keys`` that exist, or are being made, and are another's; TypeError for what is no key."""
         known = self.hub.core.ledger.keys
-        states = (known.get(key) for key in keys if is_key(key))
+        states = (known.get(key) for key in keys if type(key) is str or is_key(key))
         return [s.key for s in states if s is not None and s.owner not in (owner, "") and not is_promise(s)]
 
     def check(self, keys: Iterable[Key], owner: str) -> None:

@@ -6,7 +6,8 @@ are given back when the one before them takes long, so that nobody waits for it 
 
 Lane to agent: ``{"done": [(run, start, [value, ...], types, seconds), ...], "failed": [...], "returned": [...]}``, and
 of results that stay with the worker ``{"large": [(run, row, seconds), ...]}``, which the agent answers with their keys,
-in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, nbytes, type), ...]}``.
+in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, nbytes, type), ...]}``; and, where the call
+that runs has left the pool of threads, so that the lane will end with it, ``{"seceded": True}``.
 Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...], "patience": seconds}``, and
 ``{"end": True}``.
 """
@@ -74,6 +75,7 @@ class Lane:
         self._patience_s = 0.0  # after which a call no longer keeps others waiting
         self._since = 0.0  # when the thread began what it runs; 0: nothing
         self._flushed = 0.0
+        self._aside = False  # whether the agent knows that the call has seceded
         self._types: dict[type, bytes] = {}
         self._reader: Any = None
         self._watcher: Any = None
@@ -125,8 +127,17 @@ class Lane:
             await asyncio.sleep(2 * FLUSH_S)
             if self._since and (took := perf_counter() - self._since) > 2 * FLUSH_S:
                 self._flush()
-                if took > self._patience_s:
+                aside = self._has_seceded()
+                if took > self._patience_s or aside:
                     self._give_back()
+                if aside and not self._aside:
+                    self._send({"seceded": True})
+                self._aside = aside
+
+    def _has_seceded(self) -> bool:
+        """Whether the call that runs has left the pool of threads (``secede``): the worker then runs another task."""
+        task = self.worker.state.tasks.get(self.name)
+        return task is not None and task.state == "long-running"
 
     def _give_back(self) -> None:
         returned = []
@@ -206,7 +217,12 @@ class Lane:
         return self.worker.status is Status.running and not seceded
 
     def _run(self, chunk: Chunk, deadline: float) -> None:
-        payload = self._opened(chunk.run)
+        try:
+            payload = self._opened(chunk.run)
+        except Exception as exc:  # as of tasks: it cannot be opened here
+            for row in self._claimed(chunk, chunk.stop):
+                self._note_failure(chunk.run, row, exc)
+            return
         most = 1
         while perf_counter() < deadline and self._may_go_on() and (rows := self._claimed(chunk, most)):
             began = self._since = perf_counter()

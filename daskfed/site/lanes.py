@@ -68,7 +68,8 @@ class Work(NamedTuple):
 class LaneStream:
     """What a lane dialled."""
 
-    def __init__(self, stream: BatchedSend, worker: str) -> None:
+    def __init__(self, task: str, stream: BatchedSend, worker: str) -> None:
+        self.task = task  # its name at the scheduler
         self.stream = stream
         self.worker = worker  # its address
         self.payloads: set[int] = set()  # runs whose payload it has
@@ -107,6 +108,7 @@ class Lanes:
         self.wire = wire
         self.tasks: dict[str, None] = {}  # that the scheduler has
         self.ahead: dict[str, None] = {}  # those that it has beyond one for each thread, and that do not run yet
+        self._aside: set[str] = set()  # those of which the call has seceded: their threads run others
         self._looking = False
         self._address, self._token = address, token
         self._ask = ask
@@ -234,7 +236,7 @@ class Lanes:
                 return
             self._give(name, stream)
         if self.queue.waiting:
-            for _ in range(max(1, self._threads()) - len(self.tasks)):
+            for _ in range(max(1, self._threads()) - len(self.tasks) + len(self._aside)):
                 self._start(self.tasks)
             if not self._looking:
                 self._looking = True
@@ -294,6 +296,7 @@ class Lanes:
     def restarted(self) -> None:
         """The scheduler has forgotten all tasks, also those that are lanes; what runs of them ends with its worker."""
         names, self.tasks, self.ahead = [*self.tasks, *self.ahead], {}, {}
+        self._aside.clear()
         if names:
             self.wire.release(names)  # one that was on its way is not forgotten
         self._feed()
@@ -316,6 +319,7 @@ class Lanes:
             if name in mine:
                 self.tasks.pop(name, None)
                 self.ahead.pop(name, None)
+                self._aside.discard(str(name))
                 if not isinstance(event, ev.KeysForgotten):
                     self.wire.release([name])
         self._feed()
@@ -332,8 +336,8 @@ class Lanes:
         comm.name = "Agent->Lane"
         if lane in self.ahead:
             self.tasks[lane] = self.ahead.pop(lane)
-        lane = f"{lane}-{next(self._served)}"  # a task whose worker died runs again, under the same name
-        stream = self._streams[lane] = LaneStream(BatchedSend(interval="1ms"), worker)
+        task, lane = lane, f"{lane}-{next(self._served)}"  # a task whose worker died runs again, under the same name
+        stream = self._streams[lane] = LaneStream(task, BatchedSend(interval="1ms"), worker)
         stream.stream.start(comm)
         self.queue.open_lane(lane)
         died = True
@@ -348,6 +352,7 @@ class Lanes:
             pass
         finally:
             del self._streams[lane]
+            self._aside.discard(task)
             self._killed(self.queue.close_lane(lane, died), worker)
             self._feed()
             stream.stream.abort()
@@ -365,7 +370,12 @@ class Lanes:
             self._stored(lane, stored)
         for chunk in message.get("returned", ()):
             self.queue.returned(lane, Chunk(*chunk))
-        if message.get("returned"):
+        if message.get("seceded"):
+            stream = self._streams[lane]
+            self._aside.add(stream.task)
+            stream.ended = True
+            stream.send({"end": True})
+        if message.get("returned") or message.get("seceded"):
             self._feed()
         if report.events:
             self._deliver(report)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array
 import numpy as np
 import pytest
 from distributed import Event, KilledWorker, get_client, get_worker, secede, worker_client
@@ -73,6 +74,21 @@ def test_some_of_a_map_fail(client: Client) -> None:
         futures[7].result(timeout=10)
     assert "is odd" in str(futures[9].exception(timeout=10))
     assert futures[9].traceback(timeout=10) is not None
+
+
+class Closed:
+    """Cannot be opened where it arrives."""
+
+    def __reduce__(self) -> Any:
+        return eval, ("1 / 0",)
+
+
+def test_what_cannot_be_opened_is_the_error_of_its_calls(client: Client) -> None:
+    futures = client.map(lambda each: each, [Closed()] * 5, pure=False)
+    for future in futures:
+        with pytest.raises(ZeroDivisionError):
+            future.result(timeout=30)
+    assert client.gather(client.map(inc, range(5), pure=False)) == [1, 2, 3, 4, 5]
 
 
 def test_retries(client: Client, tmp_path: Path) -> None:
@@ -182,6 +198,17 @@ class TestClientsInCalls:
         futures = client.map(function, range(16), pure=False, site="north")
         assert client.gather(futures) == [2 * n + 1 for n in range(16)]
 
+    def test_calls_that_step_aside_leave_their_threads_to_others(self, client: Client) -> None:
+        def step_aside(name: str) -> bool:
+            secede()
+            return bool(Event(name).wait(timeout=60))
+
+        names = [f"aside-{n}" for n in range(6)]
+        aside = client.map(step_aside, names, pure=False, site="north")
+        for name in names:
+            client.submit(lambda each: Event(each).set(), name, pure=False, site="north").result(timeout=30)
+        assert client.gather(aside) == [True] * 6
+
     def test_what_a_call_prints_and_where_it_runs(self, client: Client) -> None:
         def work() -> str:
             print("said in a lane")
@@ -253,6 +280,36 @@ def test_graphs_get_their_turn_beside_many_calls(client: Client) -> None:
     assert any(not call.done() for call in calls), "the graph ran while calls wait"
     assert waited < 3.5
     assert client.gather(calls) == list(range(400))
+
+
+class TestAnEmbeddedSite:
+    """Its graphs pass as a whole, and what the site's scheduler does not know they must get."""
+
+    @pytest.fixture
+    def client(self) -> Iterator[Client]:
+        options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+        with dask.config.set({"daskfed.client.lanes": "always"}), Client(**options) as found:
+            yield found
+
+    def test_graphs_of_what_calls_make(self, client: Client) -> None:
+        made, waiting = client.map(inc, range(20)), client.map(slow, range(20), pure=False)
+        assert client.submit(sum, made).result(timeout=30) == 210
+        assert client.submit(sum, waiting).result(timeout=30) == 190
+        assert client.submit(lambda *, given: given["it"] + 1, given={"it": made[1]}).result(timeout=30) == 3
+        total = dask.delayed(sum)([dask.delayed(inc)(made[2]), waiting[3], made[4]])
+        assert client.compute(total).result(timeout=30) == 12
+        array = dask.array.from_delayed(dask.delayed(np.full)(4, made[0]), (4,), dtype=int)
+        assert client.compute(array.sum()).result(timeout=30) == 4
+
+    def test_those_that_fail_fail_what_needs_them_and_nothing_else(self, client: Client) -> None:
+        def fails(x: int) -> int:
+            raise ValueError(x)
+
+        bad, good = client.submit(fails, 3, pure=False), client.submit(inc, 3)
+        of_bad, of_good = client.compute([dask.delayed(inc)(bad), dask.delayed(inc)(good)])
+        assert of_good.result(timeout=30) == 5
+        with pytest.raises(ValueError, match="3"):
+            of_bad.result(timeout=30)
 
 
 class TestScaling:
