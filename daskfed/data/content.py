@@ -16,7 +16,6 @@ import dis
 import functools
 import hashlib
 import importlib.util
-import pickle
 import site
 import sys
 import sysconfig
@@ -38,11 +37,11 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLAIN = frozenset({bool, int, float, complex, str, type(None), type(...), type(NotImplemented), range, slice})
 ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
-IGNORED = frozenset(  # of a class: what Python adds, and what says nothing about what it does
-    "__dict__ __weakref__ __module__ __qualname__ __doc__ __annotations__ __annotate__ __annotate_func__ "
-    "__annotations_cache__ __firstlineno__ __static_attributes__ __orig_bases__ __parameters__ __match_args__ "
-    "__dataclass_fields__ __dataclass_params__ _abc_impl".split()
-)
+IGNORED = frozenset({  # of a class: what Python adds, and what says nothing about what it does
+    "__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate__",
+    "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__", "__orig_bases__",
+    "__parameters__", "__match_args__", "__dataclass_fields__", "__dataclass_params__", "_abc_impl",
+})  # fmt: skip
 HINT = (
     "pass what it is made from instead, register how it is tokenized with dask.base.normalize_token, "
     "or leave out cache=True"
@@ -95,16 +94,17 @@ class Walk:
 
     def call(self, function: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Digest:
         """Return the digest of a call; a NotCacheable that it raises names the function or the argument."""
-        called = self._part(f"{_called(function)}", function)
+        called = self.part(_called(function), function)
         return self.call_of(called, function, args, kwargs)
 
     def call_of(self, called: Digest, function: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Digest:
         """Return the digest of a call of a function whose digest is known."""
-        plain = [self._part(f"argument {n} of {_called(function)}", value) for n, value in enumerate(args, 1)]
-        named = [(name, self._part(f"{name}= of {_called(function)}", kwargs[name])) for name in sorted(kwargs)]
+        plain = [self.part(f"argument {n} of {_called(function)}", value) for n, value in enumerate(args, 1)]
+        named = [(name, self.part(f"{name}= of {_called(function)}", kwargs[name])) for name in sorted(kwargs)]
         return digest("call", called, digest("all", *plain), digest("named", *(digest(*pair) for pair in named)))
 
-    def _part(self, what: str, value: Any) -> Digest:
+    def part(self, what: str, value: Any) -> Digest:
+        """Return the digest of a value; a NotCacheable that it raises begins with ``what`` it is."""
         try:
             return self.of(value)
         except NotCacheable as exc:
@@ -139,7 +139,7 @@ class Walk:
         except Exception as exc:
             raise NotCacheable(f"{_shown(value)} cannot be told from others ({exc}): {HINT}") from None
         if isinstance(parts, str):
-            module = pickle.whichmodule(value, parts)
+            module = getattr(value, "__module__", None) or type(value).__module__
             return digest("global", module, parts, _module(module))
         function, args, state, items, pairs = (*parts, None, None, None)[:5]
         listed = self.all(items) if items is not None else b""
@@ -153,10 +153,9 @@ class Walk:
             return installed
         cells = (self._cell(cell) for cell in function.__closure__ or ())
         own = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
-        return digest(
-            "function", _instructions(function.__code__), self.of(function.__defaults__), self.of(function.__kwdefaults__),
-            self.of(own), digest("closure", *cells), self._names_used(function),
-        )  # fmt: skip
+        defaults = self.all((function.__defaults__, function.__kwdefaults__, own))
+        used = self._names_used(function)
+        return digest("function", _instructions(function.__code__), defaults, digest("closure", *cells), used)
 
     def _cell(self, cell: types.CellType) -> Digest:
         try:
@@ -304,7 +303,8 @@ def _globals_used(code: types.CodeType) -> frozenset[tuple[str, tuple[str, ...]]
     """Return the global names that code uses, each with the attributes that are taken of it one after the other."""
     found: set[tuple[str, tuple[str, ...]]] = set()
     for each in _codes(code):
-        name, attributes = None, []
+        name: str | None = None
+        attributes: list[str] = []
         for instruction in (*dis.get_instructions(each), None):
             if name is not None and instruction is not None and instruction.opname in ATTRIBUTES:
                 attributes.append(instruction.argval)

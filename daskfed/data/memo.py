@@ -5,11 +5,11 @@ A token says what was computed (:mod:`daskfed.data.content`), the value is bytes
     memo.sqlite           entries (token -> digest of the value, name, when it was last used), and small values
     blobs/ab/ab12…        larger values, each in a file that is named by its SHA-256
 
-Values are what somebody will unpickle, so the folder has to belong to the user, and nobody else may write to it. A value
-is compared with its digest when it is read; one that is damaged or gone is a miss, and is forgotten. Many processes may
-use one folder at a time: a file gets its name inside the transaction that writes its row, and loses it inside the one
-that deletes it. Who is killed in between leaves a file without a row, which :meth:`Memo.sweep` clears away, or a row
-without a file, which is a miss.
+Values are what somebody will unpickle, so the folder has to belong to the user, and nobody else may write to it. A
+value is compared with its digest when it is read; one that is damaged or gone is a miss, and is forgotten. Many
+processes may use one folder at a time: a file gets its name inside the transaction that writes its row, and loses it
+inside the one that deletes it. Who is killed in between leaves a file without a row, which :meth:`Memo.sweep` clears
+away, or a row without a file, which is a miss.
 """
 
 from __future__ import annotations
@@ -136,6 +136,15 @@ class Memo:
     def get(self, token: str) -> bytes | None:
         """Return the value of a token; None where there is none."""
         return next((value for _, value in self.found((token,))), None)
+
+    def known(self, tokens: Collection[str]) -> set[str]:
+        """Return those tokens that have a value, which was not read."""
+        known: set[str] = set()
+        for some in partition_all(ASKED, dict.fromkeys(tokens)):
+            query = f"SELECT token FROM entries WHERE token IN ({','.join('?' * len(some))})"
+            with self._reading:
+                known.update(token for (token,) in self._reader.execute(query, some))
+        return known
 
     def found(self, tokens: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """Yield token and value of those tokens that have one, in any order; one value is in memory at a time."""
