@@ -17,6 +17,7 @@ from distributed.protocol.serialize import merge_and_deserialize
 from daskfed.client.calls import Calls
 from daskfed.client.constraints import EMPTY
 from daskfed.client.lanes import CallState
+from daskfed.client.notes import flat_keys
 from daskfed.client.returning import PatientRPC
 from daskfed.client.submission import plan_calls
 from daskfed.config import client_memory
@@ -146,7 +147,7 @@ class CachingRPC(PatientRPC):
             return found
 
         async def call(**kwargs: Any) -> Any:
-            keys = kwargs.get("keys") or ([kwargs["key"]] if "key" in kwargs else [])
+            keys = flat_keys(kwargs.get("keys") or ([kwargs["key"]] if "key" in kwargs else []))
             self._send(keys)
             await self._values.until_known(keys)
             return await found(**kwargs)

@@ -138,8 +138,7 @@ class Client(Retrying, Observing, ActingClient):
         return started
 
     async def _close(self, fast: bool = False) -> None:
-        if not fast:
-            await self._caching.flush()
+        await self._caching.flush()
         if self._set_methods is not None:
             self._set_methods.__exit__(None, None, None)
             self._set_methods = None

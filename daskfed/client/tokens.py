@@ -7,6 +7,7 @@ a call or as part of a graph. Where it is bound to sites or an environment, thes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -110,7 +111,8 @@ class TaskWalk(Walk):
     def __init__(self, given: Outside) -> None:
         super().__init__(self._other)
         self._given = given
-        self._inner: dict[Key, Digest] = {}  # of tasks that were fused into others
+        self._inner: list[dict[Key, Digest]] = []  # of tasks that were fused into others, whose keys mean nothing outside
+        self._scopes = itertools.count(1)
 
     def function(self, function: Any) -> Digest:
         """Return the digest of a function that is called."""
@@ -122,7 +124,7 @@ class TaskWalk(Walk):
         return self._node(value) if isinstance(value, GraphNode) else None
 
     def _key(self, key: Key) -> Digest:
-        return self._inner[key] if key in self._inner else self._given(key)
+        return self._inner[-1][key] if self._inner and key in self._inner[-1] else self._given(key)
 
     def _node(self, node: GraphNode) -> Digest:
         if isinstance(node, Alias):
@@ -139,8 +141,14 @@ class TaskWalk(Walk):
 
     def _fused(self, inner: Mapping[Key, GraphNode], out: Key, inkeys: Iterable[Key], *given: Any) -> Digest:
         """Return the digest of the last of some tasks that were fused."""
-        self._inner |= {key: self.of(value) for key, value in zip(inkeys, given, strict=True)}
-        for key in inputs_first(inner, [out]):
-            found = self.of(inner[key])
-            self._inner[key] = memo_digest(found, "", EMPTY) if type(inner[key]) is Task and key != out else found
-        return self._inner[out]
+        digests = {key: self.of(value) for key, value in zip(inkeys, given, strict=True)}
+        outside, self.scope = self.scope, next(self._scopes)
+        self._inner.append(digests)
+        try:
+            for key in inputs_first(inner, [out]):
+                found = self.of(inner[key])
+                digests[key] = memo_digest(found, "", EMPTY) if type(inner[key]) is Task and key != out else found
+        finally:
+            self._inner.pop()
+            self.scope = outside
+        return digests[out]

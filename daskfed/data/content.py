@@ -35,6 +35,7 @@ Digest: TypeAlias = bytes
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLAIN = frozenset({bool, int, float, complex, str, type(None), type(...), type(NotImplemented), range, slice})
+SCOPELESS = frozenset({types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type})
 ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 IGNORED = frozenset({  # of a class: what Python adds, and what says nothing about what it does
@@ -55,8 +56,9 @@ class Walk:
     """
 
     def __init__(self, other: Callable[[Any], Digest | None] = lambda value: None) -> None:
+        self.scope = 0  # in another one, what ``other`` is asked about may mean something else
         self._other = other
-        self._known: dict[int, tuple[Any, Digest]] = {}  # by id; the thing itself keeps its id from being used again
+        self._known: dict[Any, tuple[Any, Digest]] = {}  # by id; the thing itself keeps its id from being used again
         self._depth = 0
 
     def of(self, value: Any) -> Digest:
@@ -66,15 +68,16 @@ class Walk:
             return digest(kind.__name__, repr(value))
         if kind is bytes:
             return digest("bytes", value)
-        if (known := self._known.get(id(value))) is not None:
+        name = id(value) if kind in SCOPELESS else (id(value), self.scope)
+        if (known := self._known.get(name)) is not None:
             return known[1]
-        self._known[id(value)] = value, digest("within", str(self._depth))  # for what leads back to it
+        self._known[name] = value, digest("within", str(self._depth))  # for what leads back to it
         self._depth += 1
         found = self._other(value)
         if found is None:
             found = self._of(value, kind)
         self._depth -= 1
-        self._known[id(value)] = value, found
+        self._known[name] = value, found
         return found
 
     def _of(self, value: Any, kind: type) -> Digest:

@@ -96,7 +96,10 @@ class TestFunctions:
         source = "def f(x):\n    try:\n        g()\n    except {}:\n        return 1\n"
         assert of(defined(source.format("KeyError"))) != of(defined(source.format("ValueError")))
         longer = "def f(x):\n    try:\n        a()\n{}        b()\n    except KeyError:\n        return 1\n"
-        inside, outside = longer.format(""), "def f(x):\n    a()\n    try:\n        b()\n    except KeyError:\n        return 1\n"
+        inside, outside = (
+            longer.format(""),
+            "def f(x):\n    a()\n    try:\n        b()\n    except KeyError:\n        return 1\n",
+        )
         assert of(defined(inside)) != of(defined(outside))
 
     def test_closures(self) -> None:
