@@ -83,10 +83,14 @@ class CachedValues:
             with self._lock:
                 self._large.pop(here.name, None)
 
+    def forget(self) -> None:
+        """Nobody has a future of any key."""
+        for key in list(self._here):
+            self.release(key)
+
     def close(self) -> None:
-        """Forget everything."""
-        self._here.clear()
-        self.unsent.clear()
+        """Forget everything, for good."""
+        self.forget()
         with self._lock:
             self._large.close()
 

@@ -4,8 +4,8 @@
 (:mod:`daskfed.data.memo`); then the future is finished at once (:mod:`daskfed.client.cached_values`). What is not there
 is made as ever, and comes to the store in the background when it is made (:mod:`daskfed.client.storing`).
 
-An asynchronous client submits on its event loop, where nothing may wait for a disk: there a future stays pending until a
-thread has looked. If something needs it before that, its task is sent unlooked.
+An asynchronous client submits on its event loop, where nothing may wait for a disk: there a future stays pending until
+a thread has looked. If something needs it before that, its task is sent unlooked.
 """
 
 from __future__ import annotations
@@ -206,17 +206,18 @@ class Caching:
         Tasks that are annotated are replaced by their results where there are some, and what only they need is left
         out. Raises NotCacheable, which names the task.
         """
+        if NAME not in graph.annotations:
+            with self.client._refcount_lock:
+                return submit(graph)
         versions = _versions(graph)
         graph = replace(graph, annotations={name: each for name, each in graph.annotations.items() if name != NAME})
-        tokens = graph_tokens(graph.tasks, versions, graph.constraints, self._digest_of) if versions else {}
+        tokens = graph_tokens(graph.tasks, versions, graph.constraints, self._digest_of)
 
         def settle(values: Values, among: Collection[Key]) -> dict[Key, Future]:
             found = _with_values(graph, tokens, values)
             with self.client._refcount_lock:
                 return submit(found)
 
-        if not tokens:
-            return settle({}, ())
         return self._settled(list(keys), lambda: self._needed(graph, tokens), settle)
 
     def _needed(self, graph: MaterialisedGraph, tokens: Mapping[Key, str]) -> dict[Key, bytes]:
@@ -289,6 +290,16 @@ class Caching:
             if not held.outputs and held.futures:  # what is made may not have been heard of yet
                 self.client.loop.call_later(LINGER_S, held.futures.clear)
 
+    def restarted(self) -> None:
+        """All futures were cancelled at once, and nobody will say so of each."""
+        self._tokens.clear()
+        self._undecided.clear()
+        self.values.forget()
+        for several in self._held.values():
+            for held in several:
+                held.futures.clear()
+        self._held.clear()
+
     def send(self, keys: Iterable[Key]) -> None:
         """Have the hub know keys before something is sent that needs them."""
         keys = [key for key in keys if key in self._undecided or key in self.values]
@@ -305,7 +316,7 @@ class Caching:
         return key in self._undecided
 
     def concerns(self, expr: Any, annotations: Mapping[str, Any], is_call: bool) -> bool:
-        """Whether an expression has to be looked into: there are annotations in it, or it may need what is only here."""
+        """Whether an expression must be looked into: it has annotations of ours, or it may need what is only here."""
         if self.values.unsent or self._undecided:
             return True
         return not is_call and (bool(annotations.get(NAME)) or _mentions(expr))
@@ -426,8 +437,7 @@ def _versions(graph: MaterialisedGraph) -> dict[Key, str]:
 
     What only puts a result together for the client is not kept.
     """
-    marked = graph.annotations.get(NAME, {})
-    versions = {key: version_of(value) for key, value in marked.items()}
+    versions = {key: version_of(value) for key, value in graph.annotations[NAME].items()}
     return {
         key: version
         for key, version in versions.items()

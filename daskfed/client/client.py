@@ -360,7 +360,7 @@ class Client(Retrying, Observing, ActingClient):
         self._outbox.put(item)
 
     def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
-        """Map a function over sequences; as ``distributed.Client.map``, with ``site=``, ``environment=``, ``cache=``."""
+        """Map a function over sequences; with ``site=``, ``environment=``, ``cache=`` too."""
         if (version := asked_for(func, kwargs)) is not None:
             return self._caching.map(version, self._map_calls, func, iterables, kwargs)
         return self._map_calls(func, *iterables, **kwargs)
@@ -592,6 +592,10 @@ class Client(Retrying, Observing, ActingClient):
         super()._release_key(key)
         for part in parts:
             self._release_at_once(part)
+
+    def _handle_restart(self) -> None:
+        super()._handle_restart()
+        self._caching.restarted()
 
     def _release_at_once(self, future: Future) -> None:
         """Release a future in this turn of the loop: who computes the same again finds nothing of the former time."""

@@ -3,8 +3,8 @@
 Stock Dask fuses the layers of an array whatever their ``workers`` or ``retries`` are, and forgets all annotations when
 it then fuses tasks. The functions here run the same passes of Dask and stand in their way where a task would be fused
 into one with another note (see :mod:`daskfed.client.notes`). A task without a note may be fused into one that has one,
-and the result has that note: it was allowed anywhere, so also there. Only what uses a result that is to be kept for later
-runs (``cache``) is not fused with what makes it. A graph without any note goes through stock Dask.
+and the result has that note: it was allowed anywhere, so also there. Only what uses a result that is to be kept for
+later runs (``cache``) is not fused with what makes it. A graph without any note goes through stock Dask.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokens of calls and of the tasks of a graph: what they are made from, not what Dask calls them. No I/O.
 
 The token of a task is made of its function, its arguments, and the tokens of its inputs; so the same task has the same
-token in every run, whether its keys are random or not, whether it was fused with others, and whether it was submitted as
-a call or as part of a graph. Where it is bound to sites or an environment, these count too.
+token in every run, whether its keys are random or not, whether it was fused with others, and whether it was submitted
+as a call or as part of a graph. Where it is bound to sites or an environment, these count too.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class TaskWalk(Walk):
     def __init__(self, given: Outside) -> None:
         super().__init__(self._other)
         self._given = given
-        self._inner: list[dict[Key, Digest]] = []  # of tasks that were fused into others, whose keys mean nothing outside
+        self._inner: list[dict[Key, Digest]] = []  # of fused tasks, whose keys mean nothing outside
         self._scopes = itertools.count(1)
 
     def function(self, function: Any) -> Digest:

@@ -1,10 +1,10 @@
 """What a function and its arguments are, as a token that is the same in every process, and another once they change.
 
-Of functions that a user wrote counts what decides what they return: the instructions, with the constants that they load,
-default values, what a closure holds, and the global values that they use, down to other functions and classes; not where
-they stand, their names, docstrings, annotations or comments. What comes from an installed package, or from Python, counts
-by its name and the version of that package. Values count by type and content: plain ones and containers as they are,
-those that Dask knows how to tokenize by Dask's token, others by what ``pickle`` would take them apart into.
+Of functions that a user wrote counts what decides what they return: the instructions, with the constants that they
+load, default values, what a closure holds, and the global values that they use, down to other functions and classes;
+not where they stand, their names, docstrings, annotations or comments. What comes from an installed package, or from
+Python, counts by its name and the version of that package. Values count by type and content: plain ones and containers
+as they are, those that Dask knows how to tokenize by Dask's token, others by what ``pickle`` would make them from.
 
 What cannot be told for sure is a :class:`NotCacheable`: a lock, a generator, an open file.
 """
@@ -34,7 +34,7 @@ from daskfed.errors import NotCacheable
 Digest: TypeAlias = bytes
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-PLAIN = frozenset({bool, int, float, complex, str, type(None), type(...), type(NotImplemented), range, slice})
+PLAIN = frozenset({bool, int, float, complex, str, type(None), type(...), type(NotImplemented), range})
 SCOPELESS = frozenset({types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type})
 ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
@@ -65,7 +65,7 @@ class Walk:
         """Return the digest of a value; raises NotCacheable."""
         kind = type(value)
         if kind in PLAIN:
-            return digest(kind.__name__, repr(value))
+            return digest(kind.__name__, hex(value) if kind is int else repr(value))
         if kind is bytes:
             return digest("bytes", value)
         name = id(value) if kind in SCOPELESS else (id(value), self.scope)
@@ -91,8 +91,7 @@ class Walk:
         if is_dask_collection(value):
             raise NotCacheable(f"{_shown(value)} is not computed yet: compute or persist it with cache=True")
         if getattr(kind, "__dask_tokenize__", None) or _is_known_to_dask(kind):
-            version = _module(kind.__module__) if callable(value) else b""
-            return digest("dask", _named(kind), version, _dask_token(value))
+            return digest("dask", self._kind(value), _dask_token(value))
         return self._reduced(value)
 
     def call(self, function: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Digest:
@@ -115,6 +114,11 @@ class Walk:
         except RecursionError:
             raise NotCacheable(f"{what}: it is nested too deeply; {HINT}") from None
 
+    def _kind(self, value: Any) -> Digest:
+        """Return the digest of the type of a value that has a token; what is installed counts if it can be called."""
+        kind = type(value)
+        return self.of(kind) if callable(value) or _installed(kind) is None else digest(_named(kind))
+
     def all(self, values: Iterable[Any]) -> Digest:
         """Return the digest of several values in order."""
         return digest("all", *map(self.of, values))
@@ -127,6 +131,9 @@ class Walk:
 
     def _sequence(self, value: Any) -> Digest:
         return digest(type(value).__name__, self.all(value))
+
+    def _slice(self, value: slice) -> Digest:
+        return digest("slice", self.all((value.start, value.stop, value.step)))
 
     def _set(self, value: Any) -> Digest:
         return digest(type(value).__name__, *sorted(map(self.of, value)))
@@ -178,10 +185,9 @@ class Walk:
             else:
                 value = digest("builtin")
             found.append(digest(name, ".".join(attributes), value))
-        for name, level in sorted(_imported(function.__code__)):
-            package = function.__globals__.get("__package__") or ""
-            full = importlib.util.resolve_name("." * level + name, package) if level and package else name
-            found.append(digest("import", full, _module(full)))
+        package = function.__globals__.get("__package__") or ""
+        for name in _modules_imported(function.__code__, package):
+            found.append(digest("import", name, _module(name)))
         return digest("uses", *found)
 
     def _global(self, value: Any, attributes: tuple[str, ...]) -> Digest:
@@ -235,6 +241,7 @@ class Walk:
 
 _METHODS: tuple[tuple[frozenset[type], Callable[[Walk, Any], Digest]], ...] = (
     (frozenset({tuple, list}), Walk._sequence),
+    (frozenset({slice}), Walk._slice),
     (frozenset({set, frozenset}), Walk._set),
     (frozenset({dict, types.MappingProxyType}), Walk._mapping),
     (frozenset({types.FunctionType}), Walk._function),
@@ -291,7 +298,7 @@ def _constant(value: Any) -> Digest:
         return digest("tuple", *map(_constant, value))
     if isinstance(value, frozenset):
         return digest("frozenset", *sorted(map(_constant, value)))
-    return digest(type(value).__name__, repr(value))
+    return digest(type(value).__name__, hex(value) if type(value) is int else repr(value))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -321,16 +328,24 @@ def _globals_used(code: types.CodeType) -> frozenset[tuple[str, tuple[str, ...]]
 
 
 @functools.lru_cache(4096)
-def _imported(code: types.CodeType) -> frozenset[tuple[str, int]]:
-    """Return the modules that code imports when it runs, each with the level of a relative import."""
+def _imported(code: types.CodeType) -> frozenset[tuple[str, int, tuple[str, ...]]]:
+    """Return the modules that code imports when it runs: name, level of a relative import, and what is taken of it."""
     found = set()
     for each in _codes(code):
         instructions = list(dis.get_instructions(each))
         for place, instruction in enumerate(instructions):
-            if instruction.opname == "IMPORT_NAME":  # what was loaded before: the level, and names to be taken from it
-                level = instructions[place - 2].argval
-                found.add((instruction.argval, level if isinstance(level, int) else 0))
+            if instruction.opname == "IMPORT_NAME":  # before it are loaded the level, and the names
+                level, names = instructions[place - 2].argval, instructions[place - 1].argval
+                found.add((instruction.argval, level if isinstance(level, int) else 0, names or ()))
     return frozenset(found)
+
+
+def _modules_imported(code: types.CodeType, package: str) -> Iterator[str]:
+    """Yield the names of modules that code in a package imports when it runs."""
+    for name, level, names in sorted(_imported(code)):
+        full = importlib.util.resolve_name("." * level + name, package) if level and package else name
+        yield full
+        yield from (f"{full}.{each}" for each in names if _version(full) is None and _file(f"{full}.{each}"))
 
 
 # -- where things come from --------------------------------------------------------------------------------------------
@@ -377,23 +392,37 @@ def _file(module: str) -> str | None:
     """Return the file that a module is, or would be, imported from."""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
+    except Exception:  # it imports the package that the module is in
         return None
     return spec.origin if spec is not None and spec.has_location else None
 
 
 def _module(name: str) -> Digest:
-    """Return the digest of a module: its version where it is installed, else the file that it is in."""
+    """Return the digest of a module: its version where it is installed, else its file and those that it imports."""
     if (version := _version(name)) is not None:
         return digest("version", version)
-    file = _file(name)
-    return digest("file", Path(file).read_bytes()) if file is not None and Path(file).is_file() else digest("unknown")
+    files: dict[str, bytes] = {}
+    stack = [name]
+    while stack:
+        name = stack.pop()
+        file = None if name in files or _version(name) is not None else _file(name)
+        if file is None or not Path(file).is_file():
+            continue
+        files[name] = Path(file).read_bytes()
+        if file.endswith(".py"):
+            package = name if Path(file).stem == "__init__" else name.rpartition(".")[0]
+            stack += _modules_imported(_compiled(files[name], file), package)
+    return digest("files", *(digest(each, files[each]) for each in sorted(files)))
+
+
+@functools.lru_cache(256)
+def _compiled(source: bytes, file: str) -> types.CodeType:
+    return compile(source, file, "exec", dont_inherit=True)
 
 
 # -- Dask --------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(4096)
 def _is_known_to_dask(kind: type) -> bool:
     """Whether somebody has told Dask how values of a type are tokenized; not what Dask does with containers."""
     function = normalize_token.dispatch(kind)

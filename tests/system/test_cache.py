@@ -23,6 +23,7 @@ from daskfed import Client, Federation
 from daskfed.data.memo import FILE, Memo
 from daskfed.errors import ConfigurationError, NotCacheable
 from tests.system.commands import NO_DASHBOARD
+from tests.system.killable import killable
 from tests.system.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
@@ -592,6 +593,29 @@ class TestAsynchronous:
                     await future
 
         asyncio.run(run())
+
+
+def test_values_from_the_store_survive_losses(tmp_path: Path, runs: Runs) -> None:
+    with dask.config.set({"daskfed.cache.directory": str(tmp_path / "memo")}):
+        with killable(tmp_path, "north", "south") as fed:
+            with fed.client() as client:
+                client.gather(client.map(inc, range(4), path=runs.path, cache=True))
+                kept(client, 4)
+            with fed.client() as client:
+                here, sent, *_ = futures = client.map(inc, range(4), path=runs.path, cache=True)
+                with dask.annotate(sites="north"):
+                    doubled = client.submit(plus, sent, sent, pure=False)
+                assert doubled.result(timeout=SOON) == 4
+                fed.kill_hub()
+                assert client.submit(plus, here, sent, pure=False).result(timeout=SOON) == 3
+                assert [future.status for future in futures] == ["finished"] * 4
+                fed.kill_site("north")
+                fed.add("east")
+                assert client.submit(sum, futures, pure=False).result(timeout=SOON) == 10
+                client.restart()
+                assert here.cancelled()
+                again = client.map(inc, range(4), path=runs.path, cache=True)
+                assert client.submit(sum, again, pure=False).result(timeout=SOON) == 10 and len(runs) == 4
 
 
 @pytest.mark.parametrize("lanes", ["never", "always"])

@@ -187,6 +187,18 @@ class TestModules:
         module("def g(x): return x + 2\n")
         assert of(defined(source)) != before
 
+    def test_what_it_imports_counts_too(self, module: Any, tmp_path: Path) -> None:
+        package = tmp_path / "users_package"
+        package.mkdir()
+        (package / "__init__.py").write_text("from .inner import g\n")
+        source = "def f(x):\n    from users_helpers import users_package\n    return users_package.g(x)"
+        module("import users_package\n")
+        (package / "inner.py").write_text("def g(x): return x + 1\n")
+        before = of(defined(source))
+        assert of(defined(source)) == before
+        (package / "inner.py").write_text("def g(x): return x + 2\n")
+        assert of(defined(source)) != before
+
     def test_what_is_not_used_does_not_count(self, module: Any) -> None:
         source = "import users_helpers\ndef f(x): return users_helpers.g(x)"
         module("def g(x): return x + 1\n")
@@ -246,8 +258,8 @@ class Tokenized:
 
 
 DIFFERENT = [
-    0, 0.0, -0.0, False, None, "0", b"0", 0j, [], (), {}, set(), frozenset(), [0], (0,), {0}, [[0]], [0, 0], {0: 0}, {0: 1},
-    {1: 0}, {"a": 1, "b": 2}, "ab", ["a", "b"], range(3), range(4), slice(3), ..., int, float, bytearray(b"0"),
+    0, 10**5000, 10**5000 + 1, 0.0, -0.0, False, None, "0", b"0", 0j, [], (), {}, set(), frozenset(), [0], (0,), {0}, [[0]], [0, 0], {0: 0}, {0: 1},
+    {1: 0}, {"a": 1, "b": 2}, "ab", ["a", "b"], range(3), range(4), slice(3), slice(Slotted(1)), ..., int, float, bytearray(b"0"),
     np.zeros(3), np.zeros(3, "f4"), np.zeros(4), np.zeros((1, 3)), np.float64(0), np.dtype("f8"), pd.Series([1, 2]),
     pd.Series([1, 2], name="a"), pd.DataFrame({"a": [1]}), pd.Timestamp("2020-01-01"), Colour.RED, Colour.BLUE, Colour,
     Settings(), Settings(2), Settings(names=["a"]), Settings, Pair(1, 2), Pair(1, 3), Pair, Slotted(1), Slotted([1]),
@@ -287,7 +299,7 @@ class TestValues:
 
     @pytest.mark.parametrize(
         "value, words",
-        [(threading.Lock(), "_thread.lock"), ((n for n in ()), "generator"), (open(os.devnull), "TextIOWrapper")],
+        [(threading.Lock(), "_thread.lock"), ((n for n in ()), "generator"), (memoryview(b""), "memoryview")],
     )
     def test_what_cannot_be_told(self, value: Any, words: str) -> None:
         with pytest.raises(NotCacheable, match=f"x= of max: a value of type .*{words}.*normalize_token.*cache=True"):
