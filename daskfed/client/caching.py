@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ LINGER_S = 1.0  # for which intermediate results are still waited for, once nobo
 Send = Callable[..., Any]
 Values = Mapping[Key, bytes]
 Submit = Callable[[MaterialisedGraph], dict[Key, Future]]
-Settle = Callable[[Values, Collection[Key]], dict[Key, Future]]
+Settle = Callable[[Values, Set[Key]], dict[Key, Future]]
 """Finishes the futures of values, and submits what makes the others among some keys; returns futures."""
 
 
@@ -186,7 +186,7 @@ class Caching:
         new = {call.key: call for call in calls if call.key not in futures}
         tokens = {key: call.token for key, call in new.items()}
 
-        def settle(values: Values, among: Collection[Key]) -> dict[Key, Future]:
+        def settle(values: Values, among: Set[Key]) -> dict[Key, Future]:
             done = self._finished({key: value for key, value in values.items() if key in among})
             if missing := [call for key, call in new.items() if key in among and key not in done]:
                 done.update({future.key: future for future in send(missing)})
@@ -213,7 +213,7 @@ class Caching:
         graph = replace(graph, annotations={name: each for name, each in graph.annotations.items() if name != NAME})
         tokens = graph_tokens(graph.tasks, versions, graph.constraints, self._digest_of)
 
-        def settle(values: Values, among: Collection[Key]) -> dict[Key, Future]:
+        def settle(values: Values, among: Set[Key]) -> dict[Key, Future]:
             found = _with_values(graph, tokens, values)
             with self.client._refcount_lock:
                 return submit(found)
@@ -340,7 +340,7 @@ class Caching:
     def _settled(self, keys: list[Key], ask: Callable[[], Values], settle: Settle) -> dict[Key, Future]:
         """Return the futures of keys once it is known of which there are values; on the event loop, before that."""
         if not self._in_loop():
-            return settle(ask(), keys)
+            return settle(ask(), set(keys))
         client = self.client
         undecided = Undecided([key for key in keys if not _lives(client, key)], settle)
         futures = {key: Future(key, client) for key in keys}
@@ -359,7 +359,7 @@ class Caching:
         if undecided.decided:
             return
         undecided.decided = True
-        among = [key for key in undecided.keys if key in self.client.futures]
+        among = {key for key in undecided.keys if key in self.client.futures}
         try:
             if among:
                 undecided.settle(values, among)
