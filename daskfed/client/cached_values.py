@@ -60,6 +60,7 @@ class CachedValues:
         Whoever calls this holds the lock of the client.
         """
         client = self._client
+        self.release(key)
         state = client.futures.get(key)
         if state is None:
             state = client.futures[key] = CallState(key)

@@ -193,9 +193,9 @@ class Caching:
                 self._expect({call.key: call.token for call in missing}, funcname(func))
             return done
 
-        self._tokens.update(tokens)
         if new:
             futures.update(self._settled(list(new), lambda: self._found(tokens), settle))
+            self._tokens.update(tokens)  # now that there are futures, whose release forgets them
         return [futures[call.key] for call in calls]
 
     # -- graphs --------------------------------------------------------------------------------------------------------
@@ -218,7 +218,9 @@ class Caching:
             with self.client._refcount_lock:
                 return submit(found)
 
-        return self._settled(list(keys), lambda: self._needed(graph, tokens), settle)
+        futures = self._settled(list(keys), lambda: self._needed(graph, tokens), settle)
+        self._tokens.update({key: tokens[key] for key in futures if key in tokens})
+        return futures
 
     def _needed(self, graph: MaterialisedGraph, tokens: Mapping[Key, str]) -> dict[Key, bytes]:
         """Return the results that a graph needs; not those that only went into others of which there are results."""
@@ -257,13 +259,12 @@ class Caching:
         Whoever calls this holds the lock of the client.
         """
         tokens = {key: token for key, token in graph.tokens.items() if key in graph.tasks}
-        if not tokens:
-            return
         inner = {key: Future(key, self.client) for key in tokens if key not in outputs}
         held = Held(inner, set(outputs))
         for key in outputs if inner else ():
             self._held.setdefault(key, []).append(held)
-        self._expect(tokens, None, inner)
+        if tokens:
+            self._expect(tokens, None, inner)
 
     # -- what becomes of keys ------------------------------------------------------------------------------------------
 

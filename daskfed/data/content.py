@@ -37,7 +37,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLAIN = frozenset({bool, int, float, complex, str, type(None), type(...), type(NotImplemented), range})
 SCOPELESS = frozenset({types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type})
 ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
-GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
+GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 IGNORED = frozenset({  # of a class: what Python adds, and what says nothing about what it does
     "__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate__",
     "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__", "__orig_bases__",

@@ -355,6 +355,7 @@ class TestGraphs:
         alone = other.compute(middle)
         assert alone.status == "finished" and alone.result(timeout=SOON) == 3
         assert other.submit(plus, alone, 1, pure=False).result(timeout=SOON) == 4
+        assert other.submit(plus, alone, 2, cache=True).result(timeout=SOON) == 5
         assert other.gather(other.compute([total, middle])) == [23, 3] and len(runs) == 2
         as_call = other.submit(inc, 1, runs.path, cache=True)
         assert as_call.status == "finished", "a call is what a task is"
