@@ -200,7 +200,9 @@ class Caching:
 
     # -- graphs --------------------------------------------------------------------------------------------------------
 
-    def submit_graph(self, graph: MaterialisedGraph, keys: Collection[Key], submit: Submit) -> dict[Key, Future]:
+    def submit_graph(
+        self, graph: MaterialisedGraph, keys: Collection[Key], actors: Collection[Key], submit: Submit
+    ) -> dict[Key, Future]:
         """Return the futures of ``keys``; ``submit`` submits a graph, and has the lock of the client meanwhile.
 
         Tasks that are annotated are replaced by their results where there are some, and what only they need is left
@@ -209,7 +211,7 @@ class Caching:
         if NAME not in graph.annotations:
             with self.client._refcount_lock:
                 return submit(graph)
-        versions = _versions(graph)
+        versions = {key: version for key, version in _versions(graph).items() if key not in actors}
         graph = replace(graph, annotations={name: each for name, each in graph.annotations.items() if name != NAME})
         tokens = graph_tokens(graph.tasks, versions, graph.constraints, self._digest_of)
 

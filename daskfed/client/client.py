@@ -360,7 +360,7 @@ class Client(Retrying, Observing, ActingClient):
         self._outbox.put(item)
 
     def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
-        """Map a function over sequences; with ``site=``, ``environment=``, ``cache=`` too."""
+        """Map a function over sequences, as ``distributed`` does; with ``site=``, ``environment=`` and ``cache=``."""
         if (version := asked_for(func, kwargs)) is not None:
             return self._caching.map(version, self._map_calls, func, iterables, kwargs)
         return self._map_calls(func, *iterables, **kwargs)
@@ -431,7 +431,9 @@ class Client(Retrying, Observing, ActingClient):
         self._know_sites_of(set(graph.constraints.values()))
         self._finish_releasing(graph.tasks)
         graph = replace(graph, finals=graph.finals - named)
-        return self._caching.submit_graph(graph, keys, lambda found: self._submit_graph(found, keys, named, asked))
+        return self._caching.submit_graph(
+            graph, keys, named, lambda found: self._submit_graph(found, keys, named, asked)
+        )
 
     def _submit_calls(
         self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool, asked: int
