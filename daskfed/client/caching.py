@@ -359,9 +359,10 @@ class Caching:
 
     def _decide(self, undecided: Undecided, values: Values) -> None:
         """Finish what there is, and submit the rest, as far as somebody still has futures of it."""
-        if undecided.decided:
+        with self.client._refcount_lock:
+            decided, undecided.decided = undecided.decided, True
+        if decided:
             return
-        undecided.decided = True
         among = {key for key in undecided.keys if key in self.client.futures}
         try:
             if among:

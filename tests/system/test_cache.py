@@ -449,6 +449,14 @@ class TestStore:
         assert other.submit(inc, 1, runs.path, cache=True).result(timeout=SOON) == 2 and len(runs) == 2
         assert client.cache.clear() >= 1
 
+    def test_opening_files_is_not_kept(self, new_client: Callable[[], Client]) -> None:
+        client = new_client()
+        with dask.annotate(cache=True):
+            lazy = client.open(da.ones, 4, chunks=2, site="north")
+            assert client.submit(plus, 1, 2, cache=False).result(timeout=SOON) == 3
+        assert client.cache.info()["misses"] == 0
+        assert lazy.sum().compute() == 4
+
     def test_too_large_to_keep(self, new_client: Callable[[], Client], runs: Runs) -> None:
         with dask.config.set({"daskfed.cache.max-value": "100 kB"}):
             client = new_client()
