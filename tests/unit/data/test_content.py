@@ -95,6 +95,10 @@ class TestFunctions:
     def test_caught_exceptions_matter(self) -> None:
         source = "def f(x):\n    try:\n        g()\n    except {}:\n        return 1\n"
         assert of(defined(source.format("KeyError"))) != of(defined(source.format("ValueError")))
+        function = defined(source.format("KeyError"))
+        before = of(function)
+        function.__code__ = function.__code__.replace(co_exceptiontable=b"")
+        assert of(function) != before, "where they are caught counts too"
         longer = "def f(x):\n    try:\n        a()\n{}        b()\n    except KeyError:\n        return 1\n"
         inside, outside = (
             longer.format(""),
