@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from daskfed.cachecommands import cache
 from daskfed.commands import guarded
 from daskfed.config import DEFAULT_CLUSTER, calm, check_listen, parse_labels
 from daskfed.dask_private import warn_untested
@@ -90,7 +91,7 @@ def site(context: click.Context, /, spec: str | None, detach: bool, **given: Any
 
 for command in (share, *COMMANDS):
     site.add_command(command)
-for command in (keys, up, down, profile):
+for command in (cache, keys, up, down, profile):
     cli.add_command(command)
 
 

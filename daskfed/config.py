@@ -24,6 +24,9 @@ DEFAULT_SITE_TIMEOUT = "5m"
 DEFAULT_ORPHAN_TIMEOUT = "1h"
 DEFAULT_HUB_MEMORY = "512 MiB"
 DEFAULT_CLIENT_MEMORY = "1 GiB"
+DEFAULT_CACHE = "~/.cache/daskfed/memo"
+DEFAULT_CACHE_SIZE = "10 GiB"
+DEFAULT_CACHED_VALUE = "256 MiB"
 DEFAULT_CLUSTER = "dask.distributed.LocalCluster"
 
 
@@ -102,6 +105,30 @@ def client_memory() -> str:
     ``daskfed.client.memory`` in Dask's configuration, by default "1 GiB" for each of both.
     """
     return str(dask.config.get("daskfed.client.memory", DEFAULT_CLIENT_MEMORY))
+
+
+def cache_directory() -> str:
+    """Return the folder of the results that ``cache=True`` keeps between runs.
+
+    ``daskfed.cache.directory`` in Dask's configuration, by default ``~/.cache/daskfed/memo``.
+    """
+    return str(dask.config.get("daskfed.cache.directory", DEFAULT_CACHE))
+
+
+def cache_size() -> int:
+    """Return how many bytes of results are kept; beyond, those go that were not used for longest.
+
+    ``daskfed.cache.size`` in Dask's configuration, by default "10 GiB".
+    """
+    return int(parse_bytes(dask.config.get("daskfed.cache.size", DEFAULT_CACHE_SIZE)))
+
+
+def largest_cached() -> int:
+    """Return how many bytes a result may have to be kept.
+
+    ``daskfed.cache.max-value`` in Dask's configuration, by default "256 MiB".
+    """
+    return int(parse_bytes(dask.config.get("daskfed.cache.max-value", DEFAULT_CACHED_VALUE)))
 
 
 def largest_message() -> int:

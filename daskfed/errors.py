@@ -39,6 +39,10 @@ class MissingPackageError(ConfigurationError, ModuleNotFoundError):
         return functools.partial(MissingPackageError, name=self.name), self.args
 
 
+class NotCacheable(ConfigurationError, TypeError):
+    """A result cannot be kept for later runs: what it is made from cannot be told from something else."""
+
+
 class ConnectionRefused(DaskfedError, ConnectionError):
     """The hub refused a client or a site: wrong version, a name in use, no credentials."""
 

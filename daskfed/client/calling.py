@@ -33,8 +33,11 @@ HEADER = {"serializer": "pickle", "writeable": ()}
 PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 OPTIONS = frozenset({"key", "pure", "priority", "retries"})  # of submit, with which a call may go this way
 OTHERS = frozenset(
-    {"workers", "resources", "fifo_timeout", "allow_other_workers", "actor", "actors", "site", "environment", "timeout"}
-)
+    {
+        "workers", "resources", "fifo_timeout", "allow_other_workers", "actor", "actors", "site", "environment",
+        "timeout", "cache",
+    }
+)  # fmt: skip
 
 
 class Call(NamedTuple):

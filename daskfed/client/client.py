@@ -28,6 +28,8 @@ from toolz import merge
 from daskfed.client import hooks, opening, progress
 from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
+from daskfed.client.cached_values import CachingRPC
+from daskfed.client.caching import Cache, Caching, asked_for
 from daskfed.client.calling import Call, Functions, Outbox, call_of, submission_of
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
@@ -106,6 +108,8 @@ class Client(Retrying, Observing, ActingClient):
         self._marks = 0  # set on the stream
         self._set_methods: Any = None
         self._memory = Memory()
+        self._caching = Caching(self)
+        self.cache = Cache(self._caching)
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
         opens = kwargs.get("deserializers") or kwargs.get("serializers") or ("pickle",)
@@ -148,12 +152,14 @@ class Client(Retrying, Observing, ActingClient):
         return started
 
     async def _close(self, fast: bool = False) -> None:
+        await self._caching.flush()
         if self._set_methods is not None:
             self._set_methods.__exit__(None, None, None)
             self._set_methods = None
         await super()._close(fast=fast)
         for state in list(self.futures.values()):  # submitted while it closed
             state.cancel(reason="client-closed", msg="the client has closed; submit the work with another one")
+        await self._caching.close()
         self._memory.close()
         self._collector.end()
 
@@ -170,7 +176,8 @@ class Client(Retrying, Observing, ActingClient):
             rpc, address = self.scheduler, self.scheduler.address
             within = address.startswith("inproc:")  # where values are handed over as they are
             stream = None if within else Stream(address, self.connection_args, self._deserializers)
-            self.scheduler = PatientRPC(rpc, self._standing, self._memory, self._mark, self._secret, stream)
+            how = (self._standing, self._memory, self._mark, self._secret, stream)
+            self.scheduler = CachingRPC(self._caching.values, self._caching.send, rpc, *how)
         await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
             self.scheduler_comm.interval = FLUSH_S
@@ -200,7 +207,7 @@ class Client(Retrying, Observing, ActingClient):
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
             self._subscribe_again()
-            wanted = wanted_keys(self.futures, self._assemblies)
+            wanted = wanted_keys(self.futures, self._assemblies.keys() | self._caching.unknown_at_hub())
             self.scheduler_comm.send(self._memory.message(fed["epoch"], wanted))
         self._epoch = fed["epoch"]
 
@@ -320,7 +327,7 @@ class Client(Retrying, Observing, ActingClient):
     # -- submitting --------------------------------------------------------------------------------------------------
 
     def submit(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
-        """Submit a call; as ``distributed.Client.submit``, with ``site=``, ``environment=`` and ``timeout=``.
+        """Submit a call; as ``distributed.Client.submit``, with ``site=``, ``environment=``, ``timeout=``, ``cache=``.
 
         ``site`` is a name, a label ``name=value``, or a list of them; where ``func`` itself has a parameter of that
         name, it gets it. The same call bound to another site has another key: what it finds there differs.
@@ -328,9 +335,17 @@ class Client(Retrying, Observing, ActingClient):
         ``timeout`` is how long each run of the call may take, in seconds or as "5m"; one that takes longer fails
         with TimeoutError, and is run again if it has ``retries``. A ``func`` that has a parameter of that name, or
         keywords of any name, gets it: for such a one use ``dask.annotate(timeout=…)``. Raises ConfigurationError.
+
+        ``cache=True`` keeps the result between runs, for calls of a function of the same content with the same
+        arguments; ``cache="v2"`` for calls with the same word. Raises NotCacheable where these cannot be told.
         """
         if self._lanes != NEVER and (future := self._submit_at_once(func, args, kwargs)) is not None:
             return future
+        if (version := asked_for(func, kwargs)) is not None:
+            return self._caching.submit(version, self._submit_call, func, args, kwargs)
+        return self._submit_call(func, *args, **kwargs)
+
+    def _submit_call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
         func = _with_timeout(func, kwargs)
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
@@ -373,6 +388,11 @@ class Client(Retrying, Observing, ActingClient):
 
     def map(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
         """Map a function over sequences; as ``distributed.Client.map``, with the keywords of :meth:`submit`."""
+        if (version := asked_for(func, kwargs)) is not None:
+            return self._caching.map(version, self._map_calls, func, iterables, kwargs)
+        return self._map_calls(func, *iterables, **kwargs)
+
+    def _map_calls(self, func: Callable[..., Any], *iterables: Any, **kwargs: Any) -> list[Future]:
         func = _with_timeout(func, kwargs)
         with _annotated(func, kwargs) as bound:
             if bound and _names_itself(kwargs):
@@ -396,13 +416,13 @@ class Client(Retrying, Observing, ActingClient):
     ) -> dict[Key, Future]:
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
-        if _one_by_one(expr):
-            annotations.pop(TIMEOUT, None)  # its function keeps to it
+        if is_call := _one_by_one(expr):
+            for done in (TIMEOUT, "cache"):  # its function keeps to the one, and the other was looked for
+                annotations.pop(done, None)
         self._check_sites(annotations)
         self._check_workers(annotations)
         calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
-        whole = self._fixed_single and calls is None and not wants_limits(expr, annotations)
-        if whole and not any(map(self._is_call, _needs_of_one(expr))):
+        if self._fixed_single and calls is None and self._may_pass_whole(expr, annotations, is_call):
             with suppress(CallsNeeded), pickled_futures():
                 return super()._graph_to_futures(  # type: ignore[no-any-return]
                     expr, keys, span_metadata, self._workers_here(workers), allow_other_workers, internal_priority,
@@ -414,6 +434,12 @@ class Client(Retrying, Observing, ActingClient):
             return self._send_calls(calls, keys)
         with paused_collection():
             return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
+
+    def _may_pass_whole(self, expr: Any, annotations: Mapping[str, Any], is_call: bool) -> bool:
+        """Whether nothing in an expression for the only site is for this client to see to."""
+        if wants_limits(expr, annotations) or self._caching.concerns(expr, annotations, is_call):
+            return False
+        return not any(map(self._is_call, _needs_of_one(expr)))
 
     def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any) -> dict[Key, Future]:
         """Submit an expression; before sites are sent what they may not be able to open, they are asked.
@@ -440,8 +466,10 @@ class Client(Retrying, Observing, ActingClient):
         _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
         self._finish_releasing(graph.tasks)
-        with self._refcount_lock:
-            return self._submit_graph(replace(graph, finals=graph.finals - named), keys, named, asked)
+        graph = replace(graph, finals=graph.finals - named)
+        return self._caching.submit_graph(
+            graph, keys, named, lambda found: self._submit_graph(found, keys, named, asked)
+        )
 
     def _submit_calls(
         self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: bool, asked: int
@@ -477,7 +505,7 @@ class Client(Retrying, Observing, ActingClient):
     ) -> dict[Key, Future]:
         known = set(filter(self._is_live, keys))
         graph, assemblies = split_final(graph)
-        graph = self._without_known(graph)
+        graph = self._caching.without_known(self._without_known(graph))
         graph = bound_to_data(self._bound_graph(graph), self._data)
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
@@ -490,6 +518,7 @@ class Client(Retrying, Observing, ActingClient):
             if key not in known:
                 self._assemble_later(assembly, futures[key], inputs)
         self._send(submission, list(graph.wanted), held)
+        self._caching.expect_graph(graph, keys)
         return futures
 
     def _without_known(self, graph: MaterialisedGraph) -> MaterialisedGraph:
@@ -513,7 +542,8 @@ class Client(Retrying, Observing, ActingClient):
 
     def _is_live(self, key: Key) -> bool:
         """Say whether a future of this client stands for a key, so that it need not be made again."""
-        return key in self.futures and self.futures[key].status in LIVE
+        live = key in self.futures and self.futures[key].status in LIVE
+        return live and not self._caching.is_undecided(key)
 
     def _inc_ref(self, key: Key) -> None:
         if key not in self.futures:  # a hub that could not read one key would take none of those that come with it
@@ -522,7 +552,9 @@ class Client(Retrying, Observing, ActingClient):
         super()._inc_ref(key)
 
     def _hold(self, keys: Iterable[Key]) -> list[Future]:
-        """Keep keys that a graph needs from being released before the graph was sent."""
+        """Keep keys that a graph needs from being released before the graph was sent; have the hub know them."""
+        keys = list(keys)
+        self._caching.send(keys)
         return [Future(key, self) for key in dict.fromkeys(keys)]
 
     def _send(self, submission: Submission, wanted: Collection[Key], held: list[Future]) -> None:
@@ -607,9 +639,14 @@ class Client(Retrying, Observing, ActingClient):
 
     def _release_key(self, key: Key) -> None:
         parts = self._disassemble(key)
+        self._caching.released(key)
         super()._release_key(key)
         for part in parts:
             self._release_at_once(part)
+
+    def _handle_restart(self) -> None:
+        super()._handle_restart()
+        self._caching.restarted()
 
     def _release_at_once(self, future: Future) -> None:
         """Release a future in this turn of the loop: who computes the same again finds nothing of the former time."""
@@ -626,6 +663,7 @@ class Client(Retrying, Observing, ActingClient):
 
     async def _cancel(self, futures: Any, **how: Any) -> None:
         for future in futures_of(futures):
+            self._caching.released(future.key)
             for part in self._disassemble(future.key):
                 self._release_at_once(part)
         await super()._cancel(futures, **how)

@@ -3,7 +3,8 @@
 Stock Dask fuses the layers of an array whatever their ``workers`` or ``retries`` are, and forgets all annotations when
 it then fuses tasks. The functions here run the same passes of Dask and stand in their way where a task would be fused
 into one with another note (see :mod:`daskfed.client.notes`). A task without a note may be fused into one that has one,
-and the result has that note: it was allowed anywhere, so also there. A graph without any note goes through stock Dask.
+and the result has that note: it was allowed anywhere, so also there. Only what uses a result that is to be kept for
+later runs (``cache``) is not fused with what makes it. A graph without any note goes through stock Dask.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from daskfed.client.notes import (
 from daskfed.client.stock import array_optimisation, bag_optimise, delayed_optimise, without_annotations
 from daskfed.dask_private import GraphNode, Task, execute_subgraph, fuse_linear_task_spec
 from daskfed.messages import Key
+
+CACHE = "cache"  # the annotation of results that are to be kept
 
 
 def optimise_array(dsk: Any, keys: Any, **kwargs: Any) -> Any:
@@ -86,7 +89,7 @@ def barriers(tasks: Mapping[Key, GraphNode], notes: Mapping[Key, Note]) -> list[
     combines two sites is not dragged to a third.
     """
     values = list(notes.values())
-    if all(value == values[0] for value in values[1:]):
+    if all(value == values[0] for value in values[1:]) and not (values and CACHE in values[0]):
         return []
     needs = {key: [dep for dep in node.dependencies if dep in tasks] for key, node in tasks.items()}
     users = reverse_dict(needs)
@@ -96,11 +99,16 @@ def barriers(tasks: Mapping[Key, GraphNode], notes: Mapping[Key, Note]) -> list[
         inputs = [belongs[dep] for dep in needs[key] if belongs[dep] is not None]
         own: Any = notes.get(key)
         if own is None and inputs:
-            own = inputs[0] if all(note == inputs[0] for note in inputs[1:]) else object()
+            agreed = all(note == inputs[0] for note in inputs[1:]) and not _is_kept(inputs[0])
+            own = inputs[0] if agreed else object()
         belongs[key] = own
         if len(needs[key]) == 1 and len(users[needs[key][0]]) == 1 and inputs and inputs[0] != own:
             found.append(needs[key][0])
     return found
+
+
+def _is_kept(note: Any) -> bool:
+    return isinstance(note, Mapping) and CACHE in note
 
 
 def _optimise_array(dsk: Any, keys: list[Key]) -> Any:
@@ -167,11 +175,13 @@ def _own_tags(graph: HighLevelGraph) -> dict[str, int | None]:
 def _shared_tags(graph: HighLevelGraph, tags: dict[str, int | None]) -> dict[str, int | None]:
     """Give untagged chunkwise layers the tag of their neighbours, where these agree, so that Dask may fuse them."""
     tags = dict(tags)
+    ends = {tags[name] for name, layer in graph.layers.items() if CACHE in (layer.annotations or ())}
     order = [name for name in toposort(graph.layers, dependencies=graph.dependencies) if name in graph.layers]
     users = reverse_dict(graph.dependencies)
     for name in order:
         if tags[name] is None and isinstance(graph.layers[name], Blockwise):
-            tags[name] = _agreed(tags[dep] for dep in graph.dependencies[name])
+            agreed = _agreed(tags[dep] for dep in graph.dependencies[name])
+            tags[name] = None if agreed in ends else agreed
     for name in reversed(order):
         needs = graph.dependencies[name]
         if tags[name] is None and len(users[name]) == 1 and (isinstance(graph.layers[name], Blockwise) or not needs):

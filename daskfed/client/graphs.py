@@ -51,6 +51,8 @@ class MaterialisedGraph:
     annotations: dict[str, dict[Key, Any]] = field(default_factory=dict)  # the others: span, names that users made up
     finals: frozenset[Key] = frozenset()  # keys of tasks that only put the parts of a result together for the client
     near: dict[Key, tuple[str, ...]] = field(default_factory=dict)  # of keys, the sites that have what they read
+    known: dict[Key, bytes] = field(default_factory=dict)  # packed results that need not be made
+    tokens: dict[Key, str] = field(default_factory=dict)  # of keys whose results are to be kept for later runs
 
     def restricted(self, tasks: Mapping[Key, GraphNode]) -> MaterialisedGraph:
         """Return the graph with other tasks instead, of which only those are kept that the wanted keys need."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dask.base import get_annotations
+from dask.base import annotate, get_annotations
 from dask.utils import funcname
 
 from daskfed.client.constraints import at, site_selectors
@@ -34,7 +34,8 @@ def open_at(client: Any, function: Callable[..., Any], *args: Any, site: str, **
     sites = site_selectors(site)
     with at(sites):
         note = get_annotations()
-        future = client.submit(open_and_pack, by_name(function), args, kwargs, dict(note), pure=False)
+        with annotate(cache=None):  # files may have changed since another run
+            future = client.submit(open_and_pack, by_name(function), args, kwargs, dict(note), pure=False)
     return client.sync(_fetch, client, future, funcname(function), sites)
 
 

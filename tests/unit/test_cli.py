@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dask
 import pytest
 from click.testing import CliRunner, Result
 
 from daskfed import cli as module
 from daskfed.cli import cli
 from daskfed.config import check_listen, is_loopback
+from daskfed.data.memo import Entry, Memo
 
 SITE = ("site", "--name", "north", "--hub", "tcp://127.0.0.1:1")
 
@@ -93,8 +95,10 @@ class TestCommands:
         assert all(f"\n  {name} " in result.output for name in ("hub", "site", "status"))
         assert "--spec" not in invoke("site", "-h").output  # for child processes only
 
-    def test_status_needs_a_hub(self) -> None:
-        assert refused(invoke("status"), 2, "Missing option '--hub'")
+    def test_status_needs_a_profile_or_a_hub(self) -> None:
+        assert refused(invoke("status"), 1, "no profile named")
+        assert refused(invoke("status", "nowhere"), 1, "no profile 'nowhere'")
+        assert refused(invoke("status", "nowhere", "--hub", "tcp://127.0.0.1:9"), 2, "not both")
 
     def test_an_unknown_command(self) -> None:
         assert refused(invoke("fly"), 2, "No such command 'fly'")
@@ -140,3 +144,19 @@ def certificates(tmp_path: Path) -> tuple[str, ...]:
         file.write_text("")
         arguments += [option, str(file)]
     return tuple(arguments)
+
+
+class TestCache:
+    def test_what_is_kept(self, tmp_path: Path) -> None:
+        memo = Memo(tmp_path / "memo", 10**6)
+        memo.put(Entry(f"{name}{n}", name, b"x") for name in ("fit", "load") for n in range(2))
+        with dask.config.set({"daskfed.cache.directory": str(tmp_path / "memo"), "daskfed.cache.size": "1 MB"}):
+            assert "memo: 4 results, 1.00 kiB of 0.95 MiB" in invoke("cache", "show").output
+            assert "memo: 2 results" in invoke("cache", "show", "fit").output
+            assert invoke("cache", "clear", "fit").output == "2 results forgotten\n"
+            assert invoke("cache", "clear").output == "2 results forgotten\n" and memo.contents().entries == 0
+
+    def test_a_folder_that_cannot_be_used(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o777)
+        with dask.config.set({"daskfed.cache.directory": str(tmp_path)}):
+            assert refused(invoke("cache", "show"), 1, "others may write to")

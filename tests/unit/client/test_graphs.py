@@ -283,6 +283,28 @@ def test_datasets_of_two_sites_are_combined(tmp_path: Path, dataset: xr.Dataset)
     np.testing.assert_allclose(computed(both)[0], VALUES + VALUES.mean())
 
 
+def kept(graph: MaterialisedGraph) -> set[str]:
+    """Return the names of tasks whose results are to be kept."""
+    return {name_of(key) for key in graph.annotations["cache"]}
+
+
+def test_what_uses_a_result_that_is_to_be_kept_is_not_fused_with_it() -> None:
+    with dask.annotate(cache=True):
+        x = da.map_blocks(np.negative, da.ones((8, 8), chunks=4), dtype=float, name="kept")
+    for lazy in (x + 1, (x + 1).sum(), x[:5].sum(), x):
+        graph = opened(lazy, persist=True)
+        assert kept(graph) == {"kept"}
+    with dask.config.set({"optimization.fuse.delayed": True}), dask.annotate(cache=True):
+        middle = dask.delayed(add)(dask.delayed(add)(1, 2), 3, dask_key_name="kept")
+    with dask.config.set({"optimization.fuse.delayed": True}):
+        graph = opened(dask.delayed(add)(middle, 4))
+    assert kept(graph) == {"kept"} and len(graph.tasks) == 2
+    items = db.from_sequence(range(4), npartitions=2)
+    with dask.annotate(cache=True):
+        items = items.map(abs)
+    assert {name.split("-")[0] for name in kept(opened(items.map(str).map(len)))} == {"abs"}
+
+
 # -- delayed and bags ------------------------------------------------------------------------------------------------
 
 
