@@ -38,7 +38,7 @@ from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
 from daskfed.client.lanes import (
     PLAIN_ANNOTATIONS,
-    CallsNeeded,
+    BlocksNeeded,
     CallState,
     Countdown,
     how_for_lanes,
@@ -361,7 +361,7 @@ class Client(Retrying, Observing, ActingClient):
         with self._refcount_lock:
             known = call.key in self.futures
             future = Future(call.key, self)
-            future._state.call = True
+            future._state.in_block = True
         if not known:
             self._say(call, "submit")
         return future
@@ -372,13 +372,13 @@ class Client(Retrying, Observing, ActingClient):
         return [submission.message([call.key for call in calls])]
 
     def _send_to_scheduler(self, msg: dict[str, Any]) -> None:
-        if msg["op"] == "update-graph" and any(map(self._is_call, noticed_futures())):
-            raise CallsNeeded
+        if msg["op"] == "update-graph" and any(map(self._is_in_block, noticed_futures())):
+            raise BlocksNeeded
         self._say(msg, msg["op"])
 
-    def _is_call(self, key: Key) -> bool:
+    def _is_in_block(self, key: Key) -> bool:
         state = self.futures.get(key)
-        return state is not None and state.call
+        return state is not None and state.in_block
 
     def _say(self, item: Any, name: str) -> None:
         """Have something sent to the hub, in order; raises ClosedClientError where the client has closed."""
@@ -423,7 +423,7 @@ class Client(Retrying, Observing, ActingClient):
         self._check_workers(annotations)
         calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
         if self._fixed_single and calls is None and self._may_pass_whole(expr, annotations, is_call):
-            with suppress(CallsNeeded), pickled_futures():
+            with suppress(BlocksNeeded), pickled_futures():
                 return super()._graph_to_futures(  # type: ignore[no-any-return]
                     expr, keys, span_metadata, self._workers_here(workers), allow_other_workers, internal_priority,
                     user_priority, resources, retries, fifo_timeout, actors,
@@ -433,13 +433,13 @@ class Client(Retrying, Observing, ActingClient):
         if calls is not None:
             return self._send_calls(calls, keys)
         with paused_collection():
-            return self._submit(expr, list(dict.fromkeys(keys)), annotations, actors)
+            return _in_blocks(self._submit(expr, list(dict.fromkeys(keys)), annotations, actors))
 
     def _may_pass_whole(self, expr: Any, annotations: Mapping[str, Any], is_call: bool) -> bool:
         """Whether nothing in an expression for the only site is for this client to see to."""
         if wants_limits(expr, annotations) or self._caching.concerns(expr, annotations, is_call):
             return False
-        return not any(map(self._is_call, _needs_of_one(expr)))
+        return not any(map(self._is_in_block, _needs_of_one(expr)))
 
     def _submit(self, expr: Any, keys: list[Key], annotations: Mapping[str, Any], actors: Any) -> dict[Key, Future]:
         """Submit an expression; before sites are sent what they may not be able to open, they are asked.
@@ -495,10 +495,8 @@ class Client(Retrying, Observing, ActingClient):
     def _send_calls(self, submission: Submission, keys: Collection[Key]) -> dict[Key, Future]:
         with self._refcount_lock:
             futures = {key: Future(key, self) for key in dict.fromkeys(keys)}
-            for future in futures.values():
-                future._state.call = True
             self._send(submission, list(futures), [])
-        return futures
+        return _in_blocks(futures)
 
     def _submit_graph(
         self, graph: MaterialisedGraph, keys: list[Key], actors: frozenset[Key] = frozenset(), asked: int = 0
@@ -744,6 +742,12 @@ class _annotated:
 
     def __exit__(self, *exc_info: Any) -> None:
         self._context.__exit__(*exc_info)
+
+
+def _in_blocks(futures: dict[Key, Future]) -> dict[Key, Future]:
+    for future in futures.values():
+        future._state.in_block = True
+    return futures
 
 
 def _needs_of_one(expr: Any) -> Iterable[Key]:

@@ -28,7 +28,7 @@ SETTLED = frozenset({"finished", "error", "cancelled"})
 class CallState(FutureState):
     """The state of a key, without an event as long as nobody waits for it by one."""
 
-    __slots__ = ("call", "value", "watch")
+    __slots__ = ("in_block", "value", "watch")
 
     _event: Any  # slots of the class that it derives from
     status: Any
@@ -36,7 +36,7 @@ class CallState(FutureState):
 
     def __init__(self, key: Key) -> None:
         super().__init__(key)
-        self.call = False  # whether it was submitted as one that may go down a lane
+        self.in_block = False  # whether the hub got it in a block that names its keys, and says when that runs
         self.value: bytes | None = None  # pickled, where it is here
         self.watch: Countdown | None = None
 
@@ -90,8 +90,8 @@ class CallState(FutureState):
         return self.status in SETTLED
 
 
-class CallsNeeded(Exception):
-    """A graph that was to pass as a whole needs results that its site's scheduler may not know."""
+class BlocksNeeded(Exception):
+    """A graph that was to pass as a whole needs results of blocks, of which its site's scheduler may not know yet."""
 
 
 _noticing = threading.local()

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,12 @@ class TestAnEmbeddedSite:
         assert client.compute(total).result(timeout=30) == 12
         array = dask.array.from_delayed(dask.delayed(np.full)(4, made[0]), (4,), dtype=int)
         assert client.compute(array.sum()).result(timeout=30) == 4
+
+    def test_calls_of_calls(self, client: Client) -> None:
+        level = client.map(inc, range(64), pure=False)
+        while len(level) > 1:
+            level = [client.submit(add, *pair, pure=False) for pair in zip(level[::2], level[1::2], strict=True)]
+        assert level[0].result(timeout=60) == sum(range(1, 65))
 
     def test_those_that_fail_fail_what_needs_them_and_nothing_else(self, client: Client) -> None:
         def fails(x: int) -> int:
