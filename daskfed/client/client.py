@@ -26,6 +26,7 @@ from toolz import merge
 from daskfed.client import hooks, opening, progress
 from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
+from daskfed.client.bundling import Bundling, Learned
 from daskfed.client.calling import Call, Functions, Outbox, call_of, submission_of
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
@@ -41,7 +42,7 @@ from daskfed.client.retrying import Retrying
 from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
 from daskfed.client.submission import Submission, paused_collection, plan_calls, plan_graph, plan_lanes
 from daskfed.client.versions import differences, foreign, unopened
-from daskfed.config import NEVER, client_grace_s, lanes, site_timeout_s
+from daskfed.config import ALWAYS, AUTO, NEVER, client_grace_s, fusion, lanes, site_timeout_s
 from daskfed.dask_private import LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
@@ -97,6 +98,8 @@ class Client(Retrying, Observing, ActingClient):
         self._secret = secrets.token_hex(16)  # shows the hub whose calls these are, and who comes back
         self._epoch = 0  # of the hub
         self._lanes = lanes()
+        self._fusion = fusion()
+        self._learned: dict[str, Learned] = {}  # by prefix
         set_sites_lookup(_sites_of_current_client)
         with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
             super().__init__(address, **kwargs)
@@ -115,6 +118,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-bring-data": self._handle_bring_data,
             "fed-drop-copies": self._handle_drop_copies,
             "fed-ended": self._handle_ended,
+            "fed-learned": self._handle_learned,
         }
         self._outbox = Outbox(
             lambda call: self.loop.add_callback(call), self._send_to_scheduler_safe, self._packed_calls
@@ -182,6 +186,7 @@ class Client(Retrying, Observing, ActingClient):
         if not self._fixed_single:
             self.direct_to_workers = False  # sites cannot be dialled
         me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
+        me["fuses"] = self._fusion == AUTO
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
             self._subscribe_again()
@@ -254,6 +259,17 @@ class Client(Retrying, Observing, ActingClient):
         self._packages.sites_changed(sites)
         if problems := differences(joined):
             warnings.warn(VersionMismatchWarning("Mismatched versions found:\n" + "\n".join(problems)), stacklevel=2)
+
+    def _handle_learned(self, prefixes: Mapping[str, tuple[float, int]]) -> None:
+        """The hub says how long tasks take that this client has submitted, and how large their results are."""
+        self._learned |= {prefix: Learned.told(*known) for prefix, known in prefixes.items()}
+
+    def _bundling(self) -> Bundling | None:
+        """Return how tiny tasks are to run several as one, None where they are not."""
+        if self._fusion == NEVER:
+            return None
+        threads = sum(facts.get("threads", 0) for facts in self._sites.values())
+        return Bundling(dict(self._learned), threads, self._fusion == ALWAYS)
 
     def _handle_refused(self, reason: str) -> None:
         raise ConnectionRefused(reason)
@@ -448,7 +464,7 @@ class Client(Retrying, Observing, ActingClient):
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
-        submission = plan_graph(graph, self._block_ids(), actors)
+        submission = plan_graph(graph, self._block_ids(), actors, self._bundling())
         self._place_by_packages(submission, asked)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from distributed.protocol import to_serialize
 from distributed.protocol.serialize import Serialized, serialize
 from distributed.utils import nbytes
 
+from daskfed.client.bundling import Bundling
 from daskfed.client.calls import Calls
 from daskfed.client.constraints import annotations_of
 from daskfed.client.cutting import Piece, cut
@@ -72,16 +73,34 @@ def paused_collection() -> Iterator[None]:
         gc.enable()
 
 
-def plan_graph(graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[Key] = ()) -> Submission:
+def plan_graph(
+    graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[Key] = (), bundling: Bundling | None = None
+) -> Submission:
     """Cut a graph and pickle each piece; ``actors`` are the keys of tasks that make actors.
 
-    Raises TypeError where a task cannot be pickled.
+    Without ``bundling`` no tasks run as one. Raises TypeError where a task cannot be pickled.
     """
     submission = Submission()
-    for piece in cut(graph.tasks, graph.wanted, graph.constraints, graph.near):
-        spec = replace(_block_of(piece, next(ids)), stateful=not set(actors).isdisjoint(piece.outputs))
-        submission.add(spec, block_payload(graph, piece.tasks), piece.priorities, _actors_behind(piece, actors))
+    pieces = cut(graph.tasks, graph.wanted, graph.constraints, graph.near)
+    bundles = _bundles_of(pieces, graph, actors, bundling)
+    for piece, bundled in zip(pieces, bundles, strict=True):
+        inner = {key for bundle in bundled for key in bundle[:-1]}
+        stateful = not set(actors).isdisjoint(piece.outputs)
+        spec = replace(_block_of(piece, next(ids)), stateful=stateful, ntasks=len(piece.tasks) - len(inner))
+        priorities = {key: rank for key, rank in piece.priorities.items() if key not in inner}
+        payload = block_payload(graph, piece.tasks, bundled)
+        submission.add(spec, payload, priorities, _actors_behind(piece, actors))
     return submission
+
+
+def _bundles_of(
+    pieces: Sequence[Piece], graph: MaterialisedGraph, actors: Collection[Key], bundling: Bundling | None
+) -> list[list[tuple[Key, ...]]]:
+    """Return the bundles of each piece; a piece with actors has none, since each of them is named to its site."""
+    if bundling is None:
+        return [[] for _ in pieces]
+    found = bundling.bundles(graph, [(piece.tasks, piece.outputs) for piece in pieces])
+    return [[] if actors and not piece.tasks.keys().isdisjoint(actors) else each for piece, each in zip(pieces, found)]
 
 
 def _actors_behind(piece: Piece, actors: Collection[Key]) -> dict[Key, list[Key]]:

@@ -1,0 +1,119 @@
+"""Several tasks as one: what a worker runs, and what the scheduler has."""
+
+from __future__ import annotations
+
+import base64
+import operator
+import pickle
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import distributed
+import pytest
+
+from daskfed.dask_private import Alias, DataNode, Task, TaskRef
+from daskfed.site.bundles import RUN, Bundle, run_bundle, with_bundles
+
+CONSTANT = DataNode("c", 5)
+SUM = Task("sum", operator.add, TaskRef("x"), TaskRef("c"))
+PRODUCT = Task("product", operator.mul, TaskRef("sum"), TaskRef("y"))
+TASKS = [CONSTANT, SUM, PRODUCT]
+
+
+def test_it_gives_what_its_last_task_gives() -> None:
+    bundle = Bundle("product", TASKS)
+    assert bundle.key == "product" and bundle.dependencies == {"x", "y"}
+    assert bundle({"x": 1, "y": 2}) == 12
+
+
+def test_an_alias_may_be_the_last() -> None:
+    assert Bundle("named", [SUM, Alias("named", "sum")])({"x": 1, "c": 2}) == 3
+
+
+def test_a_worker_gets_a_plain_task() -> None:
+    """Of a type that is Dask's own, which tells who looks at it what it is."""
+    sent = pickle.loads(pickle.dumps(Bundle("product", TASKS)))
+    assert type(sent) is Task and sent.key == "product" and sent.dependencies == {"x", "y"}
+    assert sent({"x": 1, "y": 2}) == 12 and repr(sent) == "<Task 'product', 3 tasks run as one>"
+
+
+def test_it_may_get_another_key() -> None:
+    """The scheduler gives it that of an alias which stands for it alone."""
+    bundle = Bundle("product", TASKS).copy()
+    bundle.key = "result"
+    assert list(bundle.parts()) == ["c", "sum", "result"]
+    assert bundle.parts()["result"].key == "result"
+    assert pickle.loads(pickle.dumps(bundle)).key == "result"
+
+
+def test_who_is_in_it() -> None:
+    parts = Bundle("product", TASKS).parts()
+    assert parts == {"c": CONSTANT, "sum": SUM, "product": PRODUCT}
+    assert Bundle("b-2", [Task("a-1", int), Task("a-2", int), Task("b-2", int)]).prefixes == {"a": 2, "b": 1}
+
+
+def test_only_what_makes_data_of_nothing_produces_data() -> None:
+    source = Task("source", int, _data_producer=True)
+    assert Bundle("z", [source, Task("z", abs, TaskRef("source"))]).data_producer
+    assert not Bundle("z", [source, Task("z", max, TaskRef("source"), TaskRef("x"))]).data_producer
+
+
+class Thing:
+    """A value that says whether it is still there."""
+
+
+def test_values_are_let_go_as_soon_as_nobody_needs_them() -> None:
+    alive: weakref.WeakSet[Thing] = weakref.WeakSet()
+
+    def make(*inputs: Thing) -> Thing:
+        alive.add(made := Thing())
+        return made
+
+    def count(*inputs: Thing) -> int:
+        return len(alive)
+
+    tasks = [
+        Task("a", make),
+        Task("b", make, TaskRef("a")),
+        Task("c", make, TaskRef("b")),
+        Task("n", count, TaskRef("c")),
+    ]
+    assert run_bundle(needs=(), tasks=tasks) == 1
+
+
+SCRIPT = """
+import sys, base64, pickle
+sys.modules["daskfed"] = None  # not installed
+task = pickle.loads(base64.b64decode(sys.stdin.read()))
+print(task({"x": 1, "y": 2}))
+"""
+
+
+def test_workers_need_no_daskfed() -> None:
+    sent = base64.b64encode(pickle.dumps(Bundle("product", TASKS)))
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], input=sent, capture_output=True, check=True, timeout=60)
+    assert ended.stdout.decode().strip() == "12"
+
+
+def test_what_is_sent_with_each_is_short() -> None:
+    assert len(RUN) < 2500
+
+
+def test_bundles_in_a_graph() -> None:
+    graph = {"x": Task("x", int), **{task.key: task for task in TASKS}, "z": Task("z", abs, TaskRef("product"))}
+    made = with_bundles(graph, [("c", "sum", "product")])
+    assert list(made) == ["x", "product", "z"]
+    assert isinstance(made["product"], Bundle) and made["z"] is graph["z"]
+
+
+def test_an_error_is_that_of_the_task() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Bundle("b", [Task("a", int), Task("b", operator.truediv, 1, TaskRef("a"))])({})
+
+
+def test_the_way_over_the_wire() -> None:
+    """As a scheduler sends it."""
+    pickled = distributed.protocol.pickle.dumps(Bundle("product", TASKS))
+    assert distributed.protocol.pickle.loads(pickled)({"x": 1, "y": 2}) == 12
