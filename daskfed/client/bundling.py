@@ -1,9 +1,9 @@
 """Bundles: which tiny tasks of a block run as one task of a site's scheduler.
 
-A scheduler and a worker spend about a millisecond on a task, however short that is. A *bundle* is some tasks of one block,
-alike in their constraint and their annotations, of which only the last is needed by others: a chain, a tree with its
-leaves, a diamond. It has the key of that task. As nothing else leaves it, bundles never close a circle. Everything here is
-a pure function of the tasks, and of what is known of the prefixes of their keys.
+A scheduler and a worker spend about a millisecond on a task, however short that is. A *bundle* is some tasks of one
+block, alike in their constraint and their annotations, of which only the last is needed by others: a chain, a tree with
+its leaves, a diamond. It has the key of that task. As nothing else leaves it, bundles never close a circle. Everything
+here is a pure function of the tasks, and of what is known of the prefixes of their keys.
 """
 
 from __future__ import annotations

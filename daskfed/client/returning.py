@@ -242,7 +242,7 @@ class PatientRPC:
 
 def _tasks_of(expr: Any) -> Mapping[Key, Any]:
     opened = deserialize(expr.header, expr.frames)
-    return opened.tasks if isinstance(opened, BlockExpr) else opened.__dask_graph__()  # type: ignore[no-any-return]
+    return opened.tasks if isinstance(opened, BlockExpr) else opened.__dask_graph__()
 
 
 def is_broken(exc: OSError) -> bool:

@@ -100,7 +100,8 @@ def _bundles_of(
     if bundling is None:
         return [[] for _ in pieces]
     found = bundling.bundles(graph, [(piece.tasks, piece.outputs) for piece in pieces])
-    return [[] if actors and not piece.tasks.keys().isdisjoint(actors) else each for piece, each in zip(pieces, found)]
+    plain = [bool(actors) and not piece.tasks.keys().isdisjoint(actors) for piece in pieces]
+    return [[] if alone else each for alone, each in zip(plain, found, strict=True)]
 
 
 def _actors_behind(piece: Piece, actors: Collection[Key]) -> dict[Key, list[Key]]:

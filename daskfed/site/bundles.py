@@ -1,8 +1,8 @@
 """Bundles at a site: several tasks as one, on the way from the client to a worker, and apart again where one fails.
 
-The client says which tasks of a block make bundles (:mod:`daskfed.client.bundling`), and sends the tasks as they are. The
-site's scheduler, which opens the block, makes a :class:`Bundle` of each; a worker gets it as a plain task that runs the
-tasks in it one after another. Where one of them fails, or the worker dies, the scheduler gets the tasks themselves
+The client says which tasks of a block make bundles (:mod:`daskfed.client.bundling`), and sends the tasks as they are.
+The site's scheduler, which opens the block, makes a :class:`Bundle` of each; a worker gets it as a plain task that runs
+the tasks in it one after another. Where one of them fails, or the worker dies, the scheduler gets the tasks themselves
 instead (:func:`take_apart`). Then they run under their own keys, so errors, retries and blame are as ever.
 """
 
@@ -170,7 +170,7 @@ def _link(task: Any, need: Any) -> None:
 
 def _let_go(scheduler: Any, keys: Iterable[Key]) -> None:
     """Release those values that nobody waits for any more, since their users were made by others already."""
-    states = (task for key in keys if (task := scheduler.tasks.get(key)) is not None)
-    unneeded = {task.key: "released" for task in states if task.state == "memory" and not (task.waiters or task.who_wants)}
+    there = (task for key in keys if (task := scheduler.tasks.get(key)) is not None and task.state == "memory")
+    unneeded = [task.key for task in there if not (task.waiters or task.who_wants)]
     if unneeded:
-        scheduler.transitions(unneeded, "daskfed-bundle")
+        scheduler.transitions(dict.fromkeys(unneeded, "released"), "daskfed-bundle")

@@ -93,7 +93,7 @@ def test_a_tree_is_one() -> None:
 
 def test_a_diamond_is_one() -> None:
     """Two tasks need the first, and nobody else does."""
-    tasks = {
+    tasks: dict[Key, GraphNode] = {
         "a": Task("a", add),
         "b": Task("b", add, TaskRef("a")),
         "c": Task("c", add, TaskRef("a")),
@@ -103,7 +103,8 @@ def test_a_diamond_is_one() -> None:
 
 
 def test_what_two_bundles_need_is_in_neither() -> None:
-    tasks = {"a": Task("a", add), "b": Task("b", add, TaskRef("a")), "c": Task("c", add, TaskRef("a"))}
+    users: dict[Key, GraphNode] = {key: Task(key, add, TaskRef("a")) for key in ("b", "c")}
+    tasks = {"a": Task("a", add), **users}
     assert bundles_of(tasks, "b", "c") == []
 
 
@@ -146,7 +147,8 @@ def test_results_that_are_large_stay_where_they_are() -> None:
 def graphs(draw: st.DrawFn) -> MaterialisedGraph:
     """Draw a graph with tasks of several kinds, with some wanted results, and with keys known outside."""
     tasks: dict[Key, GraphNode] = {}
-    constraints, spans = {}, {}
+    constraints: dict[Key, Constraint] = {}
+    spans: dict[Key, Any] = {}
     for number in range(draw(st.integers(1, 40))):
         key = f"{draw(st.sampled_from('abc'))}-{number}"
         known = [*tasks, "outside"]
@@ -216,8 +218,8 @@ def test_actors_stay_alone() -> None:
 
 def test_tasks_of_a_shuffle_stay_alone() -> None:
     """Transfers, the barrier, and those that need it."""
-    barrier = P2PBarrierTask("barrier", add, TaskRef("transfer"), spec=None)  # type: ignore[arg-type]
-    tasks = {
+    barrier = P2PBarrierTask("barrier", add, TaskRef("transfer"), spec=None)
+    tasks: dict[Key, GraphNode] = {
         "source": Task("source", add),
         "part": Task("part", add, TaskRef("source")),
         "transfer": Task("transfer", add, TaskRef("part")),

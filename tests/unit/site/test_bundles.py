@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import weakref
-from typing import Any
 
 import distributed
 import pytest
