@@ -68,11 +68,16 @@ class Bundling:
     threads: int = 1  # that the federation has
     always: bool = False
 
+    @property
+    def is_useful(self) -> bool:
+        """Whether anything is bundled at all."""
+        return self.always or any(known.seconds <= SHORT_S for known in self.learned.values())
+
     def bundles(
         self, graph: MaterialisedGraph, pieces: Sequence[tuple[Mapping[Key, GraphNode], Collection[Key]]]
     ) -> list[list[tuple[Key, ...]]]:
         """Return the bundles of each piece of a graph: of its tasks, inputs first, and its outputs."""
-        if not (self.always or any(known.seconds <= SHORT_S for known in self.learned.values())):
+        if not self.is_useful:
             return [[] for _ in pieces]
         facts = _Facts(self, graph)
         known = [facts.of(tasks) for tasks, _ in pieces]

@@ -56,6 +56,7 @@ FLUSH_S = 0.001  # what is sent to the hub within this time travels together; a 
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
+PLACING = frozenset({"workers", "allow_other_workers", "resources", "restrictions", "loose_restrictions"})
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
@@ -386,7 +387,7 @@ class Client(Retrying, Observing, ActingClient):
         self._check_sites(annotations)
         self._check_workers(annotations)
         calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
-        if self._fixed_single and calls is None:
+        if self._fixed_single and calls is None and not self._may_bundle(expr, annotations, actors):
             workers = self._workers_here(workers)
             return super()._graph_to_futures(  # type: ignore[no-any-return]
                 expr, keys, span_metadata, workers, allow_other_workers, internal_priority, user_priority, resources,
@@ -421,6 +422,8 @@ class Client(Retrying, Observing, ActingClient):
                 return self._submit_calls(expr, keys, annotations, bool(actor_keys(actors, keys)), asked)
         named = actor_keys(actors, keys)
         graph = materialise(expr, keys, annotations, named)
+        if self._fixed_single:  # whose scheduler puts results together as it always does
+            graph = replace(graph, finals=frozenset())
         _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
         self._finish_releasing(graph.tasks)
@@ -440,6 +443,11 @@ class Client(Retrying, Observing, ActingClient):
         futures = {key: Future(key, self) for key in keys}
         self._send(submission, keys, held)
         return futures
+
+    def _may_bundle(self, expr: Any, annotations: Mapping[str, Any], actors: Any) -> bool:
+        """Whether a graph for the only site is to be opened here, since tasks of it may be tiny."""
+        bundling = None if actors or _one_by_one(expr) or PLACING.intersection(annotations) else self._bundling()
+        return bundling is not None and bundling.is_useful
 
     def _calls_for_lanes(self, expr: Any, annotations: Mapping[str, Any], actors: Any) -> Submission | None:
         """Return the blocks of calls that may all go down lanes; else None: the only site takes them as they are."""
@@ -464,7 +472,7 @@ class Client(Retrying, Observing, ActingClient):
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
-        submission = plan_graph(graph, self._block_ids(), actors, self._bundling())
+        submission = plan_graph(graph, self._block_ids(), actors, self._bundling(), whole=self._fixed_single)
         self._place_by_packages(submission, asked)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}

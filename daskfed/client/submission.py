@@ -17,7 +17,7 @@ from distributed.utils import nbytes
 from daskfed.client.bundling import Bundling
 from daskfed.client.calls import Calls
 from daskfed.client.constraints import annotations_of
-from daskfed.client.cutting import Piece, cut
+from daskfed.client.cutting import Piece, cut, uncut
 from daskfed.client.graphs import BlockExpr, MaterialisedGraph, block_payload
 from daskfed.client.lanes import payload_for_lanes
 from daskfed.client.versions import PYTHON
@@ -74,14 +74,19 @@ def paused_collection() -> Iterator[None]:
 
 
 def plan_graph(
-    graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[Key] = (), bundling: Bundling | None = None
+    graph: MaterialisedGraph,
+    ids: Iterator[str],
+    actors: Collection[Key] = (),
+    bundling: Bundling | None = None,
+    whole: bool = False,
 ) -> Submission:
     """Cut a graph and pickle each piece; ``actors`` are the keys of tasks that make actors.
 
-    Without ``bundling`` no tasks run as one. Raises TypeError where a task cannot be pickled.
+    Without ``bundling`` no tasks run as one. A graph is not cut if it is to stay ``whole``, as there is but one site,
+    and has no constraints. Raises TypeError where a task cannot be pickled.
     """
     submission = Submission()
-    pieces = cut(graph.tasks, graph.wanted, graph.constraints, graph.near)
+    pieces = _pieces(graph, whole and not graph.constraints)
     bundles = _bundles_of(pieces, graph, actors, bundling)
     for piece, bundled in zip(pieces, bundles, strict=True):
         inner = {key for bundle in bundled for key in bundle[:-1]}
@@ -91,6 +96,10 @@ def plan_graph(
         payload = block_payload(graph, piece.tasks, bundled)
         submission.add(spec, payload, priorities, _actors_behind(piece, actors))
     return submission
+
+
+def _pieces(graph: MaterialisedGraph, whole: bool) -> list[Piece]:
+    return uncut(graph.tasks, graph.wanted) if whole else cut(graph.tasks, graph.wanted, graph.constraints, graph.near)
 
 
 def _bundles_of(

@@ -58,6 +58,7 @@ class ClientSession:
         self.mark = 0  # the last that it set on its stream
         self.patience_s = inf  # how long its work waits for a site where there is none that may run it
         self.fuses = False  # it wants to know how long tasks take
+        self.hears_all = False  # of all prefixes, since it has sent a graph of which only the site knows what it uses
         self.told: dict[str, tuple[float, int] | None] = {}  # prefixes that it uses -> what it knows of each
 
     def owned(self, spec: BlockSpec) -> BlockSpec:
@@ -380,6 +381,7 @@ class ClientSessions:
         payload = {name: fields[name] for name in OPAQUE_FIELDS if name in fields} | {"keys": list(keys)}
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
+        self.hub.durations.used_unseen(session)
 
     def marked(self, client: str, mark: int) -> None:
         """All that a client said before it set this mark was heard."""

@@ -1,7 +1,8 @@
 """Telling clients how long tasks take, so that they can have tiny ones run several as one.
 
-A client is told of the prefixes that its own graphs have used, when what is known of one has changed much, and of many
-at a time: what it costs does not grow with the number of tasks.
+A client is told of the prefixes that its own graphs have used, and of all once it has sent a graph that nobody opened.
+It is told when what is known of one has changed much, and of many at a time: what it costs does not grow with the number
+of tasks.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ class Durations:
                 session.told.update(dict.fromkeys(added))
                 self.learnt(added & self.hub.core.dispatcher.functions.durations.keys())
 
+    def used_unseen(self, session: ClientSession) -> None:
+        """A client submits a graph of which only the site sees what is in it."""
+        if session.fuses and not session.hears_all:
+            session.hears_all = True
+            self.learnt(self.hub.core.dispatcher.functions.durations)
+
     def learnt(self, prefixes: Iterable[str]) -> None:
         """Something new is known of tasks of these prefixes."""
         before = bool(self._news)
@@ -62,9 +69,11 @@ class Durations:
     def _new_to(self, session: ClientSession, news: set[str]) -> dict[str, Told]:
         books = self.hub.core.dispatcher.functions
         found = {}
-        for prefix in news & session.told.keys():
+        room = MOST_PREFIXES - len(session.told) if session.hears_all else 0
+        unheard = list(news - session.told.keys())[: max(0, room)]
+        for prefix in (*(news & session.told.keys()), *unheard):
             known = books.durations[prefix], round(books.sizes.get(prefix, UNKNOWN))
-            before = session.told[prefix]
+            before = session.told.get(prefix)
             if before is None or any(map(_differ, known, before)):
                 found[prefix] = known
         return found
