@@ -9,17 +9,20 @@ instead (:func:`take_apart`). Then they run under their own keys, so errors, ret
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from dask.utils import apply, key_split
+from distributed import get_worker
 
 from daskfed.dask_private import GraphNode, Task, TaskList, TaskRef
 from daskfed.data.fetch import by_value
 from daskfed.messages import Key
 
+OVERDUE_S = 5.0  # a bundle that has run so long is taken apart: its tasks may run side by side
 SPARE_RETRIES = 1  # that a bundle has beside those of its tasks: with it, it is taken apart
 INHERITED = (
     "priority", "retries", "worker_restrictions", "host_restrictions", "resource_restrictions", "loose_restrictions"
@@ -29,8 +32,9 @@ INHERITED = (
 def run_bundle(*values: Any, needs: Sequence[Any], tasks: Sequence[Any]) -> Any:
     """Run tasks, inputs first, and return what the last gives; ``values`` are what they need from elsewhere.
 
-    What no later task needs is let go at once.
+    What no later task needs is let go at once. Raises RuntimeError where the worker is not to go on with it.
     """
+    began = time.monotonic()
     last: dict[Any, int] = {}
     for number, task in enumerate(tasks):
         for key in task.dependencies:
@@ -39,10 +43,22 @@ def run_bundle(*values: Any, needs: Sequence[Any], tasks: Sequence[Any]) -> Any:
     del values
     result = None
     for number, task in enumerate(tasks):
+        if time.monotonic() - began > 1.0 and is_given_up():
+            raise RuntimeError("these tasks are run elsewhere, or nobody wants them any more")
         inputs = {key: found.pop(key) if last[key] == number else found[key] for key in task.dependencies}
         found[task.key] = result = task(inputs)
         del inputs
     return result
+
+
+def is_given_up() -> bool:
+    """Whether the worker in whose thread this runs was told to forget its task."""
+    try:
+        worker = get_worker()
+        task = worker.state.tasks.get(worker.get_current_task())
+    except (ValueError, KeyError):  # no worker, or a thread that has left its pool
+        return False
+    return task is None or task.state in ("cancelled", "released")
 
 
 RUN = by_value(run_bundle)
@@ -58,6 +74,7 @@ class Bundle(Task):
         super().__init__(key, apply, *map(TaskRef, self.needs), _data_producer=producer)
         self.tasks = tuple(tasks)
         self.retries: int | None = None  # at the scheduler: what its task had when that took it in
+        self.overdue = False
 
     @cached_property
     def prefixes(self) -> Mapping[str, int]:
@@ -112,11 +129,20 @@ def expect_failures(tasks: Iterable[Any]) -> None:
 
 
 def has_failed(task: Any) -> bool:
-    """Whether a task of the scheduler is a bundle that has raised something, or whose worker died while it had it."""
+    """Whether a task of the scheduler is a bundle that has raised something, or killed a worker, or runs too long."""
     bundle = task.run_spec
     if not isinstance(bundle, Bundle) or bundle.retries is None:
         return False
-    return bool(task.suspicious) or task.retries < bundle.retries
+    return bundle.overdue or bool(task.suspicious) or task.retries < bundle.retries
+
+
+def end_overdue(scheduler: Any) -> None:
+    """Have workers give up bundles that have run too long; :func:`has_failed` is true of them when they are released."""
+    running = ((task, seconds) for each in scheduler.workers.values() for task, seconds in each.executing.items())
+    for task in [task for task, seconds in running if seconds > OVERDUE_S and isinstance(task.run_spec, Bundle)]:
+        if task.state == "processing":
+            task.run_spec.overdue = True
+            scheduler.transitions({task.key: "released"}, "daskfed-overdue")
 
 
 def take_apart(scheduler: Any, task: Any) -> None:

@@ -32,7 +32,7 @@ from distributed.comm.core import CommClosedError
 
 from daskfed.messages import Key
 from daskfed.site.attached import Attached
-from daskfed.site.bundles import Bundle, expect_failures, has_failed, take_apart
+from daskfed.site.bundles import Bundle, end_overdue, expect_failures, has_failed, take_apart
 
 LOAD_S = 0.05
 BUSY_S = 0.25
@@ -65,7 +65,7 @@ class SiteReporter(Attached):
         scheduler.stream_handlers["fed-renew"] = self.renew
         scheduler.stream_handlers["fed-claim"] = self.claim
         scheduler.handlers["fed-find"] = self.find
-        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
+        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._end_overdue, STATUS_S))
         self._tell_status()
         self._tell_load()
 
@@ -220,6 +220,9 @@ class SiteReporter(Attached):
         """Report the change at once."""
         self._tell_status()
         self._tell_load()
+
+    def _end_overdue(self) -> None:
+        end_overdue(self.scheduler)
 
     # -- imports -----------------------------------------------------------------------------------------------------
 

@@ -195,6 +195,19 @@ def test_tasks_that_use_their_worker(alone: distributed.Client) -> None:
     assert alone.gather(alone.map(inc, range(10))) == list(range(1, 11))
 
 
+def pausing(x: int) -> int:
+    """Take longer than anybody thought."""
+    time.sleep(2.5)
+    return x + 1
+
+
+def test_tasks_that_take_longer_than_they_did(alone: distributed.Client) -> None:
+    tasks: dict[Key, GraphNode] = {f"pause-{n}": Task(f"pause-{n}", pausing, n) for n in range(6)}
+    tasks["pause-end"] = Task("pause-end", max, *map(TaskRef, list(tasks)))
+    assert sent(alone, tasks, tuple(tasks)).result(timeout=60) == 6
+    assert set(known(alone, "pause")) == set(tasks)
+
+
 def test_a_key_that_the_scheduler_knows(alone: distributed.Client) -> None:
     """When a bundle is taken apart, what is there already is not made again."""
     there = alone.submit(inc, 41, key="there")
