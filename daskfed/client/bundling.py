@@ -1,15 +1,22 @@
 """Bundles: which tiny tasks of a block run as one task of a site's scheduler.
 
 A scheduler and a worker spend about a millisecond on a task, however short that is. A *bundle* is some tasks of one
-block, alike in their constraint and their annotations, of which only the last is needed by others: a chain, a tree with
-its leaves, a diamond. It has the key of that task. As nothing else leaves it, bundles never close a circle. Everything
-here is a pure function of the tasks, and of what is known of the prefixes of their keys.
+block, alike in their constraint and their annotations. They are found in two steps:
+
+1. Tasks of which only the last is needed by others: a chain, a tree with its leaves, a diamond (:class:`_Growth`). The
+   bundle has the key of that task. As nothing else leaves it, no circle is closed.
+2. Several such, or single tasks, that are as far from the start of the block, so that none needs another one
+   (:func:`level_bundles`). Such a bundle has a key of its own, and those who need its results, all in bundles too or
+   timed, take them from it. What others need, in other blocks or the user, is not in one.
+
+Everything here is a pure function of the tasks, and of what is known of the prefixes of their keys.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +27,7 @@ from daskfed.client.contraction import shuffle_groups
 from daskfed.client.graphs import MaterialisedGraph
 from daskfed.dask_private import Alias, DataNode, GraphNode, Task, sizeof
 from daskfed.messages import Key
+from daskfed.site.bundles import Together
 
 SHORT_S = 0.005  # what takes longer would not be done sooner in a bundle
 LEAST_S = 0.00002  # that each task is reckoned with
@@ -51,6 +59,7 @@ class Limits(NamedTuple):
     seconds: float
     tasks: int
     nbytes: float  # that may have to be brought to a bundle's worker for the sake of one task
+    side: int  # bundles that are to run side by side, if there are as many tasks
 
 
 class Fact(NamedTuple):
@@ -75,7 +84,7 @@ class Bundling:
 
     def bundles(
         self, graph: MaterialisedGraph, pieces: Sequence[tuple[Mapping[Key, GraphNode], Collection[Key]]]
-    ) -> list[list[tuple[Key, ...]]]:
+    ) -> list[list[Together]]:
         """Return the bundles of each piece of a graph: of its tasks, inputs first, and its outputs."""
         if not self.is_useful:
             return [[] for _ in pieces]
@@ -88,7 +97,10 @@ class Bundling:
     def _limits(self, total_s: float) -> Limits:
         share_s = total_s / (PER_THREAD * max(1, self.threads))
         goal_s = min(LONGEST_S, max(SHORTEST_S, share_s))
-        return Limits(goal_s, MOST_FORCED, float("inf")) if self.always else Limits(goal_s, MOST_TASKS, CHEAP_BYTES)
+        side = PER_THREAD * max(1, self.threads)
+        if self.always:
+            return Limits(goal_s, MOST_FORCED, float("inf"), side)
+        return Limits(goal_s, MOST_TASKS, CHEAP_BYTES, side)
 
 
 class _Facts:
@@ -145,7 +157,7 @@ def bundled(
     facts: Mapping[Key, Fact],
     nbytes: Callable[[Key], float],
     limits: Limits,
-) -> list[tuple[Key, ...]]:
+) -> list[Together]:
     """Return the bundles of one piece, each with its tasks in the order of ``tasks``, where inputs come first.
 
     Each task takes in what only it needs, and what then only both need, as far as the limits allow. ``outputs`` are
@@ -156,8 +168,12 @@ def bundled(
         if key in facts:
             growth.add(key)
     place = {key: number for number, key in enumerate(tasks)}
-    several = [part.tasks for part in growth.parts.values() if len(part.tasks) > 1]
-    return [tuple(sorted(members, key=place.__getitem__)) for members in several]
+    for part in growth.parts.values():
+        part.tasks.sort(key=place.__getitem__)
+    beside = level_bundles(growth, limits)
+    taken = {key for each in beside for key in each.results}
+    alone = (tuple(part.tasks) for key, part in growth.parts.items() if len(part.tasks) > 1 and key not in taken)
+    return [*(Together(members[-1], members) for members in alone), *beside]
 
 
 @dataclass(slots=True)
@@ -181,30 +197,30 @@ class _Growth:
         limits: Limits,
     ) -> None:
         self.parts: dict[Key, _Part] = {}
-        self._tasks = tasks
-        self._outputs = frozenset(outputs)
-        self._facts = facts
-        self._nbytes = nbytes
+        self.tasks = tasks
+        self.outputs = frozenset(outputs)
+        self.facts = facts
+        self.nbytes = nbytes
         self._limits = limits
         self._users = Counter(need for node in tasks.values() for need in node.dependencies)
 
     def add(self, key: Key) -> None:
         """Begin a part with a task, and have it take in other parts."""
-        part = _Part([key], self._facts[key].seconds, dict.fromkeys(self._tasks[key].dependencies, 1))
+        part = _Part([key], self.facts[key].seconds, dict.fromkeys(self.tasks[key].dependencies, 1))
         while (found := self._only_for(key, part)) and self._take(part, found):
             pass
         self.parts[key] = part
 
     def _only_for(self, key: Key, part: _Part) -> list[Key]:
         """Return those of its needs that nobody else has, and that are of its kind."""
-        kind, users = self._facts[key].kind, self._users
+        kind, users = self.facts[key].kind, self._users
         return [
             need
             for need, count in part.needs.items()
             if need in self.parts
             and count == users[need]
-            and need not in self._outputs
-            and self._facts[need].kind == kind
+            and need not in self.outputs
+            and self.facts[need].kind == kind
         ]
 
     def _take(self, part: _Part, found: list[Key]) -> bool:
@@ -235,7 +251,7 @@ class _Growth:
         return moved <= self._limits.nbytes
 
     def _sum(self, keys: Iterable[Key]) -> float:
-        return sum(map(self._nbytes, keys))
+        return sum(map(self.nbytes, keys))
 
     def _join(self, part: _Part, key: Key) -> None:
         other = self.parts.pop(key)
@@ -244,3 +260,60 @@ class _Growth:
         del part.needs[key]
         for need, count in other.needs.items():
             part.needs[need] = part.needs.get(need, 0) + count
+
+
+def level_bundles(growth: _Growth, limits: Limits) -> list[Together]:
+    """Return bundles of parts that do not need each other, where the results are small and only timed tasks need them."""
+    found = []
+    for parts in _levels(growth).values():
+        room = -(-len(parts) // limits.side)
+        for keys in _batches(growth, parts, limits, room):
+            tasks = tuple(task for key in keys for task in growth.parts[key].tasks)
+            found.append(Together(_name(tasks), tasks, tuple(keys)))
+    return found
+
+
+def _levels(growth: _Growth) -> dict[tuple[int, Hashable], list[Key]]:
+    """Return, by how far from the start they are, and by kind, the parts that may be with others in a bundle."""
+    closed = set(growth.outputs)
+    for key, node in growth.tasks.items():
+        if key not in growth.facts:
+            closed.update(node.dependencies)
+    level: dict[Key, int] = {}  # of the last tasks of parts, and of other tasks
+    levels: dict[tuple[int, Hashable], list[Key]] = {}
+    inner = {key for last, part in growth.parts.items() for key in part.tasks if key != last}
+    for key, node in growth.tasks.items():
+        if key in inner:
+            continue
+        part = growth.parts.get(key)
+        needs = node.dependencies if part is None else part.needs
+        level[key] = 1 + max((level[need] for need in needs if need in level), default=0)
+        if part is not None and key not in closed and not isinstance(node, DataNode | Alias):
+            levels.setdefault((level[key], growth.facts[key].kind), []).append(key)
+    return levels
+
+
+def _batches(growth: _Growth, parts: Iterable[Key], limits: Limits, room: int) -> Iterator[list[Key]]:
+    """Yield at most ``room`` of ``parts`` at a time, at least two, that keep to the limits."""
+    batch: list[Key] = []
+    seconds, tasks, nbytes = 0.0, 0, 0.0
+    for key in parts:
+        part = growth.parts[key]
+        size = growth.nbytes(key) + sum(map(growth.nbytes, part.needs)) if limits.nbytes != float("inf") else 0.0
+        more = seconds + part.seconds, tasks + len(part.tasks), nbytes + size
+        if len(batch) >= room or more[0] > limits.seconds or more[1] > limits.tasks or more[2] > limits.nbytes:
+            if len(batch) > 1:
+                yield batch
+            batch, more = [], (part.seconds, len(part.tasks), size)
+        if more[2] <= limits.nbytes:
+            batch.append(key)
+            seconds, tasks, nbytes = more
+        else:
+            seconds, tasks, nbytes = 0.0, 0, 0.0
+    if len(batch) > 1:
+        yield batch
+
+
+def _name(tasks: tuple[Key, ...]) -> str:
+    """Return the key of a bundle of these tasks."""
+    return f"{key_split(tasks[-1])}-bundle-{hashlib.sha1(repr(tasks).encode()).hexdigest()}"

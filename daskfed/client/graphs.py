@@ -36,7 +36,7 @@ from daskfed.dask_private import (
     cull,
 )
 from daskfed.messages import Constraint, Key
-from daskfed.site.bundles import with_bundles
+from daskfed.site.bundles import Together, with_bundles
 
 _NO_NOTE: Note = {}
 
@@ -85,7 +85,7 @@ def external_futures(graph: MaterialisedGraph) -> set[Key]:
 def block_payload(
     graph: MaterialisedGraph,
     tasks: Mapping[Key, GraphNode] | Iterable[Key],
-    bundles: Collection[tuple[Key, ...]] = (),
+    bundles: Collection[Together] = (),
 ) -> BlockExpr:
     """Return what carries some tasks of a graph to a site, with their annotations; ready to be pickled.
 
@@ -109,8 +109,7 @@ class BlockExpr(LLGExpr):
     """Tasks with annotations, to be opened by the stock scheduler of a site.
 
     ``notes`` is a tuple of (name of an annotation, its value, keys that have it or None for all), so that a thousand
-    tasks with the same annotation cost little more than one. ``bundles`` are the keys of tasks that the scheduler gets
-    as one, under the last of these keys.
+    tasks with the same annotation cost little more than one. ``bundles`` says which tasks the scheduler gets as one.
     """
 
     _parameters = ["dsk", "notes", "bundles"]
@@ -126,7 +125,7 @@ class BlockExpr(LLGExpr):
         cls,
         tasks: Mapping[Key, GraphNode],
         notes: Iterable[tuple[str, Any, Collection[Key]]],
-        bundles: Iterable[tuple[Key, ...]] = (),
+        bundles: Iterable[Together] = (),
     ) -> BlockExpr:
         """Make one from tasks and (name of an annotation, value, keys); a token, else Dask would hash every task."""
         short = tuple((name, value, None if len(keys) == len(tasks) else list(keys)) for name, value, keys in notes)

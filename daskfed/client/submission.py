@@ -23,6 +23,7 @@ from daskfed.client.lanes import payload_for_lanes
 from daskfed.client.versions import PYTHON
 from daskfed.config import NEVER
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
+from daskfed.site.bundles import Together
 
 LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
 
@@ -89,13 +90,21 @@ def plan_graph(
     pieces = _pieces(graph, whole and not graph.constraints)
     bundles = _bundles_of(pieces, graph, actors, bundling)
     for piece, bundled in zip(pieces, bundles, strict=True):
-        inner = {key for bundle in bundled for key in bundle[:-1]}
+        ntasks = len(piece.tasks) - sum(len(each.tasks) - 1 for each in bundled)
         stateful = not set(actors).isdisjoint(piece.outputs)
-        spec = replace(_block_of(piece, next(ids)), stateful=stateful, ntasks=len(piece.tasks) - len(inner))
-        priorities = {key: rank for key, rank in piece.priorities.items() if key not in inner}
+        spec = replace(_block_of(piece, next(ids)), stateful=stateful, ntasks=ntasks)
+        priorities = _priorities(piece, bundled)
         payload = block_payload(graph, piece.tasks, bundled)
         submission.add(spec, payload, priorities, _actors_behind(piece, actors))
     return submission
+
+
+def _priorities(piece: Piece, bundled: Iterable[Together]) -> dict[Key, int]:
+    """Return the priorities of what the scheduler has; a bundle has that of its first task."""
+    found = dict(piece.priorities)
+    for each in bundled:
+        found[each.key] = min(found.pop(key) for key in each.tasks)
+    return found
 
 
 def _pieces(graph: MaterialisedGraph, whole: bool) -> list[Piece]:
@@ -104,7 +113,7 @@ def _pieces(graph: MaterialisedGraph, whole: bool) -> list[Piece]:
 
 def _bundles_of(
     pieces: Sequence[Piece], graph: MaterialisedGraph, actors: Collection[Key], bundling: Bundling | None
-) -> list[list[tuple[Key, ...]]]:
+) -> list[list[Together]]:
     """Return the bundles of each piece; a piece with actors has none, since each of them is named to its site."""
     if bundling is None:
         return [[] for _ in pieces]

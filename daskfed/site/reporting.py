@@ -65,7 +65,8 @@ class SiteReporter(Attached):
         scheduler.stream_handlers["fed-renew"] = self.renew
         scheduler.stream_handlers["fed-claim"] = self.claim
         scheduler.handlers["fed-find"] = self.find
-        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._end_overdue, STATUS_S))
+        overdue = lambda: end_overdue(scheduler)  # noqa: E731
+        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (overdue, STATUS_S))
         self._tell_status()
         self._tell_load()
 
@@ -116,9 +117,10 @@ class SiteReporter(Attached):
             learned = self._durations[prefix]
             learned[0] += count
             learned[1] += seconds * count / tasks
-        sizes = self._sizes[task.prefix.name]
-        sizes[0] += 1
-        sizes[1] += task.nbytes
+        if bundle is None or not bundle.results:
+            sizes = self._sizes[task.prefix.name]
+            sizes[0] += 1
+            sizes[1] += task.nbytes
 
     def _erred(self, key: Key) -> None:
         task = self.scheduler.tasks[key]
@@ -220,9 +222,6 @@ class SiteReporter(Attached):
         """Report the change at once."""
         self._tell_status()
         self._tell_load()
-
-    def _end_overdue(self) -> None:
-        end_overdue(self.scheduler)
 
     # -- imports -----------------------------------------------------------------------------------------------------
 

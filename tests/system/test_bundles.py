@@ -20,6 +20,7 @@ from daskfed.client.bundling import SHORT_S
 from daskfed.client.graphs import BlockExpr
 from daskfed.dask_private import GraphNode, Task, TaskRef
 from daskfed.messages import Key
+from daskfed.site.bundles import Together
 from daskfed.site.reporting import SiteReporter
 from tests.system.commands import NO_DASHBOARD
 from tests.system.waiting import until
@@ -70,10 +71,11 @@ def chained(name: str, *functions: Callable[..., Any]) -> dict[Key, GraphNode]:
     return tasks
 
 
-def sent(client: distributed.Client, tasks: dict[Key, GraphNode], *bundles: tuple[Key, ...], **notes: Any) -> Any:
-    """Submit tasks of which some are bundles; return the future of the last one."""
+def sent(client: distributed.Client, tasks: dict[Key, GraphNode], *bundles: Any, **notes: Any) -> Any:
+    """Submit tasks of which some are bundles, or names of tasks that make one; return the future of the last one."""
     named = [(name, value, list(tasks)) for name, value in notes.items()]
-    expr, last = BlockExpr.compact(tasks, named, bundles), list(tasks)[-1]
+    together = [each if isinstance(each, Together) else Together(each[-1], each) for each in bundles]
+    expr, last = BlockExpr.compact(tasks, named, together), list(tasks)[-1]
     return client._graph_to_futures(expr, [last], span_metadata={})[last]
 
 
@@ -136,6 +138,75 @@ def test_retries_are_those_that_the_user_gave(alone: distributed.Client, tmp_pat
         future = sent(alone, tasks, tuple(tasks), **({"retries": retries} if retries else {}))
         wait(future)
         assert (future.status == "finished") is (times <= retries + 1)
+
+
+def beside(name: str, *functions: Callable[..., Any]) -> tuple[dict[Key, GraphNode], Together]:
+    """Return tasks of which the middle ones are a bundle with several results: one before, one after each, and the end.
+
+    Those after are ``name-after-0`` and so on; ``name-end`` needs the first two of them.
+    """
+    tasks: dict[Key, GraphNode] = {f"{name}-before": Task(f"{name}-before", inc, 0)}
+    places = range(len(functions))
+    each = [f"{name}-{n}" for n in places]
+    tasks |= {
+        key: Task(key, function, TaskRef(f"{name}-before")) for key, function in zip(each, functions, strict=True)
+    }
+    tasks |= {f"{name}-after-{n}": Task(f"{name}-after-{n}", inc, TaskRef(each[n])) for n in places}
+    end = f"{name}-end"
+    tasks[end] = Task(end, max, TaskRef(f"{name}-after-0"), TaskRef(f"{name}-after-1"))
+    return tasks, Together(f"{name}-together", tuple(each), tuple(each))
+
+
+def several(client: distributed.Client, tasks: dict[Key, GraphNode], together: Together, *wanted: Key) -> Any:
+    """Submit tasks with a bundle, and return the futures of some of them."""
+    expr = BlockExpr.compact(tasks, [], [together])
+    found = client._graph_to_futures(expr, list(wanted), span_metadata={})
+    return [found[key] for key in wanted]
+
+
+def test_a_bundle_with_several_results(alone: distributed.Client) -> None:
+    tasks, together = beside("some", inc, inc, inc)
+    futures = several(alone, tasks, together, "some-end", "some-after-2")
+    assert alone.gather(futures) == [3, 3]
+    assert "some-together" in known(alone, "some") and "some-0" not in known(alone, "some")
+    del futures
+    until(lambda: not known(alone, "some"))
+
+
+def test_one_of_several_results_fails(alone: distributed.Client) -> None:
+    """Only what depends on it fails, and it is to blame."""
+    tasks, together = beside("one", inc, inc, guilty, inc)
+    end, failed, fine = futures = several(alone, tasks, together, "one-end", "one-after-2", "one-after-3")
+    wait(futures)
+    assert (end.result(), fine.result()) == (3, 3)
+    with pytest.raises(ZeroDivisionError, match="on purpose with 1"):
+        failed.result()
+    assert traceback.extract_tb(failed.traceback())[-1].name == "guilty"
+    assert alone.sync(alone.scheduler.get_error_cause, keys=["one-after-2"]) == "one-2"
+    assert "one-together" not in known(alone, "one")
+    for future in futures:
+        future.release()
+    until(lambda: not known(alone, "one"))
+
+
+def test_a_worker_dies_of_one_of_several_results(alone: distributed.Client, tmp_path: Path) -> None:
+    path = tmp_path / "died"
+    tasks, together = beside("mortals", inc, lambda x: dying(x, path), inc)
+    futures = several(alone, tasks, together, "mortals-end", "mortals-after-2")
+    assert alone.gather(futures) == [3, 3]
+
+
+def test_a_bundle_that_needs_another_one_fails(alone: distributed.Client) -> None:
+    """Its tasks find what they need where it is."""
+    tasks, together = beside("two", inc, inc)
+    tasks["two-end"] = Task("two-end", guilty, TaskRef("two-after-1"))
+    tasks["two-last"] = Task("two-last", max, TaskRef("two-end"), TaskRef("two-after-0"))
+    future = sent(alone, tasks, together, ("two-after-0", "two-after-1", "two-end", "two-last"))
+    with pytest.raises(ZeroDivisionError, match="on purpose with 3"):
+        future.result(timeout=30)
+    assert alone.sync(alone.scheduler.get_error_cause, keys=["two-last"]) == "two-end"
+    future.release()
+    until(lambda: not known(alone, "two"))
 
 
 def dying(x: int, path: Path) -> int:

@@ -22,7 +22,7 @@ from daskfed.site.bundles import Bundle
 from tests.unit.client.graph_tools import opened
 
 ALWAYS = Bundling(always=True)
-NO_LIMITS = Limits(1000.0, 1000, float("inf"))
+NO_LIMITS = Limits(1000.0, 1000, float("inf"), 1000)
 TINY = Learned(0.0001, 8)
 KINDS = (Constraint(), Constraint(sites=("north",)), Constraint(retries=2))
 SPANS = (None, {"name": ("a",), "ids": ("1",)}, {"name": ("b",), "ids": ("2",)})
@@ -52,7 +52,7 @@ def members(block: dict[Key, GraphNode]) -> list[list[Key]]:
 def bundles_of(tasks: dict[Key, GraphNode], *outputs: Key, seconds: float = 0.001, limits: Limits = NO_LIMITS) -> Any:
     """Return the bundles of tasks that are all alike."""
     facts = {key: Fact(None, seconds) for key in tasks}
-    return bundled(tasks, outputs, facts, lambda key: 8, limits)
+    return [each.tasks for each in bundled(tasks, outputs, facts, lambda key: 8, limits)]
 
 
 def chain(length: int) -> dict[Key, GraphNode]:
@@ -134,10 +134,11 @@ def test_results_that_are_large_stay_where_they_are() -> None:
     def nbytes(key: Any) -> int:
         return sizes.get(key.split("-")[0], 8)
 
-    ((*others, last),) = bundled(tasks, ("sum",), facts, nbytes, NO_LIMITS._replace(nbytes=1000))
-    assert last == "sum" and len(others) == 1
+    few = NO_LIMITS._replace(nbytes=1000)
+    (found,) = bundled(tasks, ("sum",), facts, nbytes, few)
+    assert found.key == "sum" and len(found.tasks) == 2
     sizes["x"] = 100
-    assert [len(keys) for keys in bundled(tasks, ("sum",), facts, nbytes, NO_LIMITS._replace(nbytes=1000))] == [9]
+    assert [len(each.tasks) for each in bundled(tasks, ("sum",), facts, nbytes, few)] == [9]
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

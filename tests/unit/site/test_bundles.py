@@ -12,8 +12,9 @@ import weakref
 import distributed
 import pytest
 
-from daskfed.dask_private import Alias, DataNode, Task, TaskRef
-from daskfed.site.bundles import RUN, Bundle, run_bundle, with_bundles
+from daskfed.dask_private import Alias, DataNode, GraphNode, Task, TaskRef
+from daskfed.messages import Key
+from daskfed.site.bundles import RUN, Bundle, Together, run_bundle, with_bundles
 
 CONSTANT = DataNode("c", 5)
 SUM = Task("sum", operator.add, TaskRef("x"), TaskRef("c"))
@@ -79,7 +80,7 @@ def test_values_are_let_go_as_soon_as_nobody_needs_them() -> None:
         Task("c", make, TaskRef("b")),
         Task("n", count, TaskRef("c")),
     ]
-    assert run_bundle(needs=(), tasks=tasks) == 1
+    assert run_bundle(needs=(), tasks=tasks, results=()) == 1
 
 
 SCRIPT = """
@@ -97,14 +98,54 @@ def test_workers_need_no_daskfed() -> None:
 
 
 def test_what_is_sent_with_each_is_short() -> None:
-    assert len(RUN) < 3000
+    assert len(RUN) < 4500
 
 
 def test_bundles_in_a_graph() -> None:
-    graph = {"x": Task("x", int), **{task.key: task for task in TASKS}, "z": Task("z", abs, TaskRef("product"))}
-    made = with_bundles(graph, [("c", "sum", "product")])
+    graph: dict[Key, GraphNode] = {"x": Task("x", int), **{task.key: task for task in TASKS}, "z": Task("z", abs, TaskRef("product"))}
+    made = with_bundles(graph, [Together("product", ("c", "sum", "product"))])
     assert list(made) == ["x", "product", "z"]
     assert isinstance(made["product"], Bundle) and made["z"] is graph["z"]
+
+
+PAIR = Together("both", ("a", "b"), ("a", "b"))
+USED: dict[Key, GraphNode] = {
+    "a": Task("a", operator.add, TaskRef("x"), 1),
+    "b": Task("b", operator.add, TaskRef("x"), 2),
+    "c": Task("c", operator.mul, TaskRef("a"), TaskRef("b")),
+    "d": Task("d", operator.neg, TaskRef("c")),
+}
+
+
+def test_a_bundle_may_have_several_results() -> None:
+    """Who needs one of them takes it from there."""
+    made = with_bundles(USED, [PAIR])
+    assert list(made) == ["both", "c", "d"] and made["d"] is USED["d"]
+    results = made["both"]({"x": 1})
+    assert results == {"a": 2, "b": 3}
+    assert made["c"].dependencies == {"both"}
+    assert pickle.loads(pickle.dumps(made["c"]))({"both": results}) == 6
+
+
+def test_tasks_that_need_results_of_a_bundle_may_be_in_one() -> None:
+    made = with_bundles(USED, [PAIR, Together("d", ("c", "d"))])
+    assert list(made) == ["both", "d"]
+    results = made["both"]({"x": 1})
+    assert made["d"]({"both": results}) == -6
+    last = made["d"]
+    assert isinstance(last, Bundle)
+    c, d = last.parts().values()
+    assert c.dependencies == {"both"} and c({"both": results}) == 6 and d is USED["d"]
+
+
+def test_what_needs_results_of_a_bundle_when_that_is_no_more() -> None:
+    """It depends on the tasks that make them, and is itself again."""
+    made = with_bundles(USED, [PAIR, Together("other", ("c",), ("c",))])
+    user = made["other"]
+    assert isinstance(user, Bundle)
+    assert user.without("both").dependencies == {"a", "b"}
+    alone = with_bundles(USED, [PAIR])["c"]
+    assert isinstance(alone, Bundle) and alone.without("both") == USED["c"]
 
 
 def test_an_error_is_that_of_the_task() -> None:
