@@ -263,7 +263,7 @@ class _Growth:
 
 
 def level_bundles(growth: _Growth, limits: Limits) -> list[Together]:
-    """Return bundles of parts that do not need each other, where the results are small and only timed tasks need them."""
+    """Return bundles of parts that do not need each other, whose results are small and needed by timed tasks only."""
     found = []
     for parts in _levels(growth).values():
         room = -(-len(parts) // limits.side)

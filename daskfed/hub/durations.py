@@ -1,8 +1,8 @@
 """Telling clients how long tasks take, so that they can have tiny ones run several as one.
 
 A client is told of the prefixes that its own graphs have used, and of all once it has sent a graph that nobody opened.
-It is told when what is known of one has changed much, and of many at a time: what it costs does not grow with the number
-of tasks.
+It is told when what is known of one has changed much, and of many at a time: what it costs does not grow with the
+number of tasks.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Bundle(Task):
         return Counter(key_split(task.key) for task in self.tasks)
 
     def parts(self) -> dict[Key, GraphNode]:
-        """Return the tasks in it by their keys; where it gives what the last gives, that has its key, whatever it is."""
+        """Return the tasks in it by their keys; the last has that of the bundle, if it gives what the last gives."""
         tasks = {task.key: task for task in self.tasks}
         if not self.results:
             tasks[self.key] = tasks.pop(self.tasks[-1].key).substitute({}, key=self.key)
@@ -198,7 +198,7 @@ def has_failed(task: Any) -> bool:
 
 
 def end_overdue(scheduler: Any) -> None:
-    """Have workers give up bundles that have run too long; of these :func:`has_failed` is true when they are released."""
+    """Have workers give up bundles that have run too long: they count as failed."""
     running = ((task, seconds) for each in scheduler.workers.values() for task, seconds in each.executing.items())
     for task in [task for task, seconds in running if seconds > OVERDUE_S and isinstance(task.run_spec, Bundle)]:
         if task.state == "processing":

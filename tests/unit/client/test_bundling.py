@@ -18,7 +18,7 @@ from daskfed.client.graphs import MaterialisedGraph
 from daskfed.client.submission import Submission, plan_graph
 from daskfed.dask_private import Alias, DataNode, GraphNode, P2PBarrierTask, Task, TaskRef
 from daskfed.messages import Constraint, Key
-from daskfed.site.bundles import Bundle
+from daskfed.site.bundles import Bundle, Together
 from tests.unit.client.graph_tools import opened
 
 ALWAYS = Bundling(always=True)
@@ -139,6 +139,41 @@ def test_results_that_are_large_stay_where_they_are() -> None:
     assert found.key == "sum" and len(found.tasks) == 2
     sizes["x"] = 100
     assert [len(each.tasks) for each in bundled(tasks, ("sum",), facts, nbytes, few)] == [9]
+
+
+def wide(width: int) -> dict[Key, GraphNode]:
+    """Return tasks each of which two others need, and the sum of those."""
+    tasks: dict[Key, GraphNode] = {f"a-{n}": Task(f"a-{n}", add, n) for n in range(width)}
+    pairs = [(f"b-{n}", f"a-{n}", f"a-{(n + 1) % width}") for n in range(width)]
+    tasks |= {key: Task(key, add, TaskRef(one), TaskRef(other)) for key, one, other in pairs}
+    tasks["end"] = Task("end", add, *(TaskRef(key) for key, *_ in pairs))
+    return tasks
+
+
+def found_in(tasks: dict[Key, GraphNode], *outputs: Key, side: int = 1, slow: str = "") -> list[Together]:
+    """Return the bundles of tasks that are all alike, but for those whose keys begin with what is slow."""
+    facts = {key: Fact(None, 0.001) for key in tasks if not (slow and str(key).startswith(slow))}
+    return bundled(tasks, outputs, facts, lambda key: 8, NO_LIMITS._replace(side=side))
+
+
+def test_tasks_that_several_need_go_together() -> None:
+    end, sources = found_in(wide(12), "end")
+    assert end.tasks[-1] == end.key == "end" and len(end.tasks) == 13
+    assert sources.tasks == sources.results == tuple(f"a-{n}" for n in range(12))
+    assert dask.utils.key_split(sources.key) == "a-bundle"
+
+
+def test_several_run_side_by_side() -> None:
+    """As many as threads are to be kept busy."""
+    _, *sources = found_in(wide(12), "end", side=4)
+    assert [len(each.tasks) for each in sources] == [3, 3, 3, 3]
+    assert len(found_in(wide(12), "end", side=12)) == 1
+
+
+def test_what_others_need_too_is_not_among_several_results() -> None:
+    """The user, or a task that nobody has timed."""
+    assert "a-3" not in found_in(wide(12), "end", "a-3")[-1].tasks
+    assert found_in(wide(12), "end", slow="b") == []
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
