@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from daskfed.hub.clients import ClientSession
@@ -35,7 +36,7 @@ class Scene:
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self.stream = Stream()
-        self.session = ClientSession("c", self.stream, "me")  # type: ignore[arg-type]
+        self.session = ClientSession("c", self.stream, "me")
         self.session.federated = self.session.fuses = True
         hub.sessions.sessions["c"] = self.session
 
