@@ -14,7 +14,7 @@ from dask.delayed import Delayed
 
 TASKS = 10_000
 FAN = 4  # of the tree
-PARTS = 2_000  # of the dataframe
+PARTS = 1_000  # of the dataframe
 NEAR = 200  # tasks back that one of a random graph may need
 
 _numbers = itertools.count()
@@ -26,11 +26,11 @@ def array() -> Any:
 
 
 def groupby() -> Any:
-    """The mean of a column by another one, of a frame in many small parts."""
+    """The mean of a column by another one, of a frame in many small parts, without a shuffle."""
     frame = pd.DataFrame({"a": range(4 * PARTS), "b": range(4 * PARTS)}).assign(b=lambda f: f.b % 7)
     lazy = dd.from_pandas(frame, npartitions=PARTS)
     number = next(_numbers)
-    return lazy.assign(a=lazy.a + number)[lazy.b != number % 7].groupby("b").a.mean()
+    return lazy.assign(a=lazy.a + number)[lazy.b != number % 7].groupby("b").a.mean(split_out=1)
 
 
 def tree() -> Delayed:
