@@ -47,7 +47,8 @@ def guilty(x: int) -> int:
 @pytest.fixture(scope="module")
 def checked() -> Iterator[distributed.Client]:
     """A stock cluster with our plugin; its scheduler checks its books at every transition."""
-    strict = {"dashboard": False, "validate": True, "plugins": [SiteReporter("nobody")]}
+    plugin = SiteReporter("nobody")
+    strict = {"dashboard": False, "validate": True, "plugins": [plugin], "allowed_failures": 1}
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "scheduler_kwargs": strict}
     with LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         yield client
@@ -226,18 +227,6 @@ def test_a_worker_dies_of_a_bundle(alone: distributed.Client, tmp_path: Path) ->
     assert len(known(alone, "dying")) == len(tasks)
 
 
-def deadly(x: int) -> int:
-    """End the worker."""
-    os._exit(1)
-
-
-def test_a_task_of_a_bundle_kills_every_worker(alone: distributed.Client) -> None:
-    tasks = chained("deadly", inc, deadly, inc)
-    future = sent(alone, tasks, tuple(tasks))
-    with pytest.raises(distributed.KilledWorker, match="deadly-1"):
-        future.result(timeout=100)
-
-
 def leaving(x: int) -> int:
     """Leave the thread pool, for good."""
     distributed.secede()
@@ -292,6 +281,18 @@ def test_a_key_that_the_scheduler_knows(alone: distributed.Client) -> None:
     with pytest.raises(ZeroDivisionError, match="integer division"):
         future.result(timeout=30)
     assert alone.sync(alone.scheduler.get_error_cause, keys=["done"]) == "more"
+
+
+def deadly(x: int) -> int:
+    """End the worker."""
+    os._exit(1)
+
+
+def test_a_task_of_a_bundle_kills_every_worker(alone: distributed.Client) -> None:
+    tasks = chained("deadly", inc, deadly, inc)
+    future = sent(alone, tasks, tuple(tasks))
+    with pytest.raises(distributed.KilledWorker, match="deadly-1"):
+        future.result(timeout=100)
 
 
 # -- a federation ------------------------------------------------------------------------------------------------------
