@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array as da
 import distributed
 import pytest
 from dask.delayed import Delayed
@@ -429,3 +430,21 @@ def test_a_span_stays(forced: Client) -> None:
     with distributed.span("other"):
         more = dask.delayed(inc)(chain[-1], dask_key_name="spanned-more")
     assert forced.compute(more).result() == CHAIN + 1
+
+
+# -- one site ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_only_site_bundles_too() -> None:
+    """Its graphs are opened for that, and stay whole; what is known of earlier ones is used."""
+    always = dask.config.set({"daskfed.client.fusion": "always"})
+    with always, Client(n_workers=2, threads_per_worker=1, **NO_DASHBOARD) as client:
+        x = da.arange(1000, chunks=10)
+        kept = (x * 2).persist()
+        assert int((x + 1).sum().compute()) == 500500
+        assert int(kept.max().compute()) == 1998 and len(kept.compute()) == 1000
+        future = client.submit(inc, 1)
+        assert dask.delayed(inc)(dask.delayed(inc)(future)).compute() == 4
+        failed = client.compute(lazy_chain("lone", inc, guilty, inc)[-1])
+        wait(failed)
+        assert client.sync(client.scheduler.get_error_cause, keys=[failed.key]) == "lone-1"
