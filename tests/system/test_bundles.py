@@ -437,8 +437,8 @@ def test_a_span_stays(forced: Client) -> None:
 
 def test_the_only_site_bundles_too() -> None:
     """Its graphs are opened for that, and stay whole; what is known of earlier ones is used."""
-    always = dask.config.set({"daskfed.client.fusion": "always"})
-    with always, Client(n_workers=2, threads_per_worker=1, **NO_DASHBOARD) as client:
+    options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, **NO_DASHBOARD}
+    with dask.config.set({"daskfed.client.fusion": "always"}), Client(**options) as client:
         x = da.arange(1000, chunks=10)
         kept = (x * 2).persist()
         assert int((x + 1).sum().compute()) == 500500
