@@ -18,7 +18,7 @@ from daskfed.errors import ConfigurationError
 
 STOCK_INTERVALS = {"tick": "20ms", "system_monitor": "500ms"}
 LOST_WORKER = "5m"
-AUTO, ALWAYS, NEVER = LANES = ("auto", "always", "never")
+AUTO, ALWAYS, NEVER = WHEN = ("auto", "always", "never")
 DEFAULT_GRACE = "1h"
 DEFAULT_SITE_TIMEOUT = "5m"
 DEFAULT_ORPHAN_TIMEOUT = "1h"
@@ -147,9 +147,22 @@ def lanes() -> str:
 
     ``daskfed.client.lanes`` in Dask's configuration, by default "auto". Raises ConfigurationError for another word.
     """
-    given = str(dask.config.get("daskfed.client.lanes", AUTO))
-    if given not in LANES:
-        raise ConfigurationError(f"daskfed.client.lanes is {given!r}: {hint_for(given, LANES, 'it may be')}")
+    return _when("daskfed.client.lanes", AUTO)
+
+
+def fusion() -> str:
+    """Return whether tiny tasks of graphs run several as one: "auto", once it is known how long they take; or not.
+
+    ``daskfed.client.fusion`` in Dask's configuration; also "always", whatever may run so, and "never". Raises
+    ConfigurationError for another word.
+    """
+    return _when("daskfed.client.fusion", NEVER)
+
+
+def _when(setting: str, default: str) -> str:
+    given = str(dask.config.get(setting, default))
+    if given not in WHEN:
+        raise ConfigurationError(f"{setting} is {given!r}: {hint_for(given, WHEN, 'it may be')}")
     return given
 
 

@@ -10,10 +10,11 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-import daskfed
 import psutil
 from _calls import WORKERS, nothing
 from _common import hub_and_sites, verdict
+
+import daskfed
 
 CALLS = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
 CHUNK = 1000

@@ -28,6 +28,7 @@ from toolz import merge
 from daskfed.client import hooks, opening, progress
 from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
+from daskfed.client.bundling import Bundling, Learned
 from daskfed.client.cached_values import CachingRPC
 from daskfed.client.caching import Cache, Caching, asked_for
 from daskfed.client.calling import Call, Functions, Outbox, call_of, submission_of
@@ -55,7 +56,7 @@ from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wante
 from daskfed.client.submission import Submission, plan_calls, plan_graph, plan_lanes
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.collecting import Relaxed, paused_collection
-from daskfed.config import NEVER, client_grace_s, lanes, site_timeout_s
+from daskfed.config import ALWAYS, AUTO, NEVER, client_grace_s, fusion, lanes, site_timeout_s
 from daskfed.dask_private import GraphNode, LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
@@ -69,6 +70,7 @@ FLUSH_S = 0.001  # what is sent to the hub within this time travels together; a 
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
+PLACING = frozenset({"workers", "allow_other_workers", "resources", "restrictions", "loose_restrictions"})
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
 
 
@@ -115,6 +117,8 @@ class Client(Retrying, Observing, ActingClient):
         opens = kwargs.get("deserializers") or kwargs.get("serializers") or ("pickle",)
         self._lanes = lanes() if "pickle" in opens else NEVER  # as what comes home from lanes is pickled
         self._collector = Relaxed()
+        self._fusion = fusion()
+        self._learned: dict[str, Learned] = {}  # by prefix
         set_sites_lookup(_sites_of_current_client)
         with dask.config.set({} if self._embedded_profile is None else {"scheduler-address": None}):
             super().__init__(address, **kwargs)
@@ -133,6 +137,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-bring-data": self._handle_bring_data,
             "fed-drop-copies": self._handle_drop_copies,
             "fed-ended": self._handle_ended,
+            "fed-learned": self._handle_learned,
         }
         self._outbox = Outbox(
             lambda call: self.loop.add_callback(call), self._send_to_scheduler_safe, self._packed_calls
@@ -204,6 +209,7 @@ class Client(Retrying, Observing, ActingClient):
         if not self._fixed_single:
             self.direct_to_workers = False  # sites cannot be dialled
         me = {"owner": getpass.getuser(), "patience_s": site_timeout_s(), "secret": self._secret}
+        me["fuses"] = self._fusion == AUTO
         self.scheduler_comm.send({"op": "fed-hello", "protocol": PROTOCOL_VERSION, **me})
         if self._epoch:
             self._subscribe_again()
@@ -276,6 +282,17 @@ class Client(Retrying, Observing, ActingClient):
         self._packages.sites_changed(sites)
         if problems := differences(joined):
             warnings.warn(VersionMismatchWarning("Mismatched versions found:\n" + "\n".join(problems)), stacklevel=2)
+
+    def _handle_learned(self, prefixes: Mapping[str, tuple[float, int]]) -> None:
+        """The hub says how long tasks take that this client has submitted, and how large their results are."""
+        self._learned |= {prefix: Learned.told(*known) for prefix, known in prefixes.items()}
+
+    def _bundling(self) -> Bundling | None:
+        """Return how tiny tasks are to run several as one, None where they are not."""
+        if self._fusion == NEVER:
+            return None
+        threads = sum(facts.get("threads", 0) for facts in self._sites.values())
+        return Bundling(dict(self._learned), threads, self._fusion == ALWAYS)
 
     def _handle_refused(self, reason: str) -> None:
         raise ConnectionRefused(reason)
@@ -422,7 +439,8 @@ class Client(Retrying, Observing, ActingClient):
         self._check_sites(annotations)
         self._check_workers(annotations)
         calls = self._calls_for_lanes(expr, annotations, actors) if self._fixed_single else None
-        if self._fixed_single and calls is None and self._may_pass_whole(expr, annotations, is_call):
+        whole = self._fixed_single and calls is None and not self._may_bundle(expr, annotations, actors)
+        if whole and self._may_pass_whole(expr, annotations, is_call):
             with suppress(BlocksNeeded), pickled_futures():
                 return super()._graph_to_futures(  # type: ignore[no-any-return]
                     expr, keys, span_metadata, self._workers_here(workers), allow_other_workers, internal_priority,
@@ -463,6 +481,8 @@ class Client(Retrying, Observing, ActingClient):
                 return self._submit_calls(expr, keys, annotations, bool(actor_keys(actors, keys)), asked)
         named = actor_keys(actors, keys)
         graph = materialise(expr, keys, annotations, named)
+        if self._fixed_single:  # whose scheduler puts results together as it always does
+            graph = replace(graph, finals=frozenset())
         _check_actors(named, graph.tasks)
         self._know_sites_of(set(graph.constraints.values()))
         self._finish_releasing(graph.tasks)
@@ -484,6 +504,11 @@ class Client(Retrying, Observing, ActingClient):
         futures = {key: Future(key, self) for key in keys}
         self._send(submission, keys, held)
         return futures
+
+    def _may_bundle(self, expr: Any, annotations: Mapping[str, Any], actors: Any) -> bool:
+        """Whether a graph for the only site is to be opened here, since tasks of it may be tiny."""
+        bundling = None if actors or _one_by_one(expr) or PLACING.intersection(annotations) else self._bundling()
+        return bundling is not None and bundling.is_useful
 
     def _calls_for_lanes(self, expr: Any, annotations: Mapping[str, Any], actors: Any) -> Submission | None:
         """Return the blocks of calls that may all go down lanes; else None: the only site takes them as they are."""
@@ -508,7 +533,7 @@ class Client(Retrying, Observing, ActingClient):
         for constraint in set(graph.constraints.values()):
             self._check_constraint(constraint)
         held = self._hold(external_futures(graph))
-        submission = plan_graph(graph, self._block_ids(), actors)
+        submission = plan_graph(graph, self._block_ids(), actors, self._bundling(), whole=self._fixed_single)
         self._place_by_packages(submission, asked)
         inputs = {key: Future(key, self) for key in graph.wanted}
         futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}

@@ -59,11 +59,10 @@ def cut(
     """
     if slabs < 1 or cap < 1:
         raise ValueError(f"slabs and cap must be positive, not {slabs} and {cap}")
-    # A key that stands for itself is a future: its result is known outside.
-    graph = {key: node for key, node in graph.items() if key not in node.dependencies}
+    graph = _without_futures(graph)
     if not graph:
         return []
-    ranks = cast("Mapping[Key, int]", order(cast(Any, graph))) if rank is None else rank
+    ranks = _order(graph) if rank is None else rank
     constraints = constraints or {}
     wanted_here = set(wanted)
     nodes = contract(graph, ranks, constraints, wanted_here & constraints.keys(), cap, near or {})
@@ -73,6 +72,30 @@ def cut(
     assembly = _Assembly(graph, wanted_here, constraints, ranks, stages)
     pieces = map(assembly.piece, stages.grow())
     return assembly.with_outputs(sorted(pieces, key=lambda piece: (piece.stage, piece.rank)))
+
+
+def uncut(graph: Mapping[Key, GraphNode], wanted: Collection[Key]) -> list[Piece]:
+    """Return a graph without constraints as one piece, as :func:`cut` would if it might be as large; none of nothing.
+
+    Raises RuntimeError where the graph has a cycle.
+    """
+    if not (graph := _without_futures(graph)):
+        return []
+    ranks = _order(graph)
+    tasks = {key: graph[key] for key in sorted(graph, key=ranks.__getitem__)}
+    inputs = sorted({need for node in tasks.values() for need in node.dependencies}.difference(tasks), key=str)
+    asked = set(wanted)
+    outputs = tuple(key for key in tasks if key in asked)
+    return [Piece(tasks, tuple(inputs), outputs, Constraint(), 0, 0, dict(ranks))]
+
+
+def _without_futures(graph: Mapping[Key, GraphNode]) -> Mapping[Key, GraphNode]:
+    """Return a graph without keys that stand for themselves: such a one is a future, and its result known outside."""
+    return {key: node for key, node in graph.items() if key not in node.dependencies}
+
+
+def _order(graph: Mapping[Key, GraphNode]) -> Mapping[Key, int]:
+    return cast("Mapping[Key, int]", order(cast(Any, graph)))
 
 
 class _Assembly:

@@ -37,6 +37,7 @@ from daskfed.dask_private import (
     cull,
 )
 from daskfed.messages import Constraint, Key
+from daskfed.site.bundles import Together, with_bundles
 
 _NO_NOTE: Note = {}
 
@@ -84,8 +85,15 @@ def external_futures(graph: MaterialisedGraph) -> set[Key]:
     return {dep for node in graph.tasks.values() for dep in node.dependencies}.union(graph.wanted) - graph.tasks.keys()
 
 
-def block_payload(graph: MaterialisedGraph, tasks: Mapping[Key, GraphNode] | Iterable[Key]) -> BlockExpr:
-    """Return what carries some tasks of a graph to a site, with their annotations; ready to be pickled."""
+def block_payload(
+    graph: MaterialisedGraph,
+    tasks: Mapping[Key, GraphNode] | Iterable[Key],
+    bundles: Collection[Together] = (),
+) -> BlockExpr:
+    """Return what carries some tasks of a graph to a site, with their annotations; ready to be pickled.
+
+    Each of ``bundles`` is some of the tasks that are to run as one.
+    """
     if not isinstance(tasks, Mapping):
         tasks = {key: graph.tasks[key] for key in tasks}
     by_constraint: dict[Constraint, list[Key]] = {}
@@ -97,18 +105,18 @@ def block_payload(graph: MaterialisedGraph, tasks: Mapping[Key, GraphNode] | Ite
         for name, value in annotations_of(constraint).items()
     ]
     notes += _grouped(_restricted(graph.annotations, tasks))
-    return BlockExpr.compact(dict(tasks), notes)
+    return BlockExpr.compact(dict(tasks), notes, bundles)
 
 
 class BlockExpr(LLGExpr):
     """Tasks with annotations, to be opened by the stock scheduler of a site.
 
     ``notes`` is a tuple of (name of an annotation, its value, keys that have it or None for all), so that a thousand
-    tasks with the same annotation cost little more than one.
+    tasks with the same annotation cost little more than one. ``bundles`` says which tasks the scheduler gets as one.
     """
 
-    _parameters = ["dsk", "notes"]
-    _defaults = {"notes": ()}
+    _parameters = ["dsk", "notes", "bundles"]
+    _defaults = {"notes": (), "bundles": ()}
 
     @classmethod
     def of(cls, tasks: Mapping[Key, GraphNode], annotations: Mapping[str, Mapping[Key, Any]]) -> BlockExpr:
@@ -116,10 +124,24 @@ class BlockExpr(LLGExpr):
         return cls.compact(tasks, _grouped(annotations))
 
     @classmethod
-    def compact(cls, tasks: Mapping[Key, GraphNode], notes: Iterable[tuple[str, Any, Collection[Key]]]) -> BlockExpr:
+    def compact(
+        cls,
+        tasks: Mapping[Key, GraphNode],
+        notes: Iterable[tuple[str, Any, Collection[Key]]],
+        bundles: Iterable[Together] = (),
+    ) -> BlockExpr:
         """Make one from tasks and (name of an annotation, value, keys); a token, else Dask would hash every task."""
         short = tuple((name, value, None if len(keys) == len(tasks) else list(keys)) for name, value, keys in notes)
-        return cls(dict(tasks), short, _determ_token=uuid.uuid4().hex)
+        return cls(dict(tasks), short, tuple(bundles), _determ_token=uuid.uuid4().hex)
+
+    @property
+    def tasks(self) -> Tasks:
+        """The tasks as they are without bundles."""
+        return self.operand("dsk")  # type: ignore[no-any-return]
+
+    def _layer(self) -> Tasks:
+        bundles = self.operand("bundles")
+        return with_bundles(self.tasks, bundles) if bundles else self.tasks
 
     def __dask_annotations__(self) -> dict[str, dict[Key, Any]]:
         """Return name of an annotation -> key -> value."""

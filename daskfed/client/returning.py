@@ -20,6 +20,7 @@ from distributed.comm.core import CommClosedError
 from distributed.protocol.serialize import deserialize
 
 from daskfed.client.gathering import Stream
+from daskfed.client.graphs import BlockExpr
 from daskfed.client.lanes import calls_of
 from daskfed.client.submission import Submission
 from daskfed.comm.opaque import OpaqueError
@@ -240,7 +241,8 @@ class PatientRPC:
 
 
 def _tasks_of(expr: Any) -> Mapping[Key, Any]:
-    return deserialize(expr.header, expr.frames).__dask_graph__()  # type: ignore[no-any-return]
+    opened = deserialize(expr.header, expr.frames)
+    return opened.tasks if isinstance(opened, BlockExpr) else opened.__dask_graph__()
 
 
 def is_broken(exc: OSError) -> bool:

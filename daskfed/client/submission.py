@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,14 +12,16 @@ from distributed.protocol import to_serialize
 from distributed.protocol.serialize import Serialized, serialize
 from distributed.utils import nbytes
 
+from daskfed.client.bundling import Bundling
 from daskfed.client.calls import Calls
 from daskfed.client.constraints import annotations_of
-from daskfed.client.cutting import Piece, cut
+from daskfed.client.cutting import Piece, cut, uncut
 from daskfed.client.graphs import BlockExpr, MaterialisedGraph, block_payload
 from daskfed.client.lanes import payload_for_lanes
 from daskfed.client.versions import PYTHON
 from daskfed.config import NEVER
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
+from daskfed.site.bundles import Together
 
 LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
 
@@ -57,16 +59,52 @@ class Submission:
         self.payloads.append({**payload, "actors": actors} if actors else payload)
 
 
-def plan_graph(graph: MaterialisedGraph, ids: Iterator[str], actors: Collection[Key] = ()) -> Submission:
+def plan_graph(
+    graph: MaterialisedGraph,
+    ids: Iterator[str],
+    actors: Collection[Key] = (),
+    bundling: Bundling | None = None,
+    whole: bool = False,
+) -> Submission:
     """Cut a graph and pickle each piece; ``actors`` are the keys of tasks that make actors.
 
-    Raises TypeError where a task cannot be pickled.
+    Without ``bundling`` no tasks run as one. A graph is not cut if it is to stay ``whole``, as there is but one site,
+    and has no constraints. Raises TypeError where a task cannot be pickled.
     """
     submission = Submission()
-    for piece in cut(graph.tasks, graph.wanted, graph.constraints, graph.near):
-        spec = replace(_block_of(piece, next(ids)), stateful=not set(actors).isdisjoint(piece.outputs))
-        submission.add(spec, block_payload(graph, piece.tasks), piece.priorities, _actors_behind(piece, actors))
+    pieces = _pieces(graph, whole and not graph.constraints)
+    bundles = _bundles_of(pieces, graph, actors, bundling)
+    for piece, bundled in zip(pieces, bundles, strict=True):
+        ntasks = len(piece.tasks) - sum(len(each.tasks) - 1 for each in bundled)
+        stateful = not set(actors).isdisjoint(piece.outputs)
+        spec = replace(_block_of(piece, next(ids)), stateful=stateful, ntasks=ntasks)
+        priorities = _priorities(piece, bundled)
+        payload = block_payload(graph, piece.tasks, bundled)
+        submission.add(spec, payload, priorities, _actors_behind(piece, actors))
     return submission
+
+
+def _priorities(piece: Piece, bundled: Iterable[Together]) -> dict[Key, int]:
+    """Return the priorities of what the scheduler has; a bundle has that of its first task."""
+    found = dict(piece.priorities)
+    for each in bundled:
+        found[each.key] = min(found.pop(key) for key in each.tasks)
+    return found
+
+
+def _pieces(graph: MaterialisedGraph, whole: bool) -> list[Piece]:
+    return uncut(graph.tasks, graph.wanted) if whole else cut(graph.tasks, graph.wanted, graph.constraints, graph.near)
+
+
+def _bundles_of(
+    pieces: Sequence[Piece], graph: MaterialisedGraph, actors: Collection[Key], bundling: Bundling | None
+) -> list[list[Together]]:
+    """Return the bundles of each piece; a piece with actors has none, since each of them is named to its site."""
+    if bundling is None:
+        return [[] for _ in pieces]
+    found = bundling.bundles(graph, [(piece.tasks, piece.outputs) for piece in pieces])
+    plain = [bool(actors) and not piece.tasks.keys().isdisjoint(actors) for piece in pieces]
+    return [[] if alone else each for alone, each in zip(plain, found, strict=True)]
 
 
 def _actors_behind(piece: Piece, actors: Collection[Key]) -> dict[Key, list[Key]]:

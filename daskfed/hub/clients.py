@@ -57,6 +57,9 @@ class ClientSession:
         self.ended = False  # it said that it ends
         self.mark = 0  # the last that it set on its stream
         self.patience_s = inf  # how long its work waits for a site where there is none that may run it
+        self.fuses = False  # it wants to know how long tasks take
+        self.hears_all = False  # of all prefixes, since it has sent a graph of which only the site knows what it uses
+        self.told: dict[str, tuple[float, int] | None] = {}  # prefixes that it uses -> what it knows of each
 
     def owned(self, spec: BlockSpec) -> BlockSpec:
         """Return a block so that it goes only to sites that serve its owner."""
@@ -248,14 +251,19 @@ class ClientSessions:
 
     # -- told by clients ---------------------------------------------------------------------------------------------
 
-    def hello(self, client: str, protocol: int, owner: str, patience_s: float = inf, secret: str = "") -> None:
-        """A client says that it is daskfed's own, for which user it acts, and how long its work waits for a site."""
+    def hello(
+        self, client: str, protocol: int, owner: str, patience_s: float = inf, secret: str = "", fuses: bool = False
+    ) -> None:
+        """A client says that it is daskfed's own, for which user it acts, and how long its work waits for a site.
+
+        Also whether it wants to know how long tasks take.
+        """
         session = self.sessions[client]
         if protocol != PROTOCOL_VERSION:
             problem = f"the hub speaks protocol {PROTOCOL_VERSION}, this client {protocol}: install the same daskfed"
             session.send({"op": "fed-refused", "reason": problem})
             return
-        session.federated, session.secret, session.patience_s = True, secret, patience_s
+        session.federated, session.secret, session.patience_s, session.fuses = True, secret, patience_s, fuses
         session.owner = self.hub.owners.accepted(session.user, owner)
         if secret:
             self.proofs[client] = proof_of(secret)
@@ -284,6 +292,7 @@ class ClientSessions:
                 return
             self.hub.stores.keep_payloads(specs, payloads)
             self.hub.take(ev.BlocksSubmitted(client, specs, tuple(wanted), wait, refused))
+            self.hub.durations.used(self.sessions[client], specs)
 
     async def _bound(
         self, client: str, specs: tuple[BlockSpec, ...]
@@ -372,6 +381,7 @@ class ClientSessions:
         payload = {name: fields[name] for name in OPAQUE_FIELDS if name in fields} | {"keys": list(keys)}
         self.hub.stores.keep_payloads((spec,), (payload,))
         self.hub.take(ev.BlocksSubmitted(client, (spec,), tuple(keys), wait=True))
+        self.hub.durations.used_unseen(session)
 
     def marked(self, client: str, mark: int) -> None:
         """All that a client said before it set this mark was heard."""

@@ -35,6 +35,7 @@ from daskfed.hub.coordination import DESIRE, attach
 from daskfed.hub.core import HubCore
 from daskfed.hub.credentials import Credentials
 from daskfed.hub.dashboard import Dashboard
+from daskfed.hub.durations import Durations
 from daskfed.hub.enrolment import enrol
 from daskfed.hub.fanout import Fanout
 from daskfed.hub.gateway import Gateway, Handlers
@@ -53,6 +54,7 @@ from daskfed.messages import (
     Key,
     KeysFailed,
     KeysMade,
+    Learned,
     Message,
     RunBlock,
     SiteEnds,
@@ -101,6 +103,7 @@ class Hub(Hosting, OpaqueServer):
         self.owners = Owners(self)
         self.credentials = Credentials(self.ports, self.core.ledger.keys)
         self.sessions = ClientSessions(self)
+        self.durations = Durations(self)
         self.fanout = Fanout(self)
         self.gateway = Gateway(self)
         self.actors = Actors(self)
@@ -371,6 +374,8 @@ class Hub(Hosting, OpaqueServer):
         before = self.core.sites[site].status if site in self.core.sites else None
         self.take(ev.FromSite(site, message))
         self.stores.passing = {}
+        if isinstance(message, Learned):
+            self.durations.learnt(prefix for prefix, *_ in message.durations)
         if isinstance(message, SiteStatus) and (before is None or before.workers != message.workers):
             self.sites_changed()
 

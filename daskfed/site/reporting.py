@@ -32,6 +32,7 @@ from distributed.comm.core import CommClosedError
 
 from daskfed.messages import Key
 from daskfed.site.attached import Attached
+from daskfed.site.bundles import Bundle, end_overdue, expect_failures, has_failed, take_apart
 
 LOAD_S = 0.05
 BUSY_S = 0.25
@@ -57,13 +58,15 @@ class SiteReporter(Attached):
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
         self._load_timer: Any = None
         self._load_is_due_soon = False
-        self._learned: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+        self._durations: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])  # prefix -> tasks, seconds
+        self._sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])  # prefix -> results, bytes
         scheduler.stream_handlers["fed-import"] = self.expect_imports
         scheduler.stream_handlers["fed-released"] = self.end_imports
         scheduler.stream_handlers["fed-renew"] = self.renew
         scheduler.stream_handlers["fed-claim"] = self.claim
         scheduler.handlers["fed-find"] = self.find
-        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S))
+        overdue = lambda: end_overdue(scheduler)  # noqa: E731
+        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (overdue, STATUS_S))
         self._tell_status()
         self._tell_load()
 
@@ -100,12 +103,24 @@ class SiteReporter(Attached):
             self.importing.discard(key)
             task.run_spec = None  # from here on it is data, as if it had been scattered
         elif startstops:
-            learned = self._learned[task.prefix.name]
-            learned[0] += 1
-            learned[1] += sum(each["stop"] - each["start"] for each in startstops if each["action"] == "compute")
-            learned[2] += task.nbytes
+            seconds = sum(each["stop"] - each["start"] for each in startstops if each["action"] == "compute")
+            self._learn(task, seconds)
         if self._wanted(task):
             self._send({"op": "fed-key", "key": key, "nbytes": task.nbytes})
+
+    def _learn(self, task: Any, seconds: float) -> None:
+        """Note how long a task took, or those of a bundle took on average, and how large its result is."""
+        bundle = task.run_spec if isinstance(task.run_spec, Bundle) else None
+        counts = bundle.prefixes if bundle is not None else {task.prefix.name: 1}
+        tasks = len(bundle.tasks) if bundle is not None else 1
+        for prefix, count in counts.items():
+            learned = self._durations[prefix]
+            learned[0] += count
+            learned[1] += seconds * count / tasks
+        if bundle is None or not bundle.results:
+            sizes = self._sizes[task.prefix.name]
+            sizes[0] += 1
+            sizes[1] += task.nbytes
 
     def _erred(self, key: Key) -> None:
         task = self.scheduler.tasks[key]
@@ -121,10 +136,16 @@ class SiteReporter(Attached):
             self._send({"op": "fed-erred", "key": key, "blame": blame.key})
 
     def _released(self, key: Key, start: str) -> None:
-        """See to a value that was lost, and to a task of no use, which Dask keeps where workers die at a bad moment."""
+        """See to a bundle that failed, to a value that was lost, and to a task of no use.
+
+        The latter Dask keeps where workers die at a bad moment.
+        """
+        task = self.scheduler.tasks[key]
+        if start == "processing" and has_failed(task):
+            take_apart(self.scheduler, task)
         if self._failed and start == "memory":
             self._see_to_failed_inputs(key)
-        if _is_useless(self.scheduler.tasks[key]):
+        if _is_useless(task):
             self.scheduler.loop.add_callback(self._sweep, [key], ())
 
     def _wanted(self, task: Any) -> bool:
@@ -134,6 +155,7 @@ class SiteReporter(Attached):
         self, scheduler: Any, *, client: str, keys: Collection[Key], tasks: Collection[Key] = (), **kwargs: Any
     ) -> None:
         """Tell the sizes of keys that were in memory before a graph asked for them, and sweep what it left useless."""
+        expect_failures(task for key in tasks if (task := scheduler.tasks.get(key)) is not None)
         if client != self.client:
             return
         self._begin_imports(keys)
@@ -359,11 +381,12 @@ class SiteReporter(Attached):
         )
 
     def _tell_learned(self) -> None:
-        if not self._learned:
+        if not self._durations:
             return
-        learned, self._learned = self._learned, defaultdict(lambda: [0, 0.0, 0])
-        durations = [(prefix, int(count), seconds) for prefix, (count, seconds, _) in learned.items()]
-        sizes = [(prefix, int(count), int(nbytes)) for prefix, (count, _, nbytes) in learned.items()]
+        durations = [(prefix, int(count), seconds) for prefix, (count, seconds) in self._durations.items()]
+        sizes = [(prefix, count, nbytes) for prefix, (count, nbytes) in self._sizes.items()]
+        self._durations.clear()
+        self._sizes.clear()
         self._send({"op": "fed-learned", "durations": durations, "sizes": sizes})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import dask
 import pytest
 
-from daskfed.config import DEFAULT_CLUSTER, largest_message, parse_labels
+from daskfed.config import DEFAULT_CLUSTER, fusion, lanes, largest_message, parse_labels
 from daskfed.dask_private import MAX_BUFFER_SIZE
 from daskfed.errors import ConfigurationError
 from daskfed.profile import site_options
@@ -93,3 +93,14 @@ class TestLabels:
     def test_what_is_no_pair(self, pair: str) -> None:
         with pytest.raises(ConfigurationError, match=f"label '{pair}' must be written name=value"):
             parse_labels(("disk=fast", pair))
+
+
+def test_when_tasks_are_bundled_and_calls_go_down_lanes() -> None:
+    assert (fusion(), lanes()) == ("never", "auto")
+    with dask.config.set({"daskfed.client.fusion": "always", "daskfed.client.lanes": "auto"}):
+        assert (fusion(), lanes()) == ("always", "auto")
+    with (
+        dask.config.set({"daskfed.client.fusion": "allways"}),
+        pytest.raises(ConfigurationError, match="daskfed.client.fusion is 'allways': did you mean 'always'"),
+    ):
+        fusion()
