@@ -38,6 +38,7 @@ class ClientNode:
         self.book: dict[str, tuple[BlockSpec, int]] = {}  # its blocks that the hub has not forgotten -> arrival number
         self._place_in_graph: dict[str, int] = {}
         self.borrowed: set[Key] = set()
+        self._given_up: set[Key] = set()  # keys that it did not want any more when it was back: cancelled, or lost
 
     @property
     def acting(self) -> bool:
@@ -84,6 +85,7 @@ class ClientNode:
         self.connected = True
         lost = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
         wanted = tuple(key for key, told in self.held.items() if told not in lost)
+        self._given_up = self.held.keys() - set(wanted)
         for key in wanted:
             self.held[key] = None
         self.sim.log(self.name, f"is back with {len(self.book)} blocks")
@@ -137,6 +139,7 @@ class ClientNode:
             self.held[key] = None
             self.values.pop(key, None)
             self.borrowed.discard(key)
+            self._given_up.discard(key)
         self.sim.payloads |= graph.payloads
         self.sim.specs += graph.blocks
         self.book |= {block.id: (block, 0) for block in graph.blocks}
@@ -186,6 +189,7 @@ class ClientNode:
             keys = tuple(key for key, told in other.held.items() if told in SETTLED and key not in self.held)[:3]
             self.held |= dict.fromkeys(keys)
             self.borrowed.update(keys)
+            self._given_up.difference_update(keys)
             self._say(self.sim.hub.desire, self.name, keys)
 
     def too_late(self, keys: tuple[Key, ...]) -> None:
@@ -227,7 +231,7 @@ class ClientNode:
     def told(self, command: ev.TellClient, failures: dict[Key, Failure]) -> None:
         """The hub says how keys stand."""
         for key in command.keys:
-            if key not in self.held:
+            if key not in self.held or key in self._given_up:  # said before the hub heard that it is back
                 continue
             self.held[key] = None if command.outcome is ev.Outcome.RETRIED else command.outcome
             if key in failures:
