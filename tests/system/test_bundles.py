@@ -265,7 +265,8 @@ def pausing(x: int) -> int:
 def test_tasks_that_take_longer_than_they_did(alone: distributed.Client) -> None:
     tasks: dict[Key, GraphNode] = {f"pause-{n}": Task(f"pause-{n}", pausing, n) for n in range(6)}
     tasks["pause-end"] = Task("pause-end", max, *map(TaskRef, list(tasks)))
-    assert sent(alone, tasks, tuple(tasks)).result(timeout=60) == 6
+    future = sent(alone, tasks, tuple(tasks))
+    assert future.result(timeout=60) == 6
     assert set(known(alone, "pause")) == set(tasks)
 
 

@@ -50,8 +50,9 @@ def new_client(federation: Federation, tmp_path: Path, request: Any) -> Iterator
 
     with dask.config.set({"daskfed.cache.directory": str(tmp_path / "memo"), "daskfed.client.lanes": request.param}):
         yield client
-        for each in clients:
+        for each in reversed(clients):
             each.close()
+    dask.config.config.pop("scheduler", None)  # which Dask puts back in the order in which clients began
 
 
 class Runs:
