@@ -294,8 +294,8 @@ class TestInputs:
             client = new_client()
             (data,) = client.scatter([np.arange(10)], hash=False)
             future = client.submit(inc, data, runs.path, cache=True)
-            assert (future.status == "finished") == bool(n)
-            assert future.result(timeout=SOON).sum() == 55
+            assert future.status == "finished" or n == 0
+            assert future.result(timeout=SOON).sum() == 55 and len(runs) == 1
             kept(client, 1)
 
     def test_variables_queues_and_datasets(self, new_client: Callable[[], Client], runs: Runs) -> None:
@@ -637,7 +637,7 @@ def test_a_client_with_its_own_site(tmp_path: Path, runs: Runs, lanes: str) -> N
                     client.submit(inc, 1, runs.path, cache=True),
                     client.submit(large, 10**5, runs.path, cache=True),
                 )
-                assert (one.status == "finished") == bool(n)
+                assert one.status == "finished" or n == 0
                 assert one.result(timeout=SOON) == 2 and array.result(timeout=SOON)[-1] == 10**5 - 1
                 with dask.annotate(cache=True):
                     task = dask.delayed(inc)(5, runs.path)
