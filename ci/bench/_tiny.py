@@ -33,12 +33,8 @@ def groupby() -> Any:
     return lazy.assign(a=lazy.a + number)[lazy.b != number % 7].groupby("b").a.mean(split_out=1)
 
 
-def tree() -> Delayed:
-    """A sum in many steps."""
-    number = next(_numbers)
-    count = TASKS * (FAN - 1) // FAN
-    level: list[Any] = [f"leaf-{number}-{n}" for n in range(count)]
-    tasks: dict[Any, Any] = {key: (leaf, n) for n, key in enumerate(level)}
+def _combined(level: list[str], tasks: dict[Any, Any], number: int) -> Delayed:
+    """Combine tasks, FAN at a time, until one is left."""
     for depth in itertools.count():
         if len(level) == 1:
             return Delayed(level[0], tasks)
@@ -46,6 +42,15 @@ def tree() -> Delayed:
         level = [f"combine-{number}-{depth}-{n}" for n in range(len(groups))]
         tasks |= {key: (combine, own) for key, own in zip(level, groups, strict=True)}
     raise AssertionError
+
+
+def tree() -> Delayed:
+    """A sum in many steps."""
+    number = next(_numbers)
+    count = TASKS * (FAN - 1) // FAN
+    level = [f"leaf-{number}-{n}" for n in range(count)]
+    tasks: dict[Any, Any] = {key: (leaf, n) for n, key in enumerate(level)}
+    return _combined(level, tasks, number)
 
 
 def dag(seed: int = 0) -> Delayed:
@@ -61,13 +66,7 @@ def dag(seed: int = 0) -> Delayed:
         used.update(needs)
         tasks[name] = (combine, needs) if needs else (leaf, n)
     left = [name for name in names if name not in used]
-    for depth in itertools.count():
-        if len(left) == 1:
-            return Delayed(left[0], tasks)
-        groups = [left[n : n + FAN] for n in range(0, len(left), FAN)]
-        left = [f"combine-{number}-{depth}-{n}" for n in range(len(groups))]
-        tasks |= {key: (combine, own) for key, own in zip(left, groups, strict=True)}
-    raise AssertionError
+    return _combined(left, tasks, number)
 
 
 GRAPHS = {"array": array, "dataframe groupby": groupby, "tree reduction": tree, "random DAG": dag}

@@ -7,7 +7,7 @@ import itertools
 import pickle
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from daskfed.config import client_memory
 from daskfed.dask_private import GraphNode, LLGExpr, Task
 from daskfed.data.packed import frames_of, opened, pickled
 from daskfed.data.spill import Spilled
+from daskfed.data.transfer import grouped
 from daskfed.messages import COORDINATION, Key
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class CachedValues:
         new = {key: self._value(self._here[key]) for key in keys if key in self.unsent}
         if not new:
             return
-        batches = [(_calls(some), EMPTY, ()) for some in _together(new)]
+        groups = grouped([(key, len(value)) for key, value in new.items()], *TOGETHER)
+        batches = [(_calls({key: new[key] for key in some}), EMPTY, ()) for some in groups]
         submission = plan_calls(batches, {}, self._client._block_ids())
         for block in submission.blocks:
             for key in block.outputs:
@@ -189,14 +191,3 @@ def value_task(key: Key, value: bytes) -> Task:
 def _calls(values: Mapping[Key, bytes]) -> Calls:
     tasks: dict[Key, GraphNode] = {key: value_task(key, value) for key, value in values.items()}
     return Calls(LLGExpr(tasks, _determ_token=uuid.uuid4().hex), tuple(values), frozenset(), is_value=True)
-
-
-def _together(values: Mapping[Key, bytes]) -> Iterator[dict[Key, bytes]]:
-    batch: dict[Key, bytes] = {}
-    for key, value in values.items():
-        if batch and (len(batch) == TOGETHER[1] or sum(map(len, batch.values())) + len(value) > TOGETHER[0]):
-            yield batch
-            batch = {}
-        batch[key] = value
-    if batch:
-        yield batch

@@ -27,11 +27,11 @@ from distributed.client import Future
 from daskfed.client.cached_values import CachedValues, value_task
 from daskfed.client.constraints import constraint_of
 from daskfed.client.graphs import MaterialisedGraph
-from daskfed.client.limits import TIMEOUT, takes_timeout
+from daskfed.client.keywords import CACHE, TIMEOUT, takes, takes_timeout
 from daskfed.client.notes import Noted, take_notes
 from daskfed.client.storing import Memoized, Storing
 from daskfed.client.tokens import CallTokens, graph_tokens, version_of
-from daskfed.dask_private import Expr, LLGExpr, Task, has_keyword
+from daskfed.dask_private import Expr, LLGExpr, Task
 from daskfed.data.content import Digest, Walk
 from daskfed.data.packed import opened_copy
 from daskfed.errors import ConfigurationError, NotCacheable
@@ -40,7 +40,6 @@ from daskfed.messages import Key
 if TYPE_CHECKING:
     from daskfed.client.client import Client
 
-NAME = "cache"  # of the keyword and of the annotation
 OURS = frozenset({"site", "environment", TIMEOUT})  # keywords of submit and map that stock Dask does not have
 LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
 LINGER_S = 1.0  # for which intermediate results are still waited for, once nobody waits for what is made of them
@@ -57,9 +56,9 @@ def asked_for(func: Callable[..., Any], kwargs: dict[str, Any]) -> str | None:
 
     A function that has a parameter of that name gets it.
     """
-    if NAME in kwargs and not _takes(func, NAME):
-        return version_of(kwargs.pop(NAME))
-    return version_of(dask.get_annotations().get(NAME))
+    if CACHE in kwargs and not takes(func, CACHE):
+        return version_of(kwargs.pop(CACHE))
+    return version_of(dask.get_annotations().get(CACHE))
 
 
 class Cache:
@@ -209,11 +208,11 @@ class Caching:
         Tasks that are annotated are replaced by their results where there are some, and what only they need is left
         out. Raises NotCacheable, which names the task.
         """
-        if NAME not in graph.annotations:
+        if CACHE not in graph.annotations:
             with self.client._refcount_lock:
                 return submit(graph)
         versions = {key: version for key, version in _versions(graph).items() if key not in actors}
-        graph = replace(graph, annotations={name: each for name, each in graph.annotations.items() if name != NAME})
+        graph = replace(graph, annotations={name: each for name, each in graph.annotations.items() if name != CACHE})
         tokens = graph_tokens(graph.tasks, versions, graph.constraints, self._digest_of)
 
         def settle(values: Values, among: Set[Key]) -> dict[Key, Future]:
@@ -323,7 +322,7 @@ class Caching:
         """Whether an expression must be looked into: it has annotations of ours, or it may need what is only here."""
         if self.values.unsent or self._undecided:
             return True
-        return not is_call and (bool(annotations.get(NAME)) or _mentions(expr))
+        return not is_call and (bool(annotations.get(CACHE)) or _mentions(expr))
 
     def _digest_of(self, key: Key) -> Digest:
         """Return what a future counts as: what it was made from, or the data that was scattered."""
@@ -419,14 +418,7 @@ def _divided(func: Any, kwargs: Mapping[str, Any], method: Any) -> tuple[dict[st
 
 def _gets(func: Any, name: str) -> bool:
     """Whether a keyword that is ours goes to the function all the same."""
-    return takes_timeout(func) if name == TIMEOUT else _takes(func, name)
-
-
-def _takes(func: Any, name: str) -> bool:
-    try:
-        return bool(has_keyword(func, name))
-    except (TypeError, ValueError):
-        return inspect.isclass(func)
+    return takes_timeout(func) if name == TIMEOUT else takes(func, name)
 
 
 def _key(start: str, token: str, ours: Mapping[str, Any]) -> Key:
@@ -447,7 +439,7 @@ def _versions(graph: MaterialisedGraph) -> dict[Key, str]:
 
     What only puts a result together for the client is not kept.
     """
-    versions = {key: version_of(value) for key, value in graph.annotations[NAME].items()}
+    versions = {key: version_of(value) for key, value in graph.annotations[CACHE].items()}
     return {
         key: version
         for key, version in versions.items()
@@ -483,7 +475,7 @@ def _mentions(expr: Any) -> bool:
     stack = [expr]
     while stack:
         node = stack.pop()
-        if NAME in getattr(node, "_note", ()):
+        if CACHE in getattr(node, "_note", ()):
             return True
         for operand in node.operands:
             if isinstance(operand, Expr):
@@ -497,8 +489,8 @@ def _mentions(expr: Any) -> bool:
 
 
 def _is_marked(layer: Any) -> bool:
-    return NAME in (layer.annotations or ()) or (isinstance(layer, MaterializedLayer) and _has_marked_tasks(layer))
+    return CACHE in (layer.annotations or ()) or (isinstance(layer, MaterializedLayer) and _has_marked_tasks(layer))
 
 
 def _has_marked_tasks(tasks: Mapping[Key, Any]) -> bool:
-    return Noted.ever and any(NAME in note for node in tasks.values() for note in take_notes(node)[1])
+    return Noted.ever and any(CACHE in note for node in tasks.values() for note in take_notes(node)[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import inspect
 import itertools
 import logging
 import pickle
@@ -30,13 +29,14 @@ from daskfed.client.acting import ActingClient, names_of
 from daskfed.client.assembly import Assembly, split_final
 from daskfed.client.bundling import Bundling, Learned
 from daskfed.client.cached_values import CachingRPC
-from daskfed.client.caching import Cache, Caching, asked_for
+from daskfed.client.caching import LIVE, Cache, Caching, asked_for
 from daskfed.client.calling import Call, Functions, Outbox, call_of, submission_of
 from daskfed.client.constraints import constraint_of, set_sites_lookup, site_selectors
 from daskfed.client.databinding import DataSites, bound_to_data, calls_by_place
 from daskfed.client.federation import Federation
 from daskfed.client.gathering import Stream
 from daskfed.client.graphs import MaterialisedGraph, external_futures, materialise
+from daskfed.client.keywords import CACHE, TIMEOUT, takes, takes_timeout
 from daskfed.client.lanes import (
     PLAIN_ANNOTATIONS,
     BlocksNeeded,
@@ -46,7 +46,7 @@ from daskfed.client.lanes import (
     noticed_futures,
     pickled_futures,
 )
-from daskfed.client.limits import TIMEOUT, limited, takes_timeout, wants_limits
+from daskfed.client.limits import limited, wants_limits
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
 from daskfed.client.packages import Packages, Unasked
@@ -57,14 +57,13 @@ from daskfed.client.submission import Submission, plan_calls, plan_graph, plan_l
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.collecting import Relaxed, paused_collection
 from daskfed.config import ALWAYS, AUTO, NEVER, client_grace_s, fusion, lanes, site_timeout_s
-from daskfed.dask_private import GraphNode, LLGExpr, MapExpr, Task, has_keyword, validate_key, warn_untested
+from daskfed.dask_private import GraphNode, LLGExpr, MapExpr, Task, validate_key, warn_untested
 from daskfed.data.homing import futures_in
 from daskfed.errors import ConfigurationError, ConnectionRefused, TransferError, UnknownSiteError
 from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 
 logger = logging.getLogger(__name__)
 
-LIVE = ("pending", "finished", "error")  # states of futures whose keys need not be made again
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
 FLUSH_S = 0.001  # what is sent to the hub within this time travels together; a stock client waits ten times as long
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
@@ -285,14 +284,14 @@ class Client(Retrying, Observing, ActingClient):
 
     def _handle_learned(self, prefixes: Mapping[str, tuple[float, int]]) -> None:
         """The hub says how long tasks take that this client has submitted, and how large their results are."""
-        self._learned |= {prefix: Learned.told(*known) for prefix, known in prefixes.items()}
+        self._learned = self._learned | {prefix: Learned.told(*known) for prefix, known in prefixes.items()}
 
     def _bundling(self) -> Bundling | None:
         """Return how tiny tasks are to run several as one, None where they are not."""
         if self._fusion == NEVER:
             return None
         threads = sum(facts.get("threads", 0) for facts in self._sites.values())
-        return Bundling(dict(self._learned), threads, self._fusion == ALWAYS)
+        return Bundling(self._learned, threads, self._fusion == ALWAYS)
 
     def _handle_refused(self, reason: str) -> None:
         raise ConnectionRefused(reason)
@@ -434,7 +433,7 @@ class Client(Retrying, Observing, ActingClient):
         given = _given(workers, allow_other_workers, user_priority, resources, retries)
         annotations = merge(dask.get_annotations(), given)
         if is_call := _one_by_one(expr):
-            for done in (TIMEOUT, "cache"):  # its function keeps to the one, and the other was looked for
+            for done in (TIMEOUT, CACHE):  # its function keeps to the one, and the other was looked for
                 annotations.pop(done, None)
         self._check_sites(annotations)
         self._check_workers(annotations)
@@ -752,9 +751,9 @@ class _annotated:
 
     def __init__(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         annotations: dict[str, Any] = {}
-        if "site" in kwargs and not _takes(func, "site"):
+        if "site" in kwargs and not takes(func, "site"):
             annotations["sites"] = site_selectors(kwargs.pop("site"))
-        if "environment" in kwargs and not _takes(func, "environment"):
+        if "environment" in kwargs and not takes(func, "environment"):
             annotations["environment"] = kwargs.pop("environment")
         self._context = dask.annotate(**annotations)
         self._func = func
@@ -798,13 +797,6 @@ def _with_timeout(func: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[
 def _names_itself(kwargs: Mapping[str, Any]) -> bool:
     """Whether the key of a call is made from what it calls."""
     return kwargs.get("key") is None and kwargs.get("pure", True) and not (kwargs.get("actor") or kwargs.get("actors"))
-
-
-def _takes(func: Callable[..., Any], name: str) -> bool:
-    try:
-        return bool(has_keyword(func, name))
-    except (TypeError, ValueError):
-        return inspect.isclass(func)
 
 
 def _given(workers: Any, allow_other_workers: Any, priority: int, resources: Any, retries: Any) -> dict[str, Any]:

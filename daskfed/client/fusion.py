@@ -19,6 +19,7 @@ from dask.core import reverse_dict, toposort
 from dask.highlevelgraph import HighLevelGraph, Layer, MaterializedLayer
 from dask.utils import ensure_dict
 
+from daskfed.client.keywords import CACHE
 from daskfed.client.notes import (
     Note,
     Tasks,
@@ -32,8 +33,6 @@ from daskfed.client.notes import (
 from daskfed.client.stock import array_optimisation, bag_optimise, delayed_optimise, without_annotations
 from daskfed.dask_private import GraphNode, Task, execute_subgraph, fuse_linear_task_spec
 from daskfed.messages import Key
-
-CACHE = "cache"  # the annotation of results that are to be kept
 
 
 def optimise_array(dsk: Any, keys: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,8 @@ from dask.utils import ensure_dict
 
 from daskfed.client import fusion
 from daskfed.client.constraints import CONSTRAINING, EMPTY, annotations_of, constraint_of
-from daskfed.client.limits import TIMEOUT, with_limits
+from daskfed.client.keywords import TIMEOUT
+from daskfed.client.limits import with_limits
 from daskfed.client.notes import Note, Tasks, evaluated, flat_keys, noted_tasks, without_futures
 from daskfed.client.plain_keys import with_plain_keys
 from daskfed.client.stock import imported, without_annotations

@@ -5,7 +5,6 @@ See :mod:`daskfed.site.limit`. A wrapped function has the name and the token of 
 
 from __future__ import annotations
 
-import inspect
 import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,13 +15,12 @@ from typing import Any
 from dask.tokenize import normalize_token
 from dask.utils import funcname, parse_timedelta
 
+from daskfed.client.keywords import TIMEOUT
 from daskfed.dask_private import GraphNode, HLGExpr, Task
 from daskfed.data.fetch import by_value
 from daskfed.errors import ConfigurationError
 from daskfed.messages import Key
 from daskfed.site import limit
-
-TIMEOUT = "timeout"  # the keyword, and the annotation
 
 
 class Limited:
@@ -88,15 +86,6 @@ def seconds_of(timeout: Any) -> float:
     if isinstance(timeout, bool) or not seconds > 0:
         raise ConfigurationError(f"timeout={timeout!r}: expected seconds, or a time like '5m', more than nothing")
     return seconds
-
-
-def takes_timeout(function: Callable[..., Any]) -> bool:
-    """Whether a function has a parameter ``timeout`` of its own, or takes keywords of any name; else it is for us."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return inspect.isclass(function)
-    return TIMEOUT in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def with_limits(tasks: dict[Key, GraphNode], timeouts: Mapping[Key, Any]) -> dict[Key, GraphNode]:

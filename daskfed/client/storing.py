@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from daskfed.comm.opaque import OpaqueError
 from daskfed.config import cache_directory, cache_size, largest_cached
 from daskfed.data.memo import Entry, Memo
 from daskfed.data.packed import packed, packed_pickle
+from daskfed.data.transfer import grouped
 from daskfed.ending import end_tasks
 from daskfed.messages import SESSION, Key
 
@@ -154,7 +155,7 @@ class Storing:
         elsewhere = [key for key in states if key not in here]
         if elsewhere:
             sizes = await self.client.scheduler.nbytes(keys=elsewhere, summary=False)
-            for keys in _batches({key: size for key, size in sizes.items() if size <= largest}):
+            for keys in grouped([(key, size) for key, size in sizes.items() if size <= largest], *AT_ONCE):
                 parcels = await self._parcels(keys)
                 each = [(memos[key], packed, (parcel.header, parcel.frames)) for key, parcel in parcels.items()]
                 await self._put(each)
@@ -194,17 +195,3 @@ class Storing:
         if self._memo is not None:
             self._later(self._memo.close)
         self._thread.shutdown(wait=False)
-
-
-def _batches(sizes: dict[Key, int]) -> Iterator[list[Key]]:
-    """Yield keys of values that have so many bytes together."""
-    batch: list[Key] = []
-    nbytes = 0
-    for key, size in sizes.items():
-        if batch and nbytes + size > AT_ONCE[0]:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(key)
-        nbytes += size
-    if batch:
-        yield batch

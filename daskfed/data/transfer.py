@@ -107,12 +107,14 @@ def _messages_of(keys: Collection[Key], values: dict[Key, Any], checked: bool) -
     yield from pack({key: Parcel.of(values.pop(key), checked) for key in keys if key in values})
 
 
-def grouped(sized: Sequence[tuple[Key, int]]) -> Iterator[list[Key]]:
-    """Yield groups of keys of at most GROUP_BYTES and GROUP_KEYS; a larger value is a group of its own."""
+def grouped(
+    sized: Sequence[tuple[Key, int]], most_bytes: int = GROUP_BYTES, most_keys: int = GROUP_KEYS
+) -> Iterator[list[Key]]:
+    """Yield groups of so many keys and bytes at most; a larger value is a group of its own."""
     group: list[Key] = []
     nbytes = 0
     for key, size in sized:
-        if group and (nbytes + size > GROUP_BYTES or len(group) >= GROUP_KEYS):
+        if group and (nbytes + size > most_bytes or len(group) >= most_keys):
             yield group
             group, nbytes = [], 0
         group.append(key)
@@ -130,9 +132,7 @@ class Fetcher:
     ``connection_args`` are for dialling other agents.
     """
 
-    def __init__(
-        self, directory: Directory, deliver: Deliver, connection_args: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, directory: Directory, deliver: Deliver, connection_args: dict[str, Any] | None = None) -> None:
         self.directory = directory
         self.deliver = deliver
         self._doors: dict[str, Door] = {}

@@ -14,7 +14,8 @@ from dask.base import collections_to_expr, tokenize
 from dask.delayed import delayed
 from dask.utils import funcname
 
-from daskfed.client.limits import limited, seconds_of, takes_timeout, wants_limits
+from daskfed.client.keywords import takes_timeout
+from daskfed.client.limits import limited, seconds_of, wants_limits
 from daskfed.errors import ConfigurationError
 
 
