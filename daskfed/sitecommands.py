@@ -163,8 +163,7 @@ def stop(name: str, profile_name: str | None) -> None:
     if profile_name is None and joined.read("spec") is not None:
         _tell_stopped(name, joined.stop())
         return
-    profile, found = _profile(profile_name)
-    _known(name, found)
+    profile, found = _profile_of_site(name, profile_name)
     with Run("profiles", profile).alone():
         _tell_stopped(name, Background(profile, found).stop_site(name))
 
@@ -185,8 +184,7 @@ def logs(name: str, profile_name: str | None, lines: int, follow: bool) -> None:
 
     run = Run(JOINED, name)
     if profile_name is not None or not run.log.exists():
-        profile, found = _profile(profile_name)
-        _known(name, found)
+        profile, found = _profile_of_site(name, profile_name)
         run = Background(profile, found).site(name)
     reached = run.read("reached") or {}
     if "log" in reached:
@@ -349,6 +347,18 @@ def _profile(name: str | None) -> tuple[str, Profile]:
 
     found = named_profile(name)
     return str(name or dask.config.get(DEFAULT_PROFILE)), found
+
+
+def _profile_of_site(site: str, name: str | None) -> tuple[str, Profile]:
+    """Return the profile that has a site which has not joined from here, and its name."""
+    try:
+        profile, found = _profile(name)
+    except ConfigurationError as exc:
+        if name is not None:
+            raise
+        raise ConfigurationError(f"no site {site!r} has joined from here; and for one of a profile: {exc}") from exc
+    _known(site, found)
+    return profile, found
 
 
 def _profile_or_what_is_left(name: str | None) -> tuple[str, Profile]:

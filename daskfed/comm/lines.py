@@ -32,7 +32,7 @@ from zmq.utils.monitor import parse_monitor_message
 from daskfed.comm import multiplex as mux
 from daskfed.dask_private import FatalCommClosedError
 from daskfed.errors import KeyFileError
-from daskfed.keys import Authorized, KeyFolder, KeyPair, parsed, written
+from daskfed.keys import Authorized, KeyFolder, KeyPair, Role, parsed, written
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ IDLE_S = 10.0  # a line without channels is kept so long
 RETRY_S = (0.05, 2.0)  # the first pause before a line is dialled again, and the longest
 DIAL_S = 10.0
 CUT_OFF_TRIES = 3
+ANSWER_S = 30.0  # the key of a token ends with its use, the line a while later: the answer is under way
 PING_AT_S = (0.0, 0.05, 0.5)  # after somebody was cut off
 BATCH = 200  # packets that are taken in before others have their turn
 ZERO_COPY = 64 * 2**10  # bytes
@@ -451,6 +452,7 @@ class AcceptedLine(Line):
     ) -> None:
         self.listening = listening
         self.route = route
+        self.barred_at: float | None = None  # when its key was first seen to be let in no more
         self._breaking = False
         super().__init__(listening.reactor, multiplexer, local, peer)
 
@@ -552,7 +554,10 @@ class ListeningSocket:
         if self._own is not None:
             self._read_again()
             for line in list(self._sessions.values()):
-                if line.who is None or self._entry(line.who.public) != line.who:
+                if line.who is not None and self._entry(line.who.public) == line.who:
+                    continue
+                line.barred_at = line.barred_at or now
+                if line.who is None or Role.JOIN not in line.who.roles or now - line.barred_at > ANSWER_S:
                     logger.info("the key of %s is not let in any more as it was", line.peer)
                     line.end("its key is not let in any more as it was")
         if self.closing and not self._sessions:

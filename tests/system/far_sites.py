@@ -93,7 +93,8 @@ class FarSites:
         for site in DIAL_IN:
             self.net.mend(site)
         for site, place in self.dialling.items():
-            place.run(*DASKFED, "site", "stop", site)
+            if (place.folder / "state" / "joined" / site).exists():
+                place.run(*DASKFED, "site", "stop", site)
         self.hub.run(*DASKFED, "down", PROFILE)
 
     def example(self, *options: str) -> subprocess.Popen[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from distributed.comm import connect, listen
 from distributed.comm.core import Comm, CommClosedError
 from distributed.protocol import to_serialize
 
+from daskfed.comm import lines
 from daskfed.keys import Authorized, KeyFolder, Role
 from daskfed.testing.relays import Relay, relay
 
@@ -29,12 +30,14 @@ async def echo(comm: Comm) -> None:
 
 
 @contextlib.asynccontextmanager
-async def far(folder: Path, **how: float) -> AsyncIterator[tuple[Relay, str, KeyFolder]]:
+async def far(
+    folder: Path, serve: Callable[[Comm], Awaitable[None]] = echo, role: Role = Role.CLIENT, **how: float
+) -> AsyncIterator[tuple[Relay, str, KeyFolder]]:
     """Listen behind a relay; yields it, its address and keys for it."""
     keys = KeyFolder(folder)
     hub = keys.new("hub")
-    keys.authorize(Authorized(keys.new("id").public, frozenset({Role.CLIENT}), "ann"))
-    async with listen("zmq://127.0.0.1:0", echo, keys=keys) as listener:
+    keys.authorize(Authorized(keys.new("id").public, frozenset({role}), "ann"))
+    async with listen("zmq://127.0.0.1:0", serve, keys=keys) as listener:
         with relay(int(listener.contact_address.rpartition(":")[2]), **how) as line:
             address = f"zmq://127.0.0.1:{line.port}"
             keys.trust(address, hub.public)
@@ -106,6 +109,31 @@ def test_who_writes_to_a_line_without_keys_that_was_cut_meanwhile_is_told() -> N
                 with pytest.raises(CommClosedError):
                     for _ in range(100):
                         await comm.write("there?")
+
+    run(work())
+
+
+@pytest.mark.parametrize("role", [Role.JOIN, Role.CLIENT])
+def test_who_used_up_a_token_hears_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: Role) -> None:
+    """The hub takes its key out before it answers, and a slow disk may then keep the answer waiting."""
+    monkeypatch.setattr(lines, "ANSWER_S", 4.0)
+
+    async def use_up(comm: Comm) -> None:
+        assert await comm.read() == "join"
+        KeyFolder(tmp_path).revoke("ann")
+        await asyncio.sleep(2)
+        with contextlib.suppress(CommClosedError):
+            await comm.write("you are site north")
+
+    async def work() -> None:
+        async with far(tmp_path, use_up, role) as (_, address, keys):
+            comm = await connect(address, keys=keys)
+            await comm.write("join")
+            if role == Role.JOIN:
+                assert await comm.read() == "you are site north"
+            async with asyncio.timeout(30):
+                with pytest.raises(CommClosedError):
+                    await comm.read()
 
     run(work())
 

@@ -100,6 +100,12 @@ class TestCommands:
         assert refused(invoke("status", "nowhere"), 1, "no profile 'nowhere'")
         assert refused(invoke("status", "nowhere", "--hub", "tcp://127.0.0.1:9"), 2, "not both")
 
+    @pytest.mark.parametrize("command", ["stop", "logs"])
+    def test_a_site_that_never_was(self, command: str, tmp_path: Path) -> None:
+        with dask.config.set({"daskfed.state": str(tmp_path)}):
+            assert refused(invoke("site", command, "nat"), 1, "no site 'nat' has joined from here; and for one of a")
+            assert refused(invoke("site", command, "nat", "--profile", "gone"), 1, "no profile 'gone'")
+
     def test_an_unknown_command(self) -> None:
         assert refused(invoke("fly"), 2, "No such command 'fly'")
 
