@@ -18,6 +18,7 @@ from typing import Any
 import distributed
 from distributed import versions
 from distributed.core import clean_exception
+from distributed.objects import WhoHas
 from distributed.protocol.pickle import dumps
 
 from daskfed.client.assembly import Assembly
@@ -26,6 +27,7 @@ from daskfed.client.packages import Packages, packed
 from daskfed.client.submission import Submission
 from daskfed.data.fetch import by_value
 from daskfed.errors import ConfigurationError, TransferError
+from daskfed.holders import by_key
 from daskfed.messages import WORKER_SCHEME, Constraint, Key
 from daskfed.site.packages import UploadedPackage, UploadedToScheduler, look_at_site
 
@@ -103,6 +105,14 @@ class ActingClient(distributed.Client):
 
     async def _rebalance(self, futures: Any = None, workers: Any = None) -> None:
         await super()._rebalance(None if futures is None else self._parts(futures), workers)
+
+    def who_has(self, futures: Any = None, **how: Any) -> Any:
+        """Return key -> workers that hold it; as ``distributed.Client.who_has``."""
+        keys = None if futures is None else list({future.key for future in self.futures_of(futures)})
+        return self.sync(self._who_has, keys, **how)
+
+    async def _who_has(self, keys: list[Key] | None, **how: Any) -> WhoHas:
+        return WhoHas(by_key(await self.scheduler.fed_holders(keys=keys, **how)))
 
     def call_stack(self, futures: Any = None, keys: Any = None) -> Any:
         """Return worker -> key -> where in its code it is now; as ``distributed.Client.call_stack``."""

@@ -27,6 +27,7 @@ from distributed.core import error_message
 
 from daskfed.comm.opaque import OpaqueError
 from daskfed.errors import ConfigurationError, DaskfedError, SiteLostError, UnknownSiteError, UnknownWorkerError
+from daskfed.holders import Holders, by_key, of_all
 from daskfed.hub import events as ev
 from daskfed.hub.addresses import (
     Targets,
@@ -103,6 +104,7 @@ class Fanout:
         }
         of_keys: dict[str, Callable[..., Any]] = {
             "who_has": self.who_has,
+            "fed_holders": self.holders,
             "nbytes": self.nbytes,
             "call_stack": self.call_stack,
             "replicate": self.replicate,
@@ -342,22 +344,21 @@ class Fanout:
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
-    async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, list[str]]:
+    async def who_has(self, keys: Collection[Key] | None = None) -> dict[Key, tuple[str, ...]]:
         """Return key -> workers that hold it; of all keys of the caller, where none are named."""
+        return by_key(await self.holders(keys))
+
+    async def holders(self, keys: Collection[Key] | None = None) -> Holders:
+        """Return the same by groups of keys, which is shorter."""
         if self._sees_all(keys):
-            return dict(*(await self.ask_all("who_has", keys=keys)).values())
+            return list(*(await self.ask_all("fed-holders", keys=keys)).values())
         asked = self.hub.owners.readable() if keys is None else list(keys)
-        found: dict[Key, list[str]] = {key: [] for key in asked}
         if keys is None and len(asked) == len(self.hub.core.ledger.keys):
-            replies = await self.ask_all("who_has", keys=None)
+            replies = await self.ask_all("fed-holders", keys=None)
         else:
-            replies = await self.ask("who_has", {site: {"keys": there} for site, there in self._at(asked).items()})
-        for site, reply in replies.items():
-            shown = {worker: self.shown(site, worker) for workers in reply.values() for worker in workers}
-            for key, workers in reply.items():
-                if key in found:
-                    found[key] += [shown[worker] for worker in workers]
-        return found
+            replies = await self.ask("fed-holders", {site: {"keys": there} for site, there in self._at(asked).items()})
+        told = ((site, *group) for site, reply in replies.items() for group in reply)
+        return of_all((([self.shown(site, each) for each in workers], there) for site, workers, there in told), asked)
 
     async def has_what(self, workers: Any = None) -> dict[str, list[Key]]:
         """Return worker -> keys that it holds and that the caller may see."""

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 MOVED_S = 1.0  # how often it is looked whether the hub has another address
 TOLD = ("dask", "distributed", "daskfed", "numpy", "pandas", "pyarrow", "scipy", "xarray", "zarr")
 """Packages that a site tells the version of, so that clients need not ask."""
-LOOKING = frozenset({"who_has", "has_what", "nbytes", "story", "get_story", "replicate", "rebalance"})
+LOOKING = frozenset({"who_has", "fed-holders", "has_what", "nbytes", "story", "get_story", "replicate", "rebalance"})
 """Ops of a scheduler that are about results: those of calls that it does not know are shown to it before."""
 REJOIN_S = (0.05, 5.0)  # first and longest pause between attempts to reach a hub that went away
 DRAIN_TIMEOUT_S = 300.0

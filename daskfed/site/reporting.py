@@ -30,6 +30,7 @@ from typing import Any
 
 from distributed.comm.core import CommClosedError
 
+from daskfed.holders import Holders
 from daskfed.messages import Key
 from daskfed.site.attached import Attached
 from daskfed.site.bundles import Bundle, end_overdue, expect_failures, has_failed, take_apart
@@ -65,6 +66,7 @@ class SiteReporter(Attached):
         scheduler.stream_handlers["fed-renew"] = self.renew
         scheduler.stream_handlers["fed-claim"] = self.claim
         scheduler.handlers["fed-find"] = self.find
+        scheduler.handlers["fed-holders"] = self.holders
         overdue = lambda: end_overdue(scheduler)  # noqa: E731
         self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (overdue, STATUS_S))
         self._tell_status()
@@ -326,6 +328,15 @@ class SiteReporter(Attached):
         found = [key for key in keys if (task := self.scheduler.tasks.get(key)) and (task.run_spec or task.who_has)]
         self.scheduler.client_desires_keys(found, client)
         return found
+
+    def holders(self, keys: Collection[Key] | None = None) -> Holders:
+        """Return which workers hold which keys, of all that are known where none are named."""
+        known = self.scheduler.tasks
+        groups: defaultdict[frozenset[Any], list[Key]] = defaultdict(list)
+        for key in known if keys is None else keys:
+            task = known.get(key)
+            groups[frozenset(task.who_has or ()) if task is not None else frozenset()].append(key)
+        return [([worker.address for worker in workers], there) for workers, there in groups.items()]
 
     def claim(self, keys: Collection[Key], client: str) -> None:
         """Hold keys that tasks made for the agent, and tell how they stand; of one that is gone, that it is."""
