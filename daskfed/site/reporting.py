@@ -289,6 +289,20 @@ class SiteReporter(Attached):
             else:
                 task.exception_blame = None
                 task.state = "released"
+        self._spare_values()
+
+    def _spare_values(self) -> None:
+        """Have values stay that were made from a key which has failed since: as an import, or when it was made again.
+
+        Dask would take what a graph needs for failed where an input of it has failed, whatever it has in memory. From
+        here on such a value is data, as if it had been scattered: where it is lost it is not made again here.
+        """
+        failed = [task for key in self._failed if (task := self.scheduler.tasks.get(key)) and task.state == "erred"]
+        for task in {each for task in failed for each in task.dependents if each.state == "memory"}:
+            made_by = task.run_spec
+            self._forget_lineage(task)
+            if task.actor:
+                task.run_spec = made_by
 
     def _failed_tasks(self) -> list[Any]:
         """Return the failed tasks, inputs first."""

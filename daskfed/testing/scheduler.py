@@ -303,6 +303,15 @@ class FakeScheduler:
                     self._transitions()
                 else:
                     task.state, task.value = State.RELEASED, None
+        self._spare_values()
+
+    def _spare_values(self) -> None:
+        """Have values stay that were made from a task which has failed since; another thing the agent's plugin does."""
+        failed = [task for task in self.tasks.values() if task.state is State.ERRED]
+        for task in [each for task in failed for each in task.dependents.values() if each.state is State.MEMORY]:
+            self._forget_lineage(task)
+            task.spec = None
+        self._transitions()
 
     def _has_failed_itself(self, task: FakeTaskState) -> bool:
         assert isinstance(task.value, Failure)

@@ -434,6 +434,26 @@ def test_a_value_that_is_lost_while_what_it_came_from_has_failed_is_told_as_lost
     check(story)
 
 
+def test_a_value_that_exists_can_be_used_though_what_it_came_from_has_failed_since() -> None:
+    """Dask would take it for failed as soon as a graph needs it."""
+
+    async def story(site: Site) -> None:
+        runs.clear()
+        site.run({"x": (succeed_once,), "y": (operator.add, X, 1)}, outputs=("x", "y"))
+        await site.made("y")
+        await site.release("x")
+        site.run({"x": (succeed_once,)})
+        await site.failed("x")
+        site.run({"z": (operator.add, Y, 1)})
+        await site.made("z")
+        assert await site.value("z") == await site.value("y") + 1
+        (worker,) = site.scheduler.workers
+        await site.scheduler.remove_worker(worker, stimulus_id="test")
+        assert {key for _ in range(2) for key in (await site.told_of(KeysLost)).keys} == {"y", "z"}
+
+    check(story)
+
+
 def test_a_key_that_no_worker_has_though_it_is_held_is_given_up_by_whoever_asks_for_it() -> None:
     async def story(site: Site) -> None:
         site.run({"x": (operator.add, 1, 2)})
