@@ -122,7 +122,8 @@ class CachedValues:
                 self._here[key].block = block.id
         self.unsent.difference_update(new)
         self._client._memory.keep(submission)
-        self._client._send_to_scheduler(submission.message(list(new)))
+        for message in submission.messages(new):
+            self._client._send_to_scheduler(message)
 
     async def until_known(self, keys: Collection[Key]) -> None:
         """Wait until the hub knows the blocks that make these keys: a call may overtake what was sent on the stream."""

@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import iscoroutinefunction
 from itertools import groupby
+from math import inf
 from typing import Any, NamedTuple
 
 from dask.base import tokenize
@@ -26,6 +27,8 @@ from daskfed.client.versions import PYTHON
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
 
 RELEASE = "client-releases-keys"
+MOST_AT_ONCE = 2**14  # keys that leave together: more would be much memory at the hub, which meanwhile could begin
+PAUSE_S = 0.002  # before it is looked again whether the rest may leave
 REMEMBERED = 256  # functions whose pickles are kept
 MOST_ITEMS = 64  # containers with more are not looked through
 DEPTH = 3  # of containers that are
@@ -58,18 +61,21 @@ class Call(NamedTuple):
 class Outbox:
     """What a client says to its hub, in order.
 
-    ``later`` has something called on the event loop, ``send`` takes a message, ``pack`` makes messages of calls.
+    ``later`` has something called on the event loop after so many seconds, ``send`` takes a message, ``pack`` makes
+    messages of calls. What is very much leaves bit by bit, each when ``has_left`` says that the former did.
     """
 
     def __init__(
         self,
-        later: Callable[[Callable[[], None]], None],
+        later: Callable[[float, Callable[[], None]], None],
         send: Callable[[dict[str, Any]], None],
         pack: Callable[[list[Call]], Iterable[dict[str, Any]]],
+        has_left: Callable[[], bool] = lambda: True,
     ) -> None:
         self._later = later
         self._send = send
         self._pack = pack
+        self._has_left = has_left
         self._items: deque[dict[str, Any] | Call] = deque()
         self._due = False
 
@@ -78,14 +84,22 @@ class Outbox:
         self._items.append(item)
         if not self._due:
             self._due = True
-            self._later(self.flush)
+            self._later(0, self._flush)
 
-    def flush(self) -> None:
-        """Send what there is; on the event loop."""
+    def _flush(self) -> None:
         self._due = False
-        items = []
-        while self._items:
+        if self._has_left():
+            self.flush(MOST_AT_ONCE)
+        if self._items and not self._due:
+            self._due = True
+            self._later(PAUSE_S, self._flush)
+
+    def flush(self, most: float = inf) -> None:
+        """Send what there is, or about so many keys of it; on the event loop."""
+        items, weight = [], 0
+        while self._items and weight < most:
             items.append(self._items.popleft())
+            weight += _weight(items[-1])
         for kind, several in groupby(items, key=_kind):
             for message in self._together(kind, list(several)):
                 self._send(message)
@@ -96,6 +110,13 @@ class Outbox:
         if kind == RELEASE and len(items) > 1:
             return [{**items[0], "keys": [key for item in items for key in item["keys"]]}]
         return items
+
+
+def _weight(item: dict[str, Any] | Call) -> int:
+    """Return about how many keys an item names."""
+    if isinstance(item, Call):
+        return 1
+    return len(item.get("keys", ())) + sum(len(block["outputs"]) for block in item.get("blocks", ()))
 
 
 def _kind(item: dict[str, Any] | Call) -> str:

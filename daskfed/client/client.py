@@ -139,7 +139,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-learned": self._handle_learned,
         }
         self._outbox = Outbox(
-            lambda call: self.loop.add_callback(call), self._send_to_scheduler_safe, self._packed_calls
+            self._call_later, self._send_to_scheduler_safe, self._packed_calls, lambda: not self._unsent()
         )
         super().start(**kwargs)
 
@@ -157,6 +157,7 @@ class Client(Retrying, Observing, ActingClient):
 
     async def _close(self, fast: bool = False) -> None:
         await self._caching.flush()
+        self._outbox.flush()
         if self._set_methods is not None:
             self._set_methods.__exit__(None, None, None)
             self._set_methods = None
@@ -186,6 +187,16 @@ class Client(Retrying, Observing, ActingClient):
         if fresh and self.scheduler_comm is not None:
             self.scheduler_comm.interval = FLUSH_S
             self._say_hello()
+
+    def _call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        if delay_s:
+            self.loop.call_later(delay_s, call)
+        else:
+            self.loop.add_callback(call)  # from any thread
+
+    def _unsent(self) -> int:
+        """Return how many messages the stream to the hub has not taken yet."""
+        return 0 if self.scheduler_comm is None else len(self.scheduler_comm.buffer)
 
     def _standing(self) -> str:
         """Return the status of this client; it is new until it was connected once."""
@@ -385,7 +396,7 @@ class Client(Retrying, Observing, ActingClient):
     def _packed_calls(self, calls: list[Call]) -> list[dict[str, Any]]:
         submission = submission_of(calls, self._block_ids(), MOST_CALLS, how_for_lanes(self._lanes))
         self._memory.keep(submission)
-        return [submission.message([call.key for call in calls])]
+        return list(submission.messages(call.key for call in calls))
 
     def _send_to_scheduler(self, msg: dict[str, Any]) -> None:
         if msg["op"] == "update-graph" and any(map(self._is_in_block, noticed_futures())):
@@ -582,7 +593,8 @@ class Client(Retrying, Observing, ActingClient):
     def _send(self, submission: Submission, wanted: Collection[Key], held: list[Future]) -> None:
         _warn_if_large(submission.nbytes)
         self._memory.keep(submission)
-        self._send_to_scheduler(submission.message(wanted))
+        for message in submission.messages(wanted):
+            self._send_to_scheduler(message)
         del held[:]
 
     def _block_ids(self) -> Iterator[str]:

@@ -23,6 +23,7 @@ from daskfed.config import NEVER
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
 from daskfed.site.bundles import Together
 
+MOST_TOGETHER = 32  # blocks of calls in one message
 LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
 
 
@@ -38,10 +39,24 @@ class Submission:
         """Bytes of all payloads."""
         return sum(sum(map(nbytes, frames_of(payload))) for payload in self.payloads)
 
-    def message(self, wanted: Iterable[Key], wait: bool = False) -> dict[str, Any]:
-        """Return the message that submits the blocks."""
-        blocks = [encode(block) for block in self.blocks]
-        return {"op": "fed-submit", "blocks": blocks, "payloads": self.payloads, "wanted": list(wanted), "wait": wait}
+    def messages(self, wanted: Iterable[Key]) -> Iterator[dict[str, Any]]:
+        """Yield the messages that submit the blocks: one, or several of many calls, each of which stands for itself."""
+        wanted = list(wanted)
+        if wanted != [key for block in self.blocks for key in block.outputs]:
+            yield self._message(self.blocks, self.payloads, wanted)
+            return
+        apart = all(block.kind is BlockKind.CALLS for block in self.blocks)
+        most = MOST_TOGETHER if apart else max(1, len(self.blocks))
+        for start in range(0, len(self.blocks), most):
+            some = slice(start, start + most)
+            yield self._message(self.blocks[some], self.payloads[some], None)
+
+    def _message(
+        self, blocks: Sequence[BlockSpec], payloads: Sequence[dict[str, Any]], wanted: list[Key] | None
+    ) -> dict[str, Any]:
+        """Return a message that submits blocks; None as what is wanted of them means all."""
+        told = {"blocks": [encode(block) for block in blocks], "payloads": list(payloads)}
+        return {"op": "fed-submit", **told, "wanted": wanted, "wait": False}
 
     def add(
         self,

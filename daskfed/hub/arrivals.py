@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from daskfed.hub.events import BlocksArrived, ForgetBlock
-from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import BlockState, Ledger
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import BlockKind, BlockSpec, Key
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 
 from daskfed.hub.events import FailKeys, Outcome
-from daskfed.hub.ledger import KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import Ledger
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 

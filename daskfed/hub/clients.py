@@ -277,12 +277,13 @@ class ClientSessions:
         client: str,
         blocks: Collection[dict[str, Any]],
         payloads: Collection[Any],
-        wanted: Collection[Key],
+        wanted: Collection[Key] | None,
         wait: bool = False,
     ) -> None:
-        """A client submits blocks that it cut."""
+        """A client submits blocks that it cut, and wants some of their outputs, or all."""
         specs, refused = await self._bound(client, self._specs(client, blocks))
-        made = {key for spec in specs for key in spec.outputs}
+        made = {key: key for spec in specs for key in spec.outputs}
+        wanted = list(made) if wanted is None else [made.get(key, key) for key in wanted]  # one copy of each name
         inputs = (key for spec in specs for key in spec.inputs if key not in made)
         async with self.hub.nested.known(inputs, self.sessions[client].owner):
             if theirs := self._foreign(client, specs, wanted):
@@ -473,8 +474,7 @@ class ClientSessions:
 
     def _tell_with_values(self, session: ClientSession, keys: Collection[Key]) -> None:
         """Tell that keys are made, with those values that have just come."""
-        stores = self.hub.stores
-        values, types = [stores.passing.get(key) for key in keys], [stores.types.get(key) for key in keys]
+        values, types = [self.hub.stores.passing.get(key) for key in keys], [self._type_of(key) for key in keys]
         alike = types[:1] if len(set(types)) == 1 else types
         session.send({"op": "fed-made", "keys": list(keys), "values": values, "types": alike})
 
@@ -490,8 +490,12 @@ class ClientSessions:
             return {"op": "task-erred", "key": key, **stores.errors[key]}
         if outcome is ev.Outcome.RETRIED:
             return {"op": "task-retried", "key": key}
-        found = {"op": "key-in-memory", "key": key}
-        return found | {"type": stores.types[key]} if key in stores.types else found
+        kind = self._type_of(key)
+        return {"op": "key-in-memory", "key": key, **({} if kind is None else {"type": kind})}
+
+    def _type_of(self, key: Key) -> Any:
+        known = self.hub.core.ledger.keys.peek(key)
+        return None if known is None else self.hub.stores.type_of(key, known.producer)
 
     def announce_sites(self) -> None:
         """Tell daskfed's own clients which sites there are."""

@@ -16,7 +16,8 @@ from daskfed.hub.cancelling import cancel_for, cancel_keys, give_up
 from daskfed.hub.desertion import Desertion
 from daskfed.hub.dispatch import Dispatcher, SiteState, unmet
 from daskfed.hub.homes import Homes
-from daskfed.hub.ledger import AT_SITE, BlockState, KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import AT_SITE, BlockState, Ledger
 from daskfed.hub.placement import LowestCost, Policy
 from daskfed.hub.poison import Poison
 from daskfed.hub.recovery import DATA, Awaited, Recovery, is_promise
@@ -110,6 +111,7 @@ class HubCore:
             self.dispatcher.place()
         else:
             self.dispatcher.update()
+        self.ledger.keys.put_to_rest()
         return self.ledger.flush()
 
     def check(self) -> None:
@@ -302,7 +304,7 @@ class HubCore:
         self.dispatcher.update()
         self.dispatcher.remove_site(event.site)
         del self.ledger.reports[event.site]
-        for state in list(self.ledger.keys.values()):
+        for state in list(self.ledger.keys.at(event.site)):
             state.importing.pop(event.site, None)
             self.ledger.lose_key_at(state, event.site)
         self.homes.find()
@@ -377,6 +379,9 @@ class HubCore:
             return
         for made in message.keys:
             block.open_outputs.discard(made.key)
+            resting = self.ledger.keys.at_rest(made.key)
+            if resting is not None and self.ledger.resting_key_made(made.key, resting, block, site.name, made.nbytes):
+                continue
             state = self.ledger.keys.get(made.key)
             if state is None or state.phase is KeyPhase.RETIRED:
                 self.ledger.release_at(site.name, made.key)
@@ -422,7 +427,7 @@ class HubCore:
             self._again(block, message.reason)
         elif message.block not in self.ledger.blocks or message.attempt.epoch < self.ledger.epoch:
             # what it made was learnt from the site, and perhaps when its client was not back yet
-            made = [key for key, state in self.ledger.keys.items() if site.name in state.holders]
+            made = [key for key, known in self.ledger.keys.peeks() if site.name in known.holders]
             self.ledger.disclaim(message.block, made, site.name)
 
     def _bring_failures_anew(self, block: BlockState, site: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from distributed.core import Status
 
-from daskfed.hub.ledger import KeyState
+from daskfed.hub.keytable import KeyState
 from daskfed.hub.peers import key_holder
 from daskfed.keys import Authorized, Role
 from daskfed.messages import Key, SiteHello

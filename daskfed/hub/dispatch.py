@@ -16,7 +16,8 @@ from daskfed.backlog import Backlog
 from daskfed.hub.estimates import LANDING_S, FunctionBook, LinkBook
 from daskfed.hub.events import TellSite
 from daskfed.hub.fairness import Flow, Shares
-from daskfed.hub.ledger import BlockState, KeyState, Ledger, Order
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import BlockState, Ledger, Order
 from daskfed.hub.placement import Candidate, Policy, finish_s, worth_moving
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.hub.suspicion import choose, on_trial
@@ -341,9 +342,9 @@ class Dispatcher:
 
     def _ask_for(self, block: BlockState) -> tuple[Key, ...]:
         """Note which outputs this attempt is to make, and return them unless they are all."""
-        known = self.ledger.keys
+        peek = self.ledger.keys.peek
         outputs = block.spec.outputs
-        only = tuple(key for key in outputs if key in known and known[key].phase is KeyPhase.PENDING)
+        only = tuple(key for key in outputs if (known := peek(key)) is not None and known.phase is KeyPhase.PENDING)
         if on_trial(block.suspects, only):
             self.sites[str(block.site)].trials.add(block.spec.id)
         only = choose(block.suspects, only, len(outputs))
@@ -410,7 +411,7 @@ class Dispatcher:
                 self._hand_over(site)
 
     def _hand_over(self, site: SiteState) -> None:
-        held = [state for state in self.ledger.keys.values() if site.name in state.holders]
+        held = [state for state in self.ledger.keys.at(site.name) if site.name in state.holders]
         unsafe = [state for state in held if all(self.sites[holder].draining for holder in state.holders)]
         if unsafe:
             self._spread(unsafe)

@@ -384,11 +384,10 @@ class Fanout:
         if self._sees_all(keys):
             return dict(*(await self.ask_all("nbytes", keys=keys, summary=summary)).values())
         known = self.hub.core.ledger.keys
-        states = [known[key] for key in (self.hub.owners.readable() if keys is None else keys) if key in known]
         totals: dict[Any, int] = defaultdict(int)
-        for state in states:
-            if state.phase is KeyPhase.HELD:
-                totals[key_split(state.key) if summary else state.key] += state.nbytes
+        for key in self.hub.owners.readable() if keys is None else keys:
+            if (state := known.peek(key)) is not None and state.phase is KeyPhase.HELD:
+                totals[key_split(key) if summary else key] += state.nbytes
         return dict(totals)
 
     async def call_stack(self, keys: Collection[Key] | None = None) -> dict[str, Any]:
@@ -416,7 +415,7 @@ class Fanout:
 
     def _holders(self, keys: Iterable[Key]) -> dict[Key, tuple[str, ...]]:
         known = self.hub.core.ledger.keys
-        return {key: tuple(known[key].holders) if key in known else () for key in keys}
+        return {key: tuple(state.holders) if (state := known.peek(key)) is not None else () for key in keys}
 
     async def replicate(
         self, keys: Collection[Key], n: int | None = None, workers: Any = None, **how: Any
@@ -452,7 +451,7 @@ class Fanout:
         """Have a site hold keys as well; returns when it does, or when a key cannot be had."""
         known = self.hub.core.ledger.keys
         for _ in range(COPY_TRIES):
-            lacking = [key for key in keys if key in known and site not in known[key].holders]
+            lacking = [key for key in keys if (state := known.peek(key)) is not None and site not in state.holders]
             if not lacking:
                 return
             self.hub.take(ev.KeysNeeded(site, tuple(lacking)))

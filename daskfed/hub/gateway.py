@@ -101,7 +101,7 @@ class Gateway:
     def sites_info(self) -> dict[str, dict[str, Any]]:
         """Return name -> what ``client.sites()`` shows."""
         held: dict[str, int] = defaultdict(int)
-        for state in self.hub.core.ledger.keys.values():
+        for _, state in self.hub.core.ledger.keys.peeks():
             for site in state.holders:
                 held[site] += state.nbytes
         return {name: site_info(site, held[name]) for name, site in self.hub.core.sites.items()}

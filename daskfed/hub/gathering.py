@@ -61,7 +61,7 @@ class Gathering:
         by_site: dict[str, list[Key]] = defaultdict(list)
         absent: list[Key] = []
         for key in keys:
-            state = self.hub.core.ledger.keys.get(key)
+            state = self.hub.core.ledger.keys.peek(key)
             site = next((name for name in state.holders if name in self.hub.ports), None) if state else None
             if site is None:
                 absent.append(key)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from daskfed.hub import events as ev
-from daskfed.hub.ledger import KeyState
+from daskfed.hub.keytable import KeyState
 from daskfed.hub.states import KeyPhase
 from daskfed.messages import Key
 
@@ -107,7 +107,7 @@ class Hosting:
         Without a key that is known, return the owner of all clients, where they have but one.
         """
         ledger = self.core.ledger
-        if (state := ledger.keys.get(key)) is not None:
+        if (state := ledger.keys.peek(key)) is not None:
             return str(state.owner)
         if key in ledger.former:
             return str(ledger.former[key])

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from daskfed.hub.dispatch import Dispatcher, unmet
-from daskfed.hub.ledger import AT_SITE, BlockState, KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import AT_SITE, BlockState, Ledger
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import Key
 

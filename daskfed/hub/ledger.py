@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from daskfed.errors import IllegalTransition
 from daskfed.hub.events import (
@@ -28,6 +27,7 @@ from daskfed.hub.events import (
     TellClient,
     TellSite,
 )
+from daskfed.hub.keytable import KeyState, KeyTable, Rest, claims, rest
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.hub.suspicion import Suspicion
 from daskfed.messages import Attempt, BlockKind, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys, StopKeys
@@ -41,60 +41,6 @@ AT_SITE = (BlockPhase.PLACED, BlockPhase.RECALLING)
 
 Order: TypeAlias = tuple[bool, int, int]
 """Blocks are placed in this order: (no whole graph, -priority, arrival); arrivals grow, also with the hub's epoch."""
-
-
-class _Nothing(dict[str, Any]):
-    """An empty dict that stays empty."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise TypeError("this dict is shared: use KeyState.add")
-
-
-NOTHING = _Nothing()
-"""What most keys have in most of their dicts: shared, since there may be millions of keys."""
-
-
-def _nothing() -> dict[str, Any]:
-    return NOTHING
-
-
-@dataclass(slots=True)
-class KeyState:
-    """One key. Dicts to None are sets that keep their order, so that the same events always give the same commands."""
-
-    key: Key
-    owner: str
-    producer: str | None = None  # id of the block that makes it; None for scattered data and for promises
-    keeper: str | None = None  # client that has a copy of it
-    phase: KeyPhase = KeyPhase.PENDING
-    nbytes: int = 0
-    holders: dict[str, tuple[str, ...]] = field(default_factory=dict)  # site that holds it, first maker first -> why
-    importing: dict[str, int] = field(default_factory=_nothing)  # site that is to bring it in -> number of that import
-    failed_at: dict[str, None] = field(default_factory=_nothing)  # sites that were told of its failure
-    wanted_by: dict[str, None] = field(default_factory=dict)  # clients
-    consumers: dict[str, None] = field(default_factory=_nothing)  # unfinished blocks that need it
-    shielded: bool = False  # a client that is not back yet may want it
-    replicas: int = 1  # how many sites are to hold it
-    lost_at: str = ""  # the site that held it last
-    cancelled: bool = False  # it counts as failed since it was cancelled: who asks for it has it made
-    heirs: dict[str, None] = field(default_factory=_nothing)  # finished blocks that took it and may have to run again
-
-    def add(self, name: str, member: str, value: int | None = None) -> None:
-        """Add to ``importing``, ``failed_at``, ``consumers`` or ``heirs``, which are shared while they are empty."""
-        own = getattr(self, name)
-        if own is NOTHING:
-            own = {}
-            setattr(self, name, own)
-        own[member] = value
-
-    @property
-    def needed(self) -> bool:
-        """Whether its value is needed, now or as soon as it exists."""
-        return bool(self.wanted_by or self.consumers)
-
-    def present_at(self, site: str) -> bool:
-        """Say whether a block at ``site`` can use the key without a further import."""
-        return site in self.holders or site in self.importing or site in self.failed_at
 
 
 @dataclass(slots=True)
@@ -123,12 +69,6 @@ class BlockState:
         return sum(self.troubles.values())
 
 
-@lru_cache(maxsize=1024)
-def _alone(claim: str) -> tuple[str, ...]:
-    """Return a tuple that all keys of one block share."""
-    return (claim,)
-
-
 @dataclass(slots=True)
 class Crossing:
     """What a site was told that it may not have heard yet when it said what it holds."""
@@ -153,7 +93,7 @@ class Ledger:
         self.attempts = 0  # of the block that had most of them since the hub started
         self.crossing: dict[str, Crossing] = {}  # site that is to report its holdings -> what it was told since then
         self.patient = False  # somebody who is not back yet may bring what nobody can make
-        self.keys: dict[Key, KeyState] = {}
+        self.keys = KeyTable()
         self.former: dict[Key, str] = {}  # key that ended lately -> its owner: what a site says of it may come later
         self.blocks: dict[str, BlockState] = {}
         self.wants: defaultdict[str, dict[Key, None]] = defaultdict(dict)  # client -> keys
@@ -255,10 +195,14 @@ class Ledger:
         """Register a block and become the producer of those of its outputs that nobody makes yet."""
         block = BlockState(spec, order, wait=wait)
         self.blocks[spec.id] = block
+        new = rest(spec.owner, spec.id)
         for key in spec.outputs:
             state = self.keys.get(key)
             if state is None:
-                state = self.keys[key] = KeyState(key, spec.owner)
+                self.keys.lay(key, new)
+                block.live += 1
+                block.pending += 1
+                continue
             former = self.blocks.get(state.producer or "")
             if former is None and self.lacks_producer(state):
                 self._make_producer(block, state)
@@ -411,10 +355,22 @@ class Ledger:
             self.tell(state.wanted_by, Outcome.IN_MEMORY, state.key)
             self._drop_failures(state, site)
             self._rest_producer(state)
-        state.holders[site] = (*held, claim) if (held := state.holders.get(site)) else _alone(claim)
+        state.holders[site] = (*held, claim) if (held := state.holders.get(site)) else claims(claim)
         state.nbytes = nbytes
         if was_pending:
             self._input_exists(state)
+
+    def resting_key_made(self, key: Key, resting: Rest, maker: BlockState, site: str, nbytes: int) -> bool:
+        """A placed block has made a key that rests; returns False, and does nothing, unless it was to be made by it."""
+        if resting.phase is not KeyPhase.PENDING or resting.producer != maker.spec.id:
+            return False
+        self.stories.append((key, "made"))
+        maker.pending -= 1
+        if resting.client is not None:
+            self.tell((resting.client,), Outcome.IN_MEMORY, key)
+        made = rest(resting.owner, resting.producer, KeyPhase.HELD, resting.client, site, nbytes)
+        self.keys.lay(key, made)
+        return True
 
     def _rest_producer(self, state: KeyState) -> None:
         """A key exists: a block that was to make it, and nothing else, need not run."""
@@ -579,6 +535,11 @@ class Ledger:
 
     def want(self, client: str, key: Key) -> None:
         """Count a client as wanting a key and tell it how the key stands, if that is known already."""
+        resting = self.keys.at_rest(key)
+        if resting is not None and resting.client is None and resting.phase is KeyPhase.PENDING:
+            self.keys.lay(key, rest(resting.owner, resting.producer, client=client))
+            self.wants[client][key] = None
+            return
         state = self.keys[key]
         state.wanted_by[client] = None
         self.wants[client][state.key] = None  # and not ``key``: one copy of the name is enough
@@ -595,7 +556,9 @@ class Ledger:
         wanted = self.wants[client]
         for key in keys:
             wanted.pop(key, None)
-            if (state := self.keys.get(key)) is not None:
+            if (resting := self.keys.at_rest(key)) is not None and resting.client in (client, None):
+                self.keys.lay(key, rest(resting.owner, resting.producer, resting.phase, None, *resting.made))
+            elif (state := self.keys.get(key)) is not None:
                 state.wanted_by.pop(client, None)
         if not wanted:
             del self.wants[client]
@@ -604,7 +567,10 @@ class Ledger:
         """Free those of ``keys`` that nobody needs any more, and whatever was needed only for them."""
         stack = list(keys)
         while stack:
-            state = self.keys.get(stack.pop())
+            key = stack.pop()
+            if (resting := self.keys.at_rest(key)) is not None and resting.client is not None:
+                continue  # at one site
+            state = self.keys.get(key)
             if state is None or state.consumers:
                 continue
             if state.wanted_by:

@@ -169,8 +169,9 @@ class Owners:
     def foreign(self, keys: Iterable[Key], owner: str) -> list[Key]:
         """Return those of ``keys`` that exist, or are being made, and are another's; TypeError for what is no key."""
         known = self.hub.core.ledger.keys
-        states = (known.get(key) for key in keys if type(key) is str or is_key(key))
-        return [s.key for s in states if s is not None and s.owner not in (owner, "") and not is_promise(s)]
+        found = ((key, known.peek(key)) for key in keys if type(key) is str or is_key(key))
+        theirs = [key for key, state in found if state is not None and state.owner not in (owner, "")]
+        return [key for key in theirs if not is_promise(known[key])]
 
     def check(self, keys: Iterable[Key], owner: str) -> None:
         """Raise PermissionError where some of ``keys`` are another's."""
@@ -180,14 +181,14 @@ class Owners:
     def readable(self) -> list[Key]:
         """Return the keys of the present caller."""
         owner = self.calling()
-        return [key for key, state in self.hub.core.ledger.keys.items() if state.owner in (owner, "")]
+        return [key for key, state in self.hub.core.ledger.keys.peeks() if state.owner in (owner, "")]
 
     def hidden(self) -> set[Key]:
         """Return the keys that are another's than the present caller's."""
         owner = self.calling()
         if self.seen <= {owner}:  # as mostly: nobody else was ever here
             return set()
-        return {key for key, state in self.hub.core.ledger.keys.items() if state.owner not in (owner, "")}
+        return {key for key, state in self.hub.core.ledger.keys.peeks() if state.owner not in (owner, "")}
 
     def calling(self) -> str:
         """Return for whom the call is that is being served; what the hub itself asks is for its own user."""

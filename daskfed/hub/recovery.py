@@ -16,7 +16,8 @@ from daskfed.hub.arrivals import Arrivals
 from daskfed.hub.cancelling import give_up
 from daskfed.hub.dispatch import Dispatcher, SiteState
 from daskfed.hub.events import TellSite
-from daskfed.hub.ledger import BlockState, Crossing, KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import BlockState, Crossing, Ledger
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import HeldBlock, Key, ReportHoldings, SiteHoldings
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from daskfed.hub.events import Outcome
-from daskfed.hub.ledger import AT_SITE, BlockState, KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import AT_SITE, BlockState, Ledger
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import Key
 
@@ -33,8 +34,8 @@ def retry_keys(ledger: Ledger, keys: Iterable[Key]) -> None:
 
 def revive_cancelled(ledger: Ledger, keys: Iterable[Key]) -> None:
     """Make keys again that count as failed since they were cancelled: somebody asks for them after all."""
-    known = (ledger.keys.get(key) for key in keys)
-    retry_keys(ledger, [state.key for state in known if state is not None and state.cancelled])
+    known = ((key, ledger.keys.peek(key)) for key in keys)
+    retry_keys(ledger, [key for key, state in known if state is not None and state.cancelled])
 
 
 def _blocks(ledger: Ledger, names: Iterable[str]) -> list[BlockState]:

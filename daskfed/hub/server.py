@@ -369,7 +369,7 @@ class Hub(Hosting, OpaqueServer):
                     self.stores.keep_error([key], payload[key])
         elif isinstance(message, KeysMade) and payload:
             types = payload.get("types") or {}
-            self.stores.keep_types({known[key].key: kind for key, kind in types.items() if key in known})
+            self.stores.keep_types(message.block, {key: kind for key, kind in types.items() if key in known})
             self.stores.passing = payload.get("values") or {}
         before = self.core.sites[site].status if site in self.core.sites else None
         self.take(ev.FromSite(site, message))
@@ -422,7 +422,7 @@ class Hub(Hosting, OpaqueServer):
         """Have a site copy keys whose futures its tasks took; waits for those that are still being made."""
         self._check_token(token)
         known = self.core.ledger.keys
-        while any(key in known and known[key].phase is KeyPhase.PENDING for key in keys):
+        while any((state := known.peek(key)) is not None and state.phase is KeyPhase.PENDING for key in keys):
             await asyncio.sleep(POLL_S)
         taken = tuple(key for key in keys if key in known)
         taker = f"{site}/taker-{next(self._sessions)}"  # until the task's client says that it has them

@@ -22,7 +22,8 @@ class Stores:
     def __init__(self, payloads: MutableMapping[str, Any] | None = None) -> None:
         self.payloads: MutableMapping[str, Any] = {} if payloads is None else payloads
         self.errors: dict[Key, dict[str, Any]] = {}
-        self.types: dict[Key, Any] = {}
+        self._types: dict[Key, Any] = {}  # of keys whose type is not that of the first result of their block
+        self._usual: dict[str, Any] = {}  # block -> type of its first result
         self.passing: Mapping[Key, Any] = {}  # small results that come with the report that is being taken in
         self._same: dict[Any, Any] = {}  # type -> itself
 
@@ -38,11 +39,20 @@ class Stores:
         for key in keys:
             self.errors[key] = kept
 
-    def keep_types(self, types: Mapping[Key, Any]) -> None:
-        """Keep the types of results; most are the same few."""
+    def keep_types(self, block: str, types: Mapping[Key, Any]) -> None:
+        """Keep the types of results of a block; most are the same few."""
         if len(self._same) > MOST_TYPES:
             self._same.clear()
-        self.types.update({key: self._same.setdefault(kind, kind) for key, kind in types.items()})
+        for key, told in types.items():
+            kind = self._same.setdefault(told, told)
+            if self._usual.setdefault(block, kind) != kind:
+                self._types[key] = kind
+            elif key in self._types:
+                del self._types[key]
+
+    def type_of(self, key: Key, block: str | None) -> Any:
+        """Return the type of a result, as it was told of the block that made it; None where it was not."""
+        return self._types.get(key, self._usual.get(block or ""))
 
     def make_error(self, keys: Iterable[Key], kind: str, reason: str) -> None:
         """Keep an error of the hub's own; ``kind`` names a class of :mod:`daskfed.errors`."""
@@ -59,11 +69,12 @@ class Stores:
         """Drop what is kept for keys."""
         for key in keys:
             self.errors.pop(key, None)
-            self.types.pop(key, None)
+            self._types.pop(key, None)
 
     def forget_block(self, block: str) -> None:
-        """Drop the payload of a block."""
+        """Drop what is kept of a block."""
         self.payloads.pop(block, None)
+        self._usual.pop(block, None)
 
 
 def _failed(imports: Iterable[Import]) -> Iterable[Import]:

@@ -17,7 +17,8 @@ import pytest
 from daskfed.hub import events as hub_ev
 from daskfed.hub.core import HubCore
 from daskfed.hub.dispatch import Dispatcher, SiteState
-from daskfed.hub.ledger import BlockState, KeyState, Ledger
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import BlockState, Ledger
 from daskfed.hub.recovery import Recovery
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.link import Envelope, Link

@@ -92,7 +92,7 @@ class Box:
     def __init__(self) -> None:
         self.sent: list[Any] = []
         self.later: list[Callable[[], None]] = []
-        self.box = Outbox(self.later.append, self.sent.append, lambda calls: [{"op": "calls", "calls": calls}])
+        self.box = Outbox(lambda _, call: self.later.append(call), self.sent.append, lambda calls: [{"op": "calls", "calls": calls}])
 
     def run(self) -> None:
         while self.later:

@@ -11,7 +11,8 @@ from typing import Any
 
 from daskfed.hub import events as ev
 from daskfed.hub.core import HubCore
-from daskfed.hub.ledger import BlockState, KeyState
+from daskfed.hub.keytable import KeyState
+from daskfed.hub.ledger import BlockState
 from daskfed.hub.placement import Policy
 from daskfed.messages import (
     PROTOCOL_VERSION,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from daskfed.hub.inspection import progress_of, running_at
-from daskfed.hub.ledger import KeyState
+from daskfed.hub.keytable import KeyState
 from daskfed.hub.states import BlockPhase, KeyPhase
 from daskfed.messages import Constraint, Key
 from tests.unit.hub.builders import Stage, block, hello

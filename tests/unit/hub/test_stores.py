@@ -50,9 +50,23 @@ def test_errors_of_failed_inputs_travel_too() -> None:
 def test_errors_and_types_are_kept_until_their_keys_are_forgotten() -> None:
     stores = Stores()
     stores.keep_error(["x", "y"], ERROR)
-    stores.types["x"] = b"int"
     stores.forget_keys(["x", "unknown"])
-    assert (stores.errors, stores.types) == ({"y": KEPT}, {})
+    assert stores.errors == {"y": KEPT}
+
+
+def test_types_are_kept_once_for_a_block_as_far_as_they_are_alike() -> None:
+    stores = Stores()
+    stores.keep_types("b", {"x": b"int", "y": b"str"})
+    stores.keep_types("b", {"z": b"int"})
+    assert [stores.type_of(key, "b") for key in "xyz"] == [b"int", b"str", b"int"]
+    assert stores.type_of("x", "other") is None and stores.type_of("x", None) is None
+    stores.keep_types("b", {"y": b"int"})  # made again
+    assert stores.type_of("y", "b") == b"int"
+    stores.keep_types("b", {"y": b"str"})
+    stores.forget_keys(["y"])
+    assert stores.type_of("y", "b") == b"int"  # as of any key that may still come
+    stores.forget_block("b")
+    assert stores.type_of("x", "b") is None
 
 
 def test_an_error_of_the_hub_itself_is_one_that_a_client_can_raise() -> None:
