@@ -298,11 +298,11 @@ class SiteReporter(Attached):
         here on such a value is data, as if it had been scattered: where it is lost it is not made again here.
         """
         failed = [task for key in self._failed if (task := self.scheduler.tasks.get(key)) and task.state == "erred"]
-        for task in {each for task in failed for each in task.dependents if each.state == "memory"}:
-            made_by = task.run_spec
-            self._forget_lineage(task)
-            if task.actor:
-                task.run_spec = made_by
+        for value in {each for task in failed for each in task.dependents if each.state == "memory"}:
+            made_by = value.run_spec
+            self._forget_lineage(value)
+            if value.actor:
+                value.run_spec = made_by
 
     def _failed_tasks(self) -> list[Any]:
         """Return the failed tasks, inputs first."""

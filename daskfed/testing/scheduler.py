@@ -308,9 +308,9 @@ class FakeScheduler:
     def _spare_values(self) -> None:
         """Have values stay that were made from a task which has failed since; another thing the agent's plugin does."""
         failed = [task for task in self.tasks.values() if task.state is State.ERRED]
-        for task in [each for task in failed for each in task.dependents.values() if each.state is State.MEMORY]:
-            self._forget_lineage(task)
-            task.spec = None
+        for value in [each for task in failed for each in task.dependents.values() if each.state is State.MEMORY]:
+            self._forget_lineage(value)
+            value.spec = None
         self._transitions()
 
     def _has_failed_itself(self, task: FakeTaskState) -> bool:
