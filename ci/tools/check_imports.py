@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pure cores", (
         "backlog.py", "link.py",
         "hub/arrivals.py", "hub/cancelling.py", "hub/core.py", "hub/desertion.py", "hub/dispatch.py",
-        "hub/estimates.py", "hub/events.py", "hub/fairness.py", "hub/inspection.py",
+        "hub/estimates.py", "hub/events.py", "hub/fairness.py", "hub/inspection.py", "hub/keytable.py",
         "hub/ledger.py", "hub/placement.py", "hub/homes.py", "hub/poison.py", "hub/recovery.py", "hub/states.py",
          "hub/merging.py", "hub/retrying.py", "hub/suspicion.py",
         "site/budget.py", "site/calls.py", "site/core.py", "site/events.py", "site/inspection.py", "site/records.py",

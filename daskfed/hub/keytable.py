@@ -117,6 +117,10 @@ class Rest:
 
 
 @lru_cache(maxsize=2**12)
+def _shared(*facts: Any) -> Rest:
+    return Rest(*facts)
+
+
 def rest(
     owner: str,
     producer: str,
@@ -126,7 +130,7 @@ def rest(
     nbytes: int = 0,
 ) -> Rest:
     """Return a record that keys share."""
-    return Rest(owner, producer, phase, client, site, nbytes)
+    return _shared(owner, producer, phase, client, site, nbytes)
 
 
 def rest_of(state: KeyState) -> Rest | None:

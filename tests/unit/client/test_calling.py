@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from daskfed.client import calling
 from daskfed.client.calling import Call, Functions, Outbox, call_of, is_closed, is_simple, submission_of
 from daskfed.client.lanes import CallState, Countdown, calls_of
 
@@ -91,12 +92,19 @@ class Box:
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.has_left = True
         self.later: list[Callable[[], None]] = []
-        self.box = Outbox(lambda _, call: self.later.append(call), self.sent.append, lambda calls: [{"op": "calls", "calls": calls}])
+        self.box = Outbox(
+            lambda _, call: self.later.append(call), self.sent.append,
+            lambda calls: [{"op": "calls", "calls": calls}], lambda: self.has_left,
+        )  # fmt: skip
 
     def run(self) -> None:
         while self.later:
-            self.later.pop(0)()
+            self.step()
+
+    def step(self) -> None:
+        self.later.pop(0)()
 
 
 def call(n: int) -> Call:
@@ -119,6 +127,29 @@ def test_what_lies_next_to_each_other_leaves_together_and_nothing_changes_places
     box.box.put({"op": "y"})
     box.run()
     assert box.sent[-1] == {"op": "y"}
+
+
+def test_what_is_very_much_leaves_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calling, "MOST_AT_ONCE", 4)
+    box = Box()
+    blocks = [{"op": "fed-submit", "blocks": [{"outputs": ("x", "y")}, {"outputs": ("z",)}], "n": n} for n in range(3)]
+    for item in (*blocks, {"op": "last"}):
+        box.box.put(item)
+    box.step()
+    assert box.sent == blocks[:2] and len(box.later) == 1
+    box.has_left = False
+    for _ in range(3):
+        box.step()
+    assert box.sent == blocks[:2]
+    box.box.put({"op": "later still"})
+    box.has_left = True
+    box.run()
+    assert box.sent == [*blocks, {"op": "last"}, {"op": "later still"}]
+    for item in blocks:
+        box.box.put(item)
+    box.has_left = False
+    box.box.flush()  # all that there is, as the client closes
+    assert box.sent[-3:] == blocks
 
 
 def test_calls_become_blocks_of_one_function_each() -> None:

@@ -53,3 +53,19 @@ def test_what_names_actors(given: Any, meant: str) -> None:
 
 def test_a_tuple_may_be_a_key() -> None:
     assert actor_keys(("x", 0), [("x", 0)]) == {("x", 0)}
+
+
+def test_many_calls_are_submitted_in_several_messages_and_a_graph_in_one() -> None:
+    keys = [f"f-{n}" for n in range(100)]
+    calls = calls_of_map(abs, [range(100)], keys, {}, size=1)
+    submission = plan_calls(((each, Constraint(), ()) for each in calls), {}, IDS)
+    messages = list(submission.messages(keys))
+    assert len(messages) > 1 and all(message["wanted"] is None for message in messages)
+    assert [key for message in messages for block in message["blocks"] for key in block["outputs"]] == keys
+    assert sum(len(message["payloads"]) for message in messages) == 100
+    (some,) = submission.messages(keys[:50])
+    assert some["wanted"] == keys[:50] and len(some["blocks"]) == 100
+    graph = MaterialisedGraph({key: Task(key, list) for key in keys}, set(keys))
+    planned = plan_graph(graph, IDS)
+    outputs = [key for block in planned.blocks for key in block.outputs]
+    assert [message["wanted"] for message in planned.messages(outputs)] == [None]
