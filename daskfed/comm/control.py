@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -20,6 +21,7 @@ from daskfed.link import Envelope, Link
 from daskfed.messages import Message, decode, encode
 
 INTERVAL_S = 0.002  # messages within this time travel together
+MOST_KEYS = 2**13  # about so many that messages name at a time
 
 Item = tuple[Message, Any]
 Deliver = Callable[[Message, Any], None]
@@ -82,8 +84,10 @@ class ControlStream:
         while True:
             await self._sleep_until_due()
             envelopes = self.link.outgoing(time.monotonic())
+            for envelope in envelopes:
+                for piece in at_a_time(envelope):
+                    await self.comm.write({"envelopes": [piece.encode(item=_encode_item)]})
             if envelopes:
-                await self.comm.write({"envelopes": [e.encode(item=_encode_item) for e in envelopes]})
                 await asyncio.sleep(self.interval_s)
 
     async def _sleep_until_due(self) -> None:
@@ -92,6 +96,18 @@ class ControlStream:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._wake.wait(), timeout)
         self._wake.clear()
+
+
+def at_a_time(envelope: Envelope) -> Iterator[Envelope]:
+    """Yield an envelope in pieces: the other end has to hold in memory what comes together."""
+    start = keys = 0
+    for n, (message, _) in enumerate(envelope.items, 1):
+        keys += len(getattr(message, "keys", ()))
+        if keys >= MOST_KEYS:
+            yield replace(envelope, seq=envelope.seq + start, items=envelope.items[start:n])
+            start, keys = n, 0
+    if start < len(envelope.items) or not start:
+        yield replace(envelope, seq=envelope.seq + start, items=envelope.items[start:])
 
 
 def _encode_item(item: Item) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Recovery:
         ledger = self.ledger
         ledger.reports[site.name] = told.reports
         self.dispatcher.imports = max([self.dispatcher.imports, *(each.number for each in told.coming)])
-        crossing = ledger.crossing.pop(site.name, Crossing())
+        crossing = ledger.crossing.setdefault(site.name, Crossing())  # with what it is told while this is taken in
         current = [block for block in told.blocks if not crossing.ends(block)]
         blocks = [block for block in current if self._take_block(site, block)]
         claims = _claims(told.placed, blocks)
@@ -169,6 +169,7 @@ class Recovery:
                 self._take_coming(site, each.key, each.number)
         for block in blocks:
             self._adopt(site, block)
+        del ledger.crossing[site.name]
         self.asked.discard(site.name)
         self.sites.discard(site.name)
         self.tick(now)

@@ -271,7 +271,8 @@ class SiteNode:
         elif isinstance(command, ev.SubmitBlock):
             payload = self.payloads.pop((command.block, command.attempt), None)
             states = {key: self.core.keys[key] for key in command.outputs if key in self.core.keys}
-            joined = {key for key, s in states.items() if s.hub or s.users or s.makers - {command.block}}
+            others = {key: {*s.makers, *s.made_by} - {command.block} for key, s in states.items()}
+            joined = {key for key, s in states.items() if s.hub or s.users or others[key]}
             self.sim.require(payload is not None, "a block is submitted whose payload is gone", self.name, command)
             self._to_scheduler(self._run_block, command, payload, joined)
         elif isinstance(command, ev.SubmitImport):

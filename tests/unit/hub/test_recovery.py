@@ -160,6 +160,19 @@ def test_what_was_coming_to_a_site_and_was_released_since_it_was_asked_is_not_co
     assert not stage.key("x").importing and list(stage.key("x").holders) == ["south"]
 
 
+def test_what_is_released_because_of_what_a_site_reports_is_not_counted_on_for_the_same_report() -> None:
+    stage = Anew("north", "south", clients="c d e")
+    stage.back(block("b", "y", "x"), wanted="y")
+    coming = (Import("x", "south", 8, number=3),)
+    first = SiteHoldings((MadeKey("z", 8),), (), ("z",), coming, (), 0)
+    stage(ev.SiteJoined(hello("north")), ev.FromSite("north", first), ev.FromSite("north", status()))
+    assert list(stage.key("x").importing) == ["north"]
+    assert sent(stage.back(client="d"), ReportHoldings) == [ReportHoldings()]
+    again = SiteHoldings((MadeKey("y", 8), MadeKey("z", 8)), (), ("y", "z"), coming, (), 0)
+    assert release("north", "x") in stage.says("north", again)  # what was to be made from it exists
+    assert not stage.key("x").importing
+
+
 def test_a_site_that_was_asked_for_a_key_once_more_since_it_reported_answers_the_last_request() -> None:
     stage = Anew("north", "south")
     stage.holds("south", "x", placed="x")
