@@ -27,7 +27,7 @@ from daskfed.client.versions import PYTHON
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
 
 RELEASE = "client-releases-keys"
-MOST_AT_ONCE = 2**14  # keys that leave together: more would be much memory at the hub, which meanwhile could begin
+MOST_AT_ONCE = 2**12  # keys that leave together: more would be much memory at the hub, which meanwhile could begin
 PAUSE_S = 0.002  # before it is looked again whether the rest may leave
 REMEMBERED = 256  # functions whose pickles are kept
 MOST_ITEMS = 64  # containers with more are not looked through

@@ -23,7 +23,7 @@ from daskfed.config import NEVER
 from daskfed.messages import BlockKind, BlockSpec, Constraint, Key, encode
 from daskfed.site.bundles import Together
 
-MOST_TOGETHER = 32  # blocks of calls in one message
+MOST_TOGETHER = 8  # blocks of calls in one message
 LABEL_PREFIXES = 3  # prefixes of outputs that a block's label shows
 
 

@@ -21,7 +21,7 @@ from daskfed.link import Envelope, Link
 from daskfed.messages import Message, decode, encode
 
 INTERVAL_S = 0.002  # messages within this time travel together
-MOST_KEYS = 2**13  # about so many that messages name at a time
+MOST_KEYS = 2**11  # about so many that messages name at a time
 
 Item = tuple[Message, Any]
 Deliver = Callable[[Message, Any], None]

@@ -444,6 +444,8 @@ class FakeScheduler:
                 waiter.waiting_on[task.key] = task
 
     def _to_forgotten(self, task: FakeTaskState) -> None:
+        if task.state in UNDER_WAY:  # by way of released, as in Dask
+            self._leave_deps(task)
         task.state, task.value = State.FORGOTTEN, None
         task.run += 1
         for dependent in task.dependents.values():
