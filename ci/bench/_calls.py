@@ -9,6 +9,7 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,7 +116,7 @@ def parsl() -> Iterator[System]:
     executor = HighThroughputExecutor(
         max_workers_per_node=WORKERS, prefetch_capacity=100, encrypted=False, provider=LocalProvider(max_blocks=1)
     )
-    with library.load(Config(executors=[executor], usage_tracking=0)):
+    with tempfile.TemporaryDirectory() as folder, library.load(Config([executor], usage_tracking=0, run_dir=folder)):
         apps: dict[Any, Any] = {}
 
         def submit(function: Any, *args: Any) -> Any:

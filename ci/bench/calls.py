@@ -52,7 +52,8 @@ def peer_python(package: str) -> str | None:
 def measure(python: str, system: str, case: str) -> dict[str, float] | None:
     """Run one case of one system in a process of its own; None where it fails."""
     command = [python, str(HERE / "_calls.py"), system, case]
-    env = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{HERE}"} if python == sys.executable else None
+    own = {"PYTHONPATH": f"{Path.cwd()}{os.pathsep}{HERE}"} if python == sys.executable else {}
+    env = {**os.environ, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}", **own}
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=LIMIT_S, env=env)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

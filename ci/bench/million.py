@@ -1,4 +1,4 @@
-"""1,000,000 calls by ``map``, gathered: calls per second, and memory for each at the client, the hub and the agent.
+"""1,000,000 calls by ``map``, gathered: calls per second; memory and CPU time of each, by process.
 
 Beside it ProcessPoolExecutor with chunks of 1,000, which sends a thousand calls as one: its calls have no key, no error
 and no life of their own.
@@ -26,6 +26,12 @@ def uss(process: psutil.Process) -> int:
     return int(process.memory_full_info().uss)
 
 
+def cpu_s(process: psutil.Process) -> float:
+    """Return the seconds of CPU time that a process has spent."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 def main() -> int:
     """Measure and print; return 1 where a bar is missed."""
     with ProcessPoolExecutor(WORKERS) as pool:
@@ -39,15 +45,24 @@ def main() -> int:
         client.gather(client.map(nothing, range(5000), pure=False))
         time.sleep(2)
         watched = {"client": psutil.Process(), **{name: psutil.Process(each.pid) for name, each in processes.items()}}
+        below = watched["north"].children(recursive=True)
+
+        def all_cpu_s() -> list[float]:
+            return [*map(cpu_s, watched.values()), sum(map(cpu_s, below))]
+
         before = {name: uss(process) for name, process in watched.items()}
+        spent = all_cpu_s()
         start = time.perf_counter()
         futures = client.map(nothing, range(CALLS), pure=False)
         mapped = time.perf_counter() - start
         values = client.gather(futures)
         took = time.perf_counter() - start
+        spent = [now - then for now, then in zip(all_cpu_s(), spent, strict=True)]
         grown = {name: (uss(process) - before[name]) / CALLS for name, process in watched.items()}
         assert values == list(range(CALLS))
     print(f"daskfed: {CALLS / took:,.0f} calls/s; {took:.1f} s, of which {mapped:.1f} s in map")
+    hops = zip((*watched, "its scheduler and workers"), spent, strict=True)
+    print("CPU µs for each call: " + ", ".join(f"{name} {each / CALLS * 1e6:.1f}" for name, each in hops))
     print("bytes for each call, held: " + ", ".join(f"{name} {each:,.0f}" for name, each in grown.items()))
     passed = verdict("bytes of the client for each call", grown["client"], CLIENT_BAR)
     return not (verdict("bytes of the hub for each call", grown["hub"], HUB_BAR) and passed)
