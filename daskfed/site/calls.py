@@ -107,6 +107,7 @@ class CallQueue:
         self._with: dict[str, dict[int, set[int]]] = {}  # lane -> run -> rows
         self._numbers = 0
         self.open = 0  # calls that are not closed
+        self.in_vain: set[str] = set()  # lanes that have calls which were dropped since
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -168,6 +169,7 @@ class CallQueue:
                     run.dropped.add(row)
                     dropped.add(key)
                     self._close(run, 1)
+                    self.in_vain.update(lane for lane, rows in self._with.items() if row in rows.get(run.number, ()))
         return dropped
 
     def _is_closed(self, run: Run, row: int) -> bool:

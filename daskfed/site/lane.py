@@ -8,8 +8,8 @@ Lane to agent: ``{"done": [(run, start, [value, ...], types, seconds), ...], "fa
 of results that stay with the worker ``{"large": [(run, row, seconds), ...]}``, which the agent answers with their keys,
 in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, nbytes, type), ...]}``; and, where the call
 that runs has left the pool of threads, so that the lane will end with it, ``{"seceded": True}``.
-Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...], "patience": seconds}``, and
-``{"end": True}``.
+Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...], "patience": seconds}``;
+``{"back": True}``, to give back what has not begun; and ``{"end": True}``.
 """
 
 from __future__ import annotations
@@ -108,6 +108,9 @@ class Lane:
     def _take(self, message: dict[str, Any]) -> None:
         if "end" in message:
             self._inbox.put(None)
+            return
+        if "back" in message:
+            self._give_back()
             return
         if "store" in message:
             self._store(message["store"])

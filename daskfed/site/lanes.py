@@ -209,8 +209,15 @@ class Lanes:
         self._landing.difference_update(others)
         if others and self.queue.runs:
             pending = self.queue.drop(others)
+            self._recall()
             return [key for key in others if key not in pending]
         return others
+
+    def _recall(self) -> None:
+        """Have lanes give back what they have not begun, where some of that is wanted no more."""
+        for lane in self.queue.in_vain & self._streams.keys():
+            self._streams[lane].send({"back": True})
+        self.queue.in_vain.clear()
 
     def landing(self, keys: Collection[Key]) -> list[Key]:
         """Return which of ``keys`` are results that the scheduler is to hear of now, since its tasks need them."""

@@ -278,6 +278,7 @@ class TestCancel:
                 future.result(timeout=10)
         Event("with dependents", client=client).set()
 
+    @pytest.mark.as_tasks
     @pytest.mark.parametrize("site", ["north", "south"])
     def test_running_is_cancelled_at_its_site(self, client: Client, site: str) -> None:
         name = f"long at {site}"
@@ -289,6 +290,7 @@ class TestCancel:
         until(lambda: future.key not in tasks_at(client, site), "its scheduler counts it still")
         Event(name, client=client).set()
 
+    @pytest.mark.as_tasks
     def test_one_call_of_a_map_is_cancelled_and_the_others_go_on(self, client: Client) -> None:
         names = [f"mapped {i}" for i in range(32)]  # two calls in a block
         running = client.map(wait_for, names, site="south", pure=False)

@@ -83,6 +83,7 @@ def test_a_dropped_call_is_neither_given_nor_reported() -> None:
     queue = queue_with(3)
     (first,) = queue.give("a")
     assert queue.drop(["inc-0", "inc-1", "unknown"]) == {"inc-0", "inc-1"}
+    assert queue.in_vain == {"a"}  # that is to give back what it has not begun
     assert list(queue.done("a", first)) == []
     assert rows_of(queue.give("a")) == [2]
 
