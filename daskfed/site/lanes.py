@@ -215,8 +215,8 @@ class Lanes:
 
     def _recall(self) -> None:
         """Have lanes give back what they have not begun, where some of that is wanted no more."""
-        for lane in self.queue.in_vain & self._streams.keys():
-            self._streams[lane].send({"back": True})
+        for name in self.queue.in_vain & self._streams.keys():
+            self._streams[name].send({"back": True})
         self.queue.in_vain.clear()
 
     def landing(self, keys: Collection[Key]) -> list[Key]:
