@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from math import inf
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
 REQUEST = "fed_request"
