@@ -138,9 +138,7 @@ class Client(Retrying, Observing, ActingClient):
             "fed-ended": self._handle_ended,
             "fed-learned": self._handle_learned,
         }
-        self._outbox = Outbox(
-            self._call_later, self._send_to_scheduler_safe, self._packed_calls, lambda: not self._unsent()
-        )
+        self._outbox = Outbox(self._call_later, self._send_to_scheduler_safe, self._packed_calls, self._all_has_left)
         super().start(**kwargs)
 
     async def _start(self, timeout: Any = distributed.client.no_default, **kwargs: Any) -> Any:
@@ -194,9 +192,9 @@ class Client(Retrying, Observing, ActingClient):
         else:
             self.loop.add_callback(call)  # from any thread
 
-    def _unsent(self) -> int:
-        """Return how many messages the stream to the hub has not taken yet."""
-        return 0 if self.scheduler_comm is None else len(self.scheduler_comm.buffer)
+    def _all_has_left(self) -> bool:
+        """Whether the stream to the hub, if there is one now, keeps nothing back."""
+        return self.scheduler_comm is None or not self.scheduler_comm.buffer
 
     def _standing(self) -> str:
         """Return the status of this client; it is new until it was connected once."""

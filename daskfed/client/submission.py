@@ -55,8 +55,8 @@ class Submission:
         self, blocks: Sequence[BlockSpec], payloads: Sequence[dict[str, Any]], wanted: list[Key] | None
     ) -> dict[str, Any]:
         """Return a message that submits blocks; None as what is wanted of them means all."""
-        told = {"blocks": [encode(block) for block in blocks], "payloads": list(payloads)}
-        return {"op": "fed-submit", **told, "wanted": wanted, "wait": False}
+        told = [encode(block) for block in blocks]
+        return {"op": "fed-submit", "blocks": told, "payloads": list(payloads), "wanted": wanted}
 
     def add(
         self,

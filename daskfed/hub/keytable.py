@@ -33,9 +33,9 @@ def _nothing() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def claims(*claim: str) -> tuple[str, ...]:
-    """Return why a site holds a key, as a tuple that all keys of one block share."""
-    return claim
+def alone(claim: str) -> tuple[str, ...]:
+    """Return a tuple that all keys of one block share."""
+    return (claim,)
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class Rest:
     @cached_property
     def holders(self) -> dict[str, tuple[str, ...]]:
         """As in a state; not to be changed."""
-        return {} if self.site is None else {self.site: claims(self.producer)}
+        return {} if self.site is None else {self.site: alone(self.producer)}
 
     @cached_property
     def wanted_by(self) -> dict[str, None]:
@@ -103,10 +103,9 @@ class Rest:
         """As a state does."""
         return site == self.site
 
-    @property
-    def made(self) -> tuple[str | None, int]:
-        """Where they are, and their size, as :func:`rest` takes them."""
-        return self.site, self.nbytes
+    def wanted(self, client: str | None) -> Rest:
+        """Return what is to be said when this client, or nobody, wants them."""
+        return rest(self.owner, self.producer, self.phase, client, self.site, self.nbytes)
 
     def state(self, key: Key) -> KeyState:
         """Return the state of a key that rests so."""
@@ -156,14 +155,14 @@ class KeyTable(MutableMapping[Key, KeyState]):
 
     def __getitem__(self, key: Key) -> KeyState:
         found = self._known[key]
-        return found if type(found) is KeyState else self._wake(key)
+        return self._wake(key, found) if isinstance(found, Rest) else found
 
     def get(self, key: Any, default: None = None) -> KeyState | None:  # type: ignore[override]
         """Return a key's state; None where the key is not known."""
         found = self._known.get(key)
         if found is None:
             return default
-        return found if type(found) is KeyState else self._wake(key)
+        return self._wake(key, found) if isinstance(found, Rest) else found
 
     def __setitem__(self, key: Key, state: KeyState) -> None:
         self._known[key] = state
@@ -181,9 +180,7 @@ class KeyTable(MutableMapping[Key, KeyState]):
     def __len__(self) -> int:
         return len(self._known)
 
-    def _wake(self, key: Key) -> KeyState:
-        resting = self._known[key]
-        assert type(resting) is Rest
+    def _wake(self, key: Key, resting: Rest) -> KeyState:
         state = self._known[key] = resting.state(key)
         self._awake.append(state)
         return state

@@ -27,7 +27,7 @@ from daskfed.hub.events import (
     TellClient,
     TellSite,
 )
-from daskfed.hub.keytable import KeyState, KeyTable, Rest, claims, rest
+from daskfed.hub.keytable import KeyState, KeyTable, Rest, alone, rest
 from daskfed.hub.states import BlockPhase, KeyPhase, next_block_phase, next_key_phase
 from daskfed.hub.suspicion import Suspicion
 from daskfed.messages import Attempt, BlockKind, BlockSpec, CancelBlock, HeldBlock, Key, ReleaseKeys, StopKeys
@@ -355,7 +355,7 @@ class Ledger:
             self.tell(state.wanted_by, Outcome.IN_MEMORY, state.key)
             self._drop_failures(state, site)
             self._rest_producer(state)
-        state.holders[site] = (*held, claim) if (held := state.holders.get(site)) else claims(claim)
+        state.holders[site] = (*held, claim) if (held := state.holders.get(site)) else alone(claim)
         state.nbytes = nbytes
         if was_pending:
             self._input_exists(state)
@@ -537,7 +537,7 @@ class Ledger:
         """Count a client as wanting a key and tell it how the key stands, if that is known already."""
         resting = self.keys.at_rest(key)
         if resting is not None and resting.client is None and resting.phase is KeyPhase.PENDING:
-            self.keys.lay(key, rest(resting.owner, resting.producer, client=client))
+            self.keys.lay(key, resting.wanted(client))
             self.wants[client][key] = None
             return
         state = self.keys[key]
@@ -557,7 +557,7 @@ class Ledger:
         for key in keys:
             wanted.pop(key, None)
             if (resting := self.keys.at_rest(key)) is not None and resting.client in (client, None):
-                self.keys.lay(key, rest(resting.owner, resting.producer, resting.phase, None, *resting.made))
+                self.keys.lay(key, resting.wanted(None))
             elif (state := self.keys.get(key)) is not None:
                 state.wanted_by.pop(client, None)
         if not wanted:
