@@ -142,6 +142,7 @@ class ActingClient(distributed.Client):
         """Ask the sites which of these packages they have; those that do not answer are taken to have them."""
         if not self._sites:
             await self._fetch_sites()
+        ready = tuple(self._packages.sites)
         call = {"function": dumps(look_at_site), "args": dumps((self._packages.question(packages),))}
         try:
             asked = self.scheduler.run_function(**call, kwargs=dumps({}), wait=True)
@@ -152,7 +153,7 @@ class ActingClient(distributed.Client):
         told = reply.get("result", {})
         if not isinstance(told, dict):  # of the only site
             told = dict.fromkeys(self._sites, told)
-        self._packages.learn(packages, {site: dict(answer) for site, answer in told.items()})
+        self._packages.learn(packages, {site: dict(answer) for site, answer in told.items()}, ready)
 
     def upload_package(self, module: ModuleType | str) -> Any:
         """Send a package of this machine, or a module that is a file, to all sites; return worker -> what it said.

@@ -92,11 +92,17 @@ class Packages:
         """Return what to ask sites for."""
         return {name: (distribution_of(name), is_namespace(name)) for name in packages}
 
-    def learn(self, packages: Collection[str], answers: Mapping[str, Mapping[str, str | None]]) -> None:
-        """Take in what sites answered. Who did not is taken to have them, without a version."""
-        for site, known in self.sites.items():
+    def learn(
+        self, packages: Collection[str], answers: Mapping[str, Mapping[str, str | None]], ready: Collection[str]
+    ) -> None:
+        """Take in what sites answered. Who did not is taken to have them, without a version.
+
+        ``ready`` are the sites that were known when they were asked: what one answers that was joining then is no
+        longer true, as it may have got packages since.
+        """
+        for site in self.sites.keys() & set(ready):
             told = answers.get(site, {})
-            known |= {name: told.get(name, "") for name in packages}
+            self.sites[site] |= {name: told.get(name, "") for name in packages}
         now = time.monotonic()
         self._asked |= dict.fromkeys(packages, now)
 

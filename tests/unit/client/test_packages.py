@@ -104,7 +104,7 @@ def known(answers: dict[str, dict[str, str | None]], *asked: str) -> tuple[Packa
     there = sites(**{site: {} for site in answers})
     packages = Packages()
     packages.sites_changed(there)
-    packages.learn(asked, answers)
+    packages.learn(asked, answers, there)
     return packages, there
 
 
@@ -156,6 +156,18 @@ class TestPlacing:
         assert "client.upload_package('only_mine')" in said
         again = pickle.loads(pickle.dumps(caught.value))
         assert (str(again), again.name) == (said, "only_mine") and isinstance(again, ModuleNotFoundError)
+
+    def test_what_a_site_answers_while_it_joins_says_nothing(self, mine: ModuleType) -> None:
+        """It was asked before it had what was sent, and had it when the answer came."""
+        packages, there = known({"north": {}})
+        joining = there | {"late": {**there["north"], "status": "joining"}}
+        packages.sites_changed(joining)
+        ready = tuple(packages.sites)
+        there = sites(north={}, late={})
+        packages.sites_changed(there)
+        packages.learn({"only_mine"}, {"north": {"only_mine": ""}, "late": {"only_mine": None}}, ready)
+        with pytest.raises(Unasked):
+            packages.place(submission(mine.f, sites=("late",)), there, may_ask=True)
 
     def test_an_old_answer_is_asked_for_again_before_it_is_an_error(self, mine: ModuleType) -> None:
         packages, there = known({"north": {"only_mine": None}}, "only_mine")
