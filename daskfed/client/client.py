@@ -52,10 +52,11 @@ from daskfed.client.observing import Observing
 from daskfed.client.packages import Packages, Unasked
 from daskfed.client.profiles import profile_for
 from daskfed.client.retrying import Retrying
-from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses, wanted_keys
+from daskfed.client.returning import Memory, PatientRPC, Replicas, dialled_at, pauses, wanted_keys
 from daskfed.client.submission import Submission, plan_calls, plan_graph, plan_lanes
 from daskfed.client.versions import differences, foreign, unopened
 from daskfed.collecting import Relaxed, paused_collection
+from daskfed.comm.prompt import promptly
 from daskfed.config import ALWAYS, AUTO, NEVER, client_grace_s, fusion, lanes, site_timeout_s
 from daskfed.dask_private import GraphNode, LLGExpr, MapExpr, Task, validate_key, warn_untested
 from daskfed.data.homing import futures_in
@@ -65,7 +66,6 @@ from daskfed.messages import PROTOCOL_VERSION, Constraint, Key
 logger = logging.getLogger(__name__)
 
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
-FLUSH_S = 0.001  # what is sent to the hub within this time travels together; a stock client waits ten times as long
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
@@ -181,9 +181,10 @@ class Client(Retrying, Observing, ActingClient):
             stream = None if within else Stream(address, self.connection_args, self._deserializers)
             how = (self._standing, self._memory, self._mark, self._secret, stream)
             self.scheduler = CachingRPC(self._caching.values, self._caching.send, rpc, *how)
-        await super()._ensure_connected(timeout=timeout)
+        with dialled_at(self.cluster.within if isinstance(self.cluster, Federation) else ""):
+            await super()._ensure_connected(timeout=timeout)
         if fresh and self.scheduler_comm is not None:
-            self.scheduler_comm.interval = FLUSH_S
+            self.scheduler_comm = promptly(self.scheduler_comm)
             self._say_hello()
 
     def _call_later(self, delay_s: float, call: Callable[[], None]) -> None:

@@ -86,6 +86,7 @@ class Federation(Cluster):
         check_listen(self._public or self._listen, self.security, KeyFolder().has_hub_key)
         self._in_process = in_process
         self._contact = contact
+        self.within = ""  # where the hub listens for clients of this process
         self._tunnel = ""  # where the hub listens for tunnels
         self.invitations: dict[str, str] = {}  # of sites that wait -> the command to run there
         self._start_timeout = start_timeout
@@ -152,6 +153,7 @@ class Federation(Cluster):
 
     async def _listen_also(self, hub: Hub) -> None:
         """Have the hub listen for sites that come through tunnels, or dial in, beside for this machine."""
+        self.within = await listen_also(hub, "inproc://")
         if tunnelled(self.site_options.values()):
             KeyFolder().ensured("hub")
             self._tunnel = await listen_also(hub, "zmq://127.0.0.1:0")

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,6 +140,19 @@ class Replicas:
     count: int
 
 
+_dialling: ContextVar[str] = ContextVar("dialling", default="")
+
+
+@contextmanager
+def dialled_at(address: str) -> Iterator[None]:
+    """Have who dials the hub meanwhile, in this task, dial it at another address, if one is given."""
+    token = _dialling.set(address)
+    try:
+        yield
+    finally:
+        _dialling.reset(token)
+
+
 class PatientRPC:
     """The calls of a client to its hub: while the hub is gone, and the client tries to reach it, they wait.
 
@@ -163,6 +177,11 @@ class PatientRPC:
         self._secret = {SESSION: secret} if secret else {}
         self._status = status
         self._memory = memory
+
+    @property
+    def address(self) -> str:
+        """Where the hub is."""
+        return _dialling.get() or str(self._rpc.address)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._rpc, name)

@@ -20,7 +20,8 @@ from daskfed.ending import end_tasks
 from daskfed.link import Envelope, Link
 from daskfed.messages import Message, decode, encode
 
-INTERVAL_S = 0.002  # messages within this time travel together
+INTERVAL_S = 0.002  # messages within this time of many others travel together
+MANY = 20  # messages that are many; after fewer, the next ones wait for a shorter time
 MOST_KEYS = 2**11  # about so many that messages name at a time
 
 Item = tuple[Message, Any]
@@ -87,8 +88,8 @@ class ControlStream:
             for envelope in envelopes:
                 for piece in at_a_time(envelope):
                     await self.comm.write({"envelopes": [piece.encode(item=_encode_item)]})
-            if envelopes:
-                await asyncio.sleep(self.interval_s)
+            if count := sum(len(envelope.items) for envelope in envelopes):
+                await asyncio.sleep(self.interval_s * min(1.0, count / MANY))
 
     async def _sleep_until_due(self) -> None:
         due = self.link.wakes_at()

@@ -96,6 +96,8 @@ HANDSHAKE_TIMEOUT_S = 60.0
 MOST_CALLS = 2**16
 """Most calls that a pool for whatever tasks ask lets wait at once: a task that waits for a Lock holds one connection,
 and must not keep the one that would release it from being heard."""
+PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+"""Types of which nothing has to be opened, and nothing copied."""
 COPY_BYTES = 2**16
 """Frames up to this size are copied out of the buffer that they came in, so that a kept one does not hold it all."""
 
@@ -374,7 +376,9 @@ def _copied(obj: Any) -> Any:
     """Return ``obj`` with its dicts and lists copied, and everything inside as it is."""
     if type(obj) is dict:
         return {key: _copied(value) for key, value in obj.items()}
-    return [_copied(value) for value in obj] if type(obj) is list else obj
+    if type(obj) is not list:
+        return obj
+    return list(obj) if PLAIN.issuperset(map(type, obj)) else [_copied(value) for value in obj]
 
 
 def settle(msg: Any) -> Any:
@@ -399,6 +403,8 @@ def _settled(obj: Any) -> tuple[Any, bool]:
         return msgpack_decode_default(obj), False
     if type(obj) is dict and "__Set__" in obj:
         return set(settle(obj["as-list"])), False
+    if type(obj) in (list, tuple) and PLAIN.issuperset(map(type, obj)):
+        return (list(obj) if type(obj) is list else obj), False
     if type(obj) in (dict, list, tuple):
         return _settled_container(obj)
     return obj, False

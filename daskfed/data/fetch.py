@@ -13,6 +13,7 @@ import pickle
 import zlib
 from collections.abc import Sequence
 from copy import deepcopy
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -155,14 +156,14 @@ def _transfer_error(reason: str) -> Exception:
     return TransferError(reason)
 
 
-def by_value(thing: Any) -> bytes:
+def by_value(thing: Any, *modules: ModuleType) -> bytes:
     """Return a function, or an object, of a module of ours, pickled so that it opens where daskfed is not installed.
 
-    That module may use functions of this one.
+    That module may use functions of this one, and of ``modules``.
     """
     import sys
 
-    modules = [sys.modules[name] for name in {thing.__module__, __name__}]
+    modules = (*{sys.modules[name] for name in (thing.__module__, __name__)}, *modules)
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:

@@ -14,10 +14,10 @@ from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from distributed.batched import BatchedSend
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Status
 
+from daskfed.comm.prompt import PromptSend
 from daskfed.config import client_grace_s
 from daskfed.hub import events as ev
 from daskfed.hub.owners import brief, is_key, named_keys, not_yours, proof_of, reserved
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FIRE_AND_FORGET = "fire-and-forget"  # who wants what is to run though no client waits for it
 GONE = (ev.Outcome.CANCELLED, ev.Outcome.LOST)
 LAST_WORDS_S = 1.0  # for telling clients that the federation ends
-FLUSH_S = 0.002  # what is sent to a client within this time travels together
+FLUSH_S = 0.002  # how often it is seen whether what was said has left
 POLL_S = 0.02
 HEARD_WITHIN_S = 2.0  # a client's stream that is further behind is not waited for
 GRAPH_FIELDS = ("expr_ser", "internal_priority", "submitting_task", "fifo_timeout", "actors", "code")
@@ -45,7 +45,7 @@ OPAQUE_FIELDS = (*GRAPH_FIELDS, "annotations", "span_metadata")
 class ClientSession:
     """One connected client."""
 
-    def __init__(self, client: str, stream: BatchedSend, user: str) -> None:
+    def __init__(self, client: str, stream: PromptSend, user: str) -> None:
         self.client = client
         self.user = user  # at the other end of its stream
         self.owner = user  # the user whom it acts for
@@ -105,7 +105,7 @@ class ClientSessions:
         if problem := self._refusal(client):
             await comm.write([{"op": "stream-start", "error": problem}])
             return Status.dont_reply
-        stream = BatchedSend(interval=f"{FLUSH_S * 1000:g}ms", loop=self.hub.loop)
+        stream = PromptSend(self.hub.loop)
         stream.start(comm)
         session = ClientSession(client, stream, self.hub.owners.user(comm))
         session.with_key = key_holder(comm) is not None

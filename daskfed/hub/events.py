@@ -197,6 +197,8 @@ Event: TypeAlias = (
 class Outcome(Enum):
     """What a client is told of a key."""
 
+    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
+
     IN_MEMORY = "memory"
     FAILED = "erred"
     CANCELLED = "cancelled"

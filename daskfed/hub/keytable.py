@@ -8,7 +8,7 @@ they like; :meth:`KeyTable.put_to_rest` looks at these again when an event has b
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -151,6 +151,8 @@ class KeyTable(MutableMapping[Key, KeyState]):
 
     def __init__(self) -> None:
         self._known: dict[Key, KeyState | Rest] = {}
+        self.peek: Callable[[Key], KeyState | Rest | None] = self._known.get
+        """What is known of a key, to be read only; it does not wake the key."""
         self._awake: list[KeyState] = []  # looked up or put in since keys were last put to rest
 
     def __getitem__(self, key: Key) -> KeyState:
@@ -186,10 +188,6 @@ class KeyTable(MutableMapping[Key, KeyState]):
         return state
 
     # -- without waking ----------------------------------------------------------------------------------------------
-
-    def peek(self, key: Key) -> KeyState | Rest | None:
-        """Return what is known of a key, to be read only."""
-        return self._known.get(key)
 
     def peeks(self) -> ItemsView[Key, KeyState | Rest]:
         """Return what is known of all keys, to be read only."""

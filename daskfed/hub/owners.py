@@ -169,8 +169,12 @@ class Owners:
     def foreign(self, keys: Iterable[Key], owner: str) -> list[Key]:
         """Return those of ``keys`` that exist, or are being made, and are another's; TypeError for what is no key."""
         known = self.hub.core.ledger.keys
-        found = ((key, known.peek(key)) for key in keys if type(key) is str or is_key(key))
-        theirs = [key for key, state in found if state is not None and state.owner not in (owner, "")]
+        theirs, peek = [], known.peek
+        for key in keys:  # of which there may be thousands
+            if type(key) is str or is_key(key):
+                state = peek(key)
+                if state is not None and state.owner != owner and state.owner:
+                    theirs.append(key)
         return [key for key in theirs if not is_promise(known[key])]
 
     def check(self, keys: Iterable[Key], owner: str) -> None:

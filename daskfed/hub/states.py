@@ -13,6 +13,8 @@ from daskfed.errors import IllegalTransition
 class BlockPhase(Enum):
     """Where a block stands."""
 
+    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
+
     WAITING = "waiting"  # some input does not exist yet
     READY = "ready"  # may be placed
     PLACED = "placed"  # a site has it
@@ -23,6 +25,8 @@ class BlockPhase(Enum):
 
 class KeyPhase(Enum):
     """Where a key stands."""
+
+    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     PENDING = "pending"  # some block will make it
     HELD = "held"  # in memory at one site or more

@@ -13,6 +13,7 @@ in a process of its own, unless everything lives in one process anyway (the embe
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import logging
 import os
@@ -406,6 +407,7 @@ class Agent:
         return self._port
 
 
+@functools.cache
 def own_network() -> str:
     """Return what stands for the loopback of this process: that of another machine or container is another one."""
     try:
@@ -414,6 +416,7 @@ def own_network() -> str:
         return ""
 
 
+@functools.cache  # it takes 10 ms, and who asks is often told what an agent says of itself
 def _versions() -> tuple[tuple[str, str], ...]:
     """Return (package, version) of what should agree between a client and a site, as far as it is installed."""
     found = {"python": platform.python_version()}

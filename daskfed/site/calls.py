@@ -23,7 +23,7 @@ MOST_CALLS = 8192  # in one message
 GROWTH = 8  # how many times as many calls as were timed are given next
 HEAT_S = 1.0
 PATIENCE = 3.0  # calls that take so many times as long as usual do not keep others waiting
-WEIGHT = 0.3  # of a new measurement of how long a call takes
+WINDOW_S = 0.03  # of work by which it is told how long a call takes
 
 
 class Chunk(NamedTuple):
@@ -40,12 +40,16 @@ class Timing:
     def __init__(self) -> None:
         self.seconds = 0.0  # of one call
         self.timed = 0  # calls
+        self._calls, self._took = 0.0, 0.0  # the last ones, and their seconds
 
     def add(self, calls: int, seconds: float) -> None:
         """Note that some calls took so long together."""
-        each = seconds / calls
-        self.seconds = each if not self.timed else self.seconds + WEIGHT * (each - self.seconds)
         self.timed += calls
+        self._calls += calls
+        self._took += seconds
+        self.seconds = self._took / self._calls
+        if self._took > WINDOW_S:  # one of many calls that had to wait for its core does not make them all long
+            self._calls, self._took = self._calls * WINDOW_S / self._took, WINDOW_S
 
     def calls_in(self, seconds: float) -> int:
         """Return how many calls may be given for so much time, at least one."""

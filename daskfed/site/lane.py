@@ -23,7 +23,6 @@ from typing import Any
 
 from dask.sizeof import sizeof
 from distributed import Actor, Future, Reschedule, get_worker
-from distributed.batched import BatchedSend
 from distributed.comm import connect
 from distributed.comm.core import CommClosedError
 from distributed.core import Status, error_message
@@ -31,6 +30,7 @@ from distributed.protocol.pickle import dumps, loads
 from distributed.protocol.serialize import merge_and_deserialize
 from distributed.utils import sync
 
+from daskfed.comm.prompt import PromptSend
 from daskfed.dask_private import UpdateDataEvent
 
 SMALL = 2**16  # bytes of a result that rides home
@@ -91,7 +91,7 @@ class Lane:
         await comm.write(
             {"op": "lane", "token": token, "lane": self.name, "worker": self.worker.address, "reply": False}
         )
-        self._stream = BatchedSend(interval="1ms")  # which belongs to the loop on which it is made
+        self._stream = PromptSend()  # which belongs to the loop on which it is made
         self._stream.start(comm)
         self._reader = asyncio.ensure_future(self._read(comm))
         self._watcher = asyncio.ensure_future(self._watch())

@@ -23,13 +23,14 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from dask.utils import apply
-from distributed.batched import BatchedSend
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Status, error_message
 from distributed.protocol.serialize import Serialized, serialize
 from distributed.scheduler import KilledWorker, WorkerState
 
+from daskfed.comm import prompt
 from daskfed.comm.opaque import OpaqueError
+from daskfed.comm.prompt import PromptSend
 from daskfed.dask_private import LLGExpr, Task
 from daskfed.data.fetch import by_value
 from daskfed.ending import end_tasks
@@ -55,7 +56,7 @@ MOST_AHEAD = 200  # lanes for which there is no thread yet
 PROBES = 2  # calls for each thread that are to tell how long they take
 PREFIX = "daskfed-lane-"
 HEADER = {"serializer": "pickle", "writeable": ()}
-RUN_LANE = by_value(lane.run_lane)
+RUN_LANE = by_value(lane.run_lane, prompt)
 
 
 class Work(NamedTuple):
@@ -68,7 +69,7 @@ class Work(NamedTuple):
 class LaneStream:
     """What a lane dialled."""
 
-    def __init__(self, task: str, stream: BatchedSend, worker: str) -> None:
+    def __init__(self, task: str, stream: PromptSend, worker: str) -> None:
         self.task = task  # its name at the scheduler
         self.stream = stream
         self.worker = worker  # its address
@@ -344,7 +345,7 @@ class Lanes:
         if lane in self.ahead:
             self.tasks[lane] = self.ahead.pop(lane)
         task, lane = lane, f"{lane}-{next(self._served)}"  # a task whose worker died runs again, under the same name
-        stream = self._streams[lane] = LaneStream(task, BatchedSend(interval="1ms"), worker)
+        stream = self._streams[lane] = LaneStream(task, PromptSend(), worker)
         stream.stream.start(comm)
         self.queue.open_lane(lane)
         died = True

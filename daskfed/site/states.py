@@ -15,6 +15,8 @@ from daskfed.errors import IllegalTransition
 class KeyPhase(Enum):
     """Where a key stands at this site."""
 
+    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
+
     ABSENT = "absent"  # not here, and nobody here expects it
     WANTED = "wanted"  # to be fetched from another site as soon as the byte budget allows
     FETCHING = "fetching"  # on its way from another site
@@ -26,6 +28,8 @@ class KeyPhase(Enum):
 
 class BlockPhase(Enum):
     """Where a block stands at this site."""
+
+    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     WAITING = "waiting"  # some input has not arrived yet
     QUEUED = "queued"  # all inputs are with the scheduler; waits for its turn and can be recalled
