@@ -251,6 +251,27 @@ def test_a_closed_federation_leaves_its_clients_with_an_error() -> None:
         Client(federation.scheduler_address, timeout=1, set_as_default=False)
 
 
+def test_a_client_within_the_process_of_its_hub_needs_no_socket_to_it(federation: Federation) -> None:
+    """And what it has submitted stays as it was then, as with one that has a socket."""
+    with (
+        Client(federation, set_as_default=False) as within,
+        Client(federation.scheduler_address, set_as_default=False) as apart,
+    ):
+        assert within.scheduler_comm.comm.peer_address.startswith("inproc://")
+        assert within.scheduler.address == apart.scheduler.address == federation.scheduler_address
+        assert apart.scheduler_comm.comm.peer_address == federation.scheduler_address
+        for client in (within, apart):
+            values, deeper = [1], {"x": [1]}
+            futures = [client.submit(sum, values, pure=False), *client.map(str, [values], pure=False)]
+            futures += [client.submit(str, deeper, pure=False), client.compute(dask.delayed(str)(deeper, pure=False))]
+            values.append(10)
+            deeper["x"].append(10)
+            assert client.gather(futures) == [1, "[1]", "{'x': [1]}", "{'x': [1]}"]
+            with pytest.raises(ZeroDivisionError) as caught:
+                client.submit(operator.truediv, 1, 0, pure=False).result(timeout=60)
+            assert caught.traceback
+
+
 def test_several_clients_at_once(federation: Federation) -> None:
     """Each has its own keys; what two want lives until both let go."""
     clients = [Client(federation, set_as_default=False) for _ in range(3)]

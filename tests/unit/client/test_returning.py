@@ -14,7 +14,7 @@ from distributed.protocol import to_serialize
 from distributed.protocol.serialize import Serialized
 
 from daskfed.client import returning
-from daskfed.client.returning import Memory, PatientRPC, Replicas, pauses
+from daskfed.client.returning import Memory, PatientRPC, Replicas, dialled_at, pauses
 from daskfed.client.submission import Submission
 from daskfed.messages import REQUEST, BlockKind, BlockSpec, decode_block
 
@@ -132,7 +132,13 @@ class TestCalls:
         assert len({call[REQUEST] for call in hub.calls}) == 2
 
     def test_attributes_pass(self) -> None:
-        assert PatientRPC(Hub(), lambda: "running", Memory(), lambda: 7).address == "tcp://hub"
+        rpc = PatientRPC(Hub(), lambda: "running", Memory(), lambda: 7)
+        assert rpc.address == "tcp://hub"
+        with dialled_at("inproc://here"):
+            assert rpc.address == "inproc://here"
+            with dialled_at(""):
+                assert rpc.address == "tcp://hub"
+        assert rpc.address == "tcp://hub"
 
     def test_pauses_grow_up_to_the_longest(self) -> None:
         found = pauses()

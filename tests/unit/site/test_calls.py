@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from daskfed.site.calls import MESSAGE_S, CallQueue, Chunk, ranges
+from daskfed.site.calls import MESSAGE_S, CallQueue, Chunk, Timing, ranges
 
 KEYS = tuple(f"inc-{n}" for n in range(100))
 
@@ -45,6 +45,31 @@ def test_no_more_is_given_than_a_few_times_what_was_timed() -> None:
     (first,) = queue.give("a")
     queue.done("a", first, seconds=1e-6)
     assert len(rows_of(queue.give("a"))) == 8
+
+
+def test_one_call_that_waited_for_its_core_does_not_make_all_of_them_long() -> None:
+    timing = Timing()
+    timing.add(1, 0.00001)
+    timing.add(2000, 0.02)
+    timing.add(1, 0.03)  # another process had the core
+    assert timing.seconds < 0.00004 and timing.calls_in(MESSAGE_S) > 700
+
+
+def test_calls_that_become_longer_are_soon_known_to_be() -> None:
+    timing = Timing()
+    timing.add(10_000, 0.1)
+    for _ in range(20):
+        timing.add(2, 0.02)  # as a lane tells while they run
+    assert timing.seconds > 0.005 and timing.calls_in(MESSAGE_S) <= 6
+
+
+def test_calls_of_a_second_are_known_from_two() -> None:
+    timing = Timing()
+    timing.add(100, 0.001)
+    timing.add(1, 1.0)
+    assert timing.seconds > 0.009
+    timing.add(1, 1.0)
+    assert timing.seconds > 0.2
 
 
 def test_lanes_share_what_is_left() -> None:
