@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -20,8 +19,8 @@ from daskfed.ending import end_tasks
 from daskfed.link import Envelope, Link
 from daskfed.messages import Message, decode, encode
 
-INTERVAL_S = 0.002  # messages within this time of many others travel together
-MANY = 20  # messages that are many; after fewer, the next ones wait for a shorter time
+INTERVAL_S = 0.002  # messages within this time of several others travel together
+SEVERAL = 4
 MOST_KEYS = 2**11  # about so many that messages name at a time
 
 Item = tuple[Message, Any]
@@ -88,14 +87,17 @@ class ControlStream:
             for envelope in envelopes:
                 for piece in at_a_time(envelope):
                     await self.comm.write({"envelopes": [piece.encode(item=_encode_item)]})
-            if count := sum(len(envelope.items) for envelope in envelopes):
-                await asyncio.sleep(self.interval_s * min(1.0, count / MANY))
+            if sum(len(envelope.items) for envelope in envelopes) >= SEVERAL:
+                await asyncio.sleep(self.interval_s)
 
     async def _sleep_until_due(self) -> None:
-        due = self.link.wakes_at()
-        timeout = None if due == inf else max(0.0, due - time.monotonic())
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), timeout)
+        left = self.link.wakes_at() - time.monotonic()
+        timer = None if left == inf else asyncio.get_running_loop().call_later(max(0.0, left), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
         self._wake.clear()
 
 
