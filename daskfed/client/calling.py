@@ -8,6 +8,7 @@ leaves at once.
 from __future__ import annotations
 
 import pickle
+import time
 import types
 import uuid
 from collections import OrderedDict, deque
@@ -29,6 +30,8 @@ from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
 RELEASE = "client-releases-keys"
 MOST_AT_ONCE = 2**12  # keys that leave together: more would be much memory at the hub, which meanwhile could begin
 PAUSE_S = 0.002  # before it is looked again whether the rest may leave
+TOGETHER_S = 0.001  # within which what comes after several others leaves with what comes after it
+SEVERAL = 4  # items
 REMEMBERED = 256  # functions whose pickles are kept
 MOST_ITEMS = 64  # containers with more are not looked through
 DEPTH = 3  # of containers that are
@@ -62,7 +65,9 @@ class Outbox:
     """What a client says to its hub, in order.
 
     ``later`` has something called on the event loop after so many seconds, ``send`` takes a message, ``pack`` makes
-    messages of calls. What is very much leaves bit by bit, each when ``has_left`` says that the former did.
+    messages of calls. What is very much leaves bit by bit, each when ``has_left`` says that the former did; ``now`` is
+    a clock, in seconds. An item that comes alone leaves in the next turn of the loop; after several, more will follow,
+    and those are waited for.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Outbox:
         send: Callable[[dict[str, Any]], None],
         pack: Callable[[list[Call]], Iterable[dict[str, Any]]],
         has_left: Callable[[], bool] = lambda: True,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._later = later
         self._send = send
@@ -78,6 +84,8 @@ class Outbox:
         self._has_left = has_left
         self._items: deque[dict[str, Any] | Call] = deque()
         self._due = False
+        self._now = now
+        self._waits_until = 0.0
 
     def put(self, item: dict[str, Any] | Call) -> None:
         """Have something leave soon; from any thread."""
@@ -87,6 +95,9 @@ class Outbox:
             self._later(0, self._flush)
 
     def _flush(self) -> None:
+        if (left := self._waits_until - self._now()) > 0:
+            self._later(left, self._flush)
+            return
         self._due = False
         if self._has_left():
             self.flush(MOST_AT_ONCE)
@@ -100,6 +111,8 @@ class Outbox:
         while self._items and weight < most:
             items.append(self._items.popleft())
             weight += _weight(items[-1])
+        if len(items) >= SEVERAL:
+            self._waits_until = self._now() + TOGETHER_S
         for kind, several in groupby(items, key=_kind):
             for message in self._together(kind, list(several)):
                 self._send(message)

@@ -46,6 +46,7 @@ from daskfed.client.lanes import (
     noticed_futures,
     pickled_futures,
 )
+from daskfed.client.letting_go import LetGo, LightFuture
 from daskfed.client.limits import limited, wants_limits
 from daskfed.client.notes import flat_keys
 from daskfed.client.observing import Observing
@@ -68,6 +69,7 @@ logger = logging.getLogger(__name__)
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
+FUTURES = (Future, LightFuture)
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 PLACING = frozenset({"workers", "allow_other_workers", "resources", "restrictions", "loose_restrictions"})
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
@@ -108,6 +110,7 @@ class Client(Retrying, Observing, ActingClient):
         self._watches: dict[Key, asyncio.Task[Any]] = {}  # of assemblies
         self._marks = 0  # set on the stream
         self._set_methods: Any = None
+        self.let_go = LetGo(self._soon, self._dec_ref)
         self._memory = Memory()
         self._caching = Caching(self)
         self.cache = Cache(self._caching)
@@ -192,6 +195,10 @@ class Client(Retrying, Observing, ActingClient):
             self.loop.call_later(delay_s, call)
         else:
             self.loop.add_callback(call)  # from any thread
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        with suppress(TypeError):  # as stock: the interpreter ends
+            self.loop.add_callback(call)
 
     def _all_has_left(self) -> bool:
         """Whether the stream to the hub, if there is one now, keeps nothing back."""
@@ -386,7 +393,7 @@ class Client(Retrying, Observing, ActingClient):
             return None
         with self._refcount_lock:
             known = call.key in self.futures
-            future = Future(call.key, self)
+            future = LightFuture(call.key, self)
             future._state.in_block = True
         if not known:
             self._say(call, "submit")
@@ -510,7 +517,7 @@ class Client(Retrying, Observing, ActingClient):
         submission = plan_calls(batches, other, self._block_ids(), actors, self._lanes)
         self._place_by_packages(submission, asked)
         held = self._hold(key for block in submission.blocks for key in block.inputs)
-        futures = {key: Future(key, self) for key in keys}
+        futures: dict[Key, Future] = {key: LightFuture(key, self) for key in keys}
         self._send(submission, keys, held)
         return futures
 
@@ -528,7 +535,7 @@ class Client(Retrying, Observing, ActingClient):
 
     def _send_calls(self, submission: Submission, keys: Collection[Key]) -> dict[Key, Future]:
         with self._refcount_lock:
-            futures = {key: Future(key, self) for key in dict.fromkeys(keys)}
+            futures: dict[Key, Future] = {key: LightFuture(key, self) for key in dict.fromkeys(keys)}
             self._send(submission, list(futures), [])
         return _in_blocks(futures)
 
@@ -544,8 +551,8 @@ class Client(Retrying, Observing, ActingClient):
         held = self._hold(external_futures(graph))
         submission = plan_graph(graph, self._block_ids(), actors, self._bundling(), whole=self._fixed_single)
         self._place_by_packages(submission, asked)
-        inputs = {key: Future(key, self) for key in graph.wanted}
-        futures = {key: inputs[key] if key in inputs else Future(key, self) for key in keys}
+        inputs: dict[Key, Future] = {key: LightFuture(key, self) for key in graph.wanted}
+        futures = {key: inputs[key] if key in inputs else LightFuture(key, self) for key in keys}
         for key, assembly in assemblies.items():
             if key not in known:
                 self._assemble_later(assembly, futures[key], inputs)
@@ -570,7 +577,10 @@ class Client(Retrying, Observing, ActingClient):
         lock of this client meanwhile, which the loop needs.
         """
         if not (self.futures.keys().isdisjoint(keys) or self.asynchronous or self._in_loop()):
-            self.sync(asyncio.sleep, 0)
+            self.sync(self._have_released)
+
+    async def _have_released(self) -> None:
+        self.let_go.all()
 
     def _is_live(self, key: Key) -> bool:
         """Say whether a future of this client stands for a key, so that it need not be made again."""
@@ -587,7 +597,7 @@ class Client(Retrying, Observing, ActingClient):
         """Keep keys that a graph needs from being released before the graph was sent; have the hub know them."""
         keys = list(keys)
         self._caching.send(keys)
-        return [Future(key, self) for key in dict.fromkeys(keys)]
+        return [LightFuture(key, self) for key in dict.fromkeys(keys)]
 
     def _send(self, submission: Submission, wanted: Collection[Key], held: list[Future]) -> None:
         _warn_if_large(submission.nbytes)
@@ -603,7 +613,7 @@ class Client(Retrying, Observing, ActingClient):
     # -- final assembly ----------------------------------------------------------------------------------------------
 
     def _assemble_later(self, assembly: Assembly, future: Future, inputs: dict[Key, Future]) -> None:
-        parts = [inputs[key] if key in inputs else Future(key, self) for key in assembly.inputs]
+        parts = [inputs[key] if key in inputs else LightFuture(key, self) for key in assembly.inputs]
         self._assemblies[assembly.key] = (assembly, parts)
         self._watch(assembly.key, future._state, parts)
 
@@ -633,7 +643,7 @@ class Client(Retrying, Observing, ActingClient):
                 state.finish(kind)
 
     async def _gather(self, futures: Any, errors: str = "raise", *args: Any, **kwargs: Any) -> Any:
-        if type(futures) is list and all(type(future) is Future and future.client is self for future in futures):
+        if type(futures) is list and all(type(each) in FUTURES and each.client is self for each in futures):
             states = [future._state for future in futures]
             await Countdown(states).wait()
             if all(state.status == "finished" for state in states):

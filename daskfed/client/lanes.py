@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from inspect import iscoroutinefunction, unwrap
 from typing import Any
 
-from distributed.client import Future, FutureState
+from distributed.client import Future, FutureCancelledError, FutureState
 from distributed.protocol.serialize import Serialized, serialize
 
 from daskfed.client.calls import Calls, CallsExpr
@@ -31,6 +31,7 @@ class CallState(FutureState):
     __slots__ = ("in_block", "value", "watch")
 
     _event: Any  # slots of the class that it derives from
+    exception: Any
     status: Any
     type: Any
 
@@ -61,7 +62,8 @@ class CallState(FutureState):
 
     def cancel(self, reason: Any = None, msg: Any = None) -> None:
         """The key is cancelled."""
-        super().cancel(reason, msg)
+        self.status = "cancelled"
+        self.exception = FutureCancelledError(key=self.key, reason=reason, msg=msg)
         self._settle()
 
     def _settle(self) -> None:

@@ -93,18 +93,24 @@ class Box:
     def __init__(self) -> None:
         self.sent: list[Any] = []
         self.has_left = True
-        self.later: list[Callable[[], None]] = []
+        self.now = 0.0
+        self.later: list[tuple[float, Callable[[], None]]] = []
         self.box = Outbox(
-            lambda _, call: self.later.append(call), self.sent.append,
-            lambda calls: [{"op": "calls", "calls": calls}], lambda: self.has_left,
+            self.call_later, self.sent.append,
+            lambda calls: [{"op": "calls", "calls": calls}], lambda: self.has_left, lambda: self.now,
         )  # fmt: skip
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        self.later.append((delay_s, call))
 
     def run(self) -> None:
         while self.later:
             self.step()
 
     def step(self) -> None:
-        self.later.pop(0)()
+        delay_s, call = self.later.pop(0)
+        self.now += delay_s
+        call()
 
 
 def call(n: int) -> Call:
@@ -127,6 +133,24 @@ def test_what_lies_next_to_each_other_leaves_together_and_nothing_changes_places
     box.box.put({"op": "y"})
     box.run()
     assert box.sent[-1] == {"op": "y"}
+
+
+def test_after_several_calls_others_are_waited_for_and_a_single_one_leaves_at_once() -> None:
+    box = Box()
+    for n in range(4):
+        box.box.put(call(n))
+    box.step()
+    assert len(box.sent) == 1 and not box.later
+    box.box.put(call(4))
+    box.step()
+    box.box.put(call(5))
+    assert len(box.sent) == 1 and [delay_s for delay_s, _ in box.later] == [pytest.approx(calling.TOGETHER_S)]
+    box.run()
+    assert box.sent[1:] == [{"op": "calls", "calls": [call(4), call(5)]}]
+    for n in range(6, 9):
+        box.box.put(call(n))
+        box.step()
+        assert box.sent[-1] == {"op": "calls", "calls": [call(n)]}
 
 
 def test_what_is_very_much_leaves_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
