@@ -36,6 +36,8 @@ from daskfed.dask_private import UpdateDataEvent
 SMALL = 2**16  # bytes of a result that rides home
 FLUSH_S = 0.01
 PIECE_S = 0.001  # of work that the thread takes on at once
+MOST_TURNS = 10  # one after the other, where nothing else waits for the thread
+PREFIX = "daskfed-lane-"  # of the names of lanes
 PLAIN = frozenset({int, float, bool, str, bytes, type(None), complex})
 
 
@@ -75,6 +77,7 @@ class Lane:
         self._patience_s = 0.0  # after which a call no longer keeps others waiting
         self._since = 0.0  # when the thread began what it runs; 0: nothing
         self._flushed = 0.0
+        self._deadline = self._last = self._turn_s = 0.0  # when the turn is over, and no other follows; how long one is
         self._aside = False  # whether the agent knows that the call has seceded
         self._types: dict[type, bytes] = {}
         self._reader: Any = None
@@ -199,19 +202,39 @@ class Lane:
 
     def work(self, turn_s: float) -> None:
         """Run what comes until the turn is over, or the agent ends it."""
-        deadline = perf_counter() + turn_s
-        while (left := deadline - perf_counter()) > 0:
+        self._deadline = perf_counter() + turn_s
+        self._last = perf_counter() + MOST_TURNS * turn_s
+        self._turn_s = turn_s
+        while self._has_time():
             try:
-                chunk = self._inbox.get(timeout=left)
+                chunk = self._inbox.get(timeout=max(0.0, self._deadline - perf_counter()))
             except queue.Empty:
                 return
             if chunk is None:
                 return
-            self._run(chunk, deadline)
+            self._run(chunk)
             if self._inbox.empty():
                 self._flush_soon()
             if not self._may_go_on():
                 return
+
+    def _has_time(self) -> bool:
+        """Whether the turn is not over; it is a new one where no other task waits for a thread of this worker.
+
+        A scheduler gives each worker a task more than it has threads, if there are any (``worker-saturation``).
+        """
+        now = perf_counter()
+        if now >= self._deadline and now < self._last and not self._others_wait():
+            self._deadline = now + self._turn_s / 4
+        return now < self._deadline
+
+    def _others_wait(self) -> bool:
+        state = self.worker.state
+        try:
+            waiting = [task.key for tasks in (state.ready, state.constrained) for task in tasks]
+        except RuntimeError:  # they are changing, on the event loop
+            return True
+        return not all(str(key).startswith(PREFIX) for key in waiting)
 
     def _may_go_on(self) -> bool:
         """Whether the thread is still of its worker's pool, and the worker takes work."""
@@ -219,7 +242,7 @@ class Lane:
         seceded = pool is not None and threading.current_thread() not in pool
         return self.worker.status is Status.running and not seceded
 
-    def _run(self, chunk: Chunk, deadline: float) -> None:
+    def _run(self, chunk: Chunk) -> None:
         try:
             payload = self._opened(chunk.run)
         except Exception as exc:  # as of tasks: it cannot be opened here
@@ -227,7 +250,7 @@ class Lane:
                 self._note_failure(chunk.run, row, exc)
             return
         most = 1
-        while perf_counter() < deadline and self._may_go_on() and (rows := self._claimed(chunk, most)):
+        while self._has_time() and self._may_go_on() and (rows := self._claimed(chunk, most)):
             began = self._since = perf_counter()
             self._run_rows(chunk.run, rows, *payload)
             self._since = 0.0

@@ -38,6 +38,7 @@ from daskfed.messages import BlockSpec, Key, MadeKey
 from daskfed.site import events as ev
 from daskfed.site import lane
 from daskfed.site.calls import CallQueue, Chunk, Heat, Run
+from daskfed.site.lane import PREFIX
 from daskfed.site.opening import FramedCalls
 from daskfed.site.wire import POLL_S, Report, SchedulerWire
 
@@ -54,7 +55,6 @@ HOT = 50  # calls within about a second from which lanes are worth it
 LOOK_S = 0.5  # how often it is seen whether there is work for more lanes than threads
 MOST_AHEAD = 200  # lanes for which there is no thread yet
 PROBES = 2  # calls for each thread that are to tell how long they take
-PREFIX = "daskfed-lane-"
 HEADER = {"serializer": "pickle", "writeable": ()}
 RUN_LANE = by_value(lane.run_lane, prompt)
 
