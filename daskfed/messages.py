@@ -18,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 PROTOCOL_VERSION = 7
 COORDINATION = ("event_", "variable_", "queue_", "semaphore_", "multi_lock_", "publish_")
 """Ops of a scheduler that begin so are coordination: the hub does them, for clients and for tasks at sites."""
+PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Types whose values hold no others, need not be opened, and do not change."""
 REQUEST = "fed_request"
 """The name under which an op of coordination carries an id, so that it is done once though it is asked again."""
 SESSION = "fed_session"
@@ -40,6 +42,12 @@ class Attempt(NamedTuple):
 
     epoch: int  # of the hub: goes up each time the hub starts
     n: int  # of the block: goes up each time it is placed
+
+
+class QuickEnum(Enum):
+    """An enum whose members are hashed in C: those of the cores are looked up for each key, again and again."""
+
+    __hash__ = object.__hash__
 
 
 class BlockKind(StrEnum):

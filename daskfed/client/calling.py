@@ -25,7 +25,7 @@ from distributed.protocol.serialize import Serialized
 
 from daskfed.client.submission import Submission
 from daskfed.client.versions import PYTHON
-from daskfed.messages import BlockKind, BlockSpec, Constraint, Key
+from daskfed.messages import PLAIN, BlockKind, BlockSpec, Constraint, Key
 
 RELEASE = "client-releases-keys"
 MOST_AT_ONCE = 2**12  # keys that leave together: more would be much memory at the hub, which meanwhile could begin
@@ -36,7 +36,6 @@ REMEMBERED = 256  # functions whose pickles are kept
 MOST_ITEMS = 64  # containers with more are not looked through
 DEPTH = 3  # of containers that are
 HEADER = {"serializer": "pickle", "writeable": ()}
-PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 OPTIONS = frozenset({"key", "pure", "priority", "retries"})  # of submit, with which a call may go this way
 OTHERS = frozenset(
     {

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dask
@@ -69,7 +70,6 @@ logger = logging.getLogger(__name__)
 METHODS = ("dataframe.shuffle.method", "array.rechunk.method")  # by tasks they span sites; P2P stays whole at one
 RECONNECT_TIMEOUT_S = 10.0  # for one attempt
 MOST_CALLS = 512  # in one block
-FUTURES = (Future, LightFuture)
 FEWEST_BLOCKS = 16  # that a map of as many calls is divided into, so that every site gets some
 PLACING = frozenset({"workers", "allow_other_workers", "resources", "restrictions", "loose_restrictions"})
 OWN_ANNOTATIONS = ("sites", "environment", "workers", "allow_other_workers", "resources", "retries", "priority")
@@ -110,7 +110,7 @@ class Client(Retrying, Observing, ActingClient):
         self._watches: dict[Key, asyncio.Task[Any]] = {}  # of assemblies
         self._marks = 0  # set on the stream
         self._set_methods: Any = None
-        self.let_go = LetGo(self._soon, self._dec_ref)
+        self.let_go = LetGo(partial(self._call_later, 0), self._dec_ref)
         self._memory = Memory()
         self._caching = Caching(self)
         self.cache = Cache(self._caching)
@@ -195,10 +195,6 @@ class Client(Retrying, Observing, ActingClient):
             self.loop.call_later(delay_s, call)
         else:
             self.loop.add_callback(call)  # from any thread
-
-    def _soon(self, call: Callable[[], None]) -> None:
-        with suppress(TypeError):  # as stock: the interpreter ends
-            self.loop.add_callback(call)
 
     def _all_has_left(self) -> bool:
         """Whether the stream to the hub, if there is one now, keeps nothing back."""
@@ -643,7 +639,7 @@ class Client(Retrying, Observing, ActingClient):
                 state.finish(kind)
 
     async def _gather(self, futures: Any, errors: str = "raise", *args: Any, **kwargs: Any) -> Any:
-        if type(futures) is list and all(type(each) in FUTURES and each.client is self for each in futures):
+        if type(futures) is list and all(isinstance(each, Future) and each.client is self for each in futures):
             states = [future._state for future in futures]
             await Countdown(states).wait()
             if all(state.status == "finished" for state in states):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from distributed.client import Future
@@ -29,7 +30,8 @@ class LightFuture(Future):
         self._verify_initialized()
         if not self._cleared and self.client.generation == self._generation:
             self._cleared = True
-            self.client.let_go.put(self.key)
+            with suppress(TypeError):  # as of a stock future: the interpreter ends
+                self.client.let_go.put(self.key)
 
 
 class LetGo:

@@ -78,6 +78,7 @@ from daskfed.dask_private import (
     unpack_frames,
 )
 from daskfed.errors import DaskfedError
+from daskfed.messages import PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,6 @@ HANDSHAKE_TIMEOUT_S = 60.0
 MOST_CALLS = 2**16
 """Most calls that a pool for whatever tasks ask lets wait at once: a task that waits for a Lock holds one connection,
 and must not keep the one that would release it from being heard."""
-PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
-"""Types of which nothing has to be opened, and nothing copied."""
 COPY_BYTES = 2**16
 """Frames up to this size are copied out of the buffer that they came in, so that a kept one does not hold it all."""
 
@@ -403,14 +402,14 @@ def _settled(obj: Any) -> tuple[Any, bool]:
         return msgpack_decode_default(obj), False
     if type(obj) is dict and "__Set__" in obj:
         return set(settle(obj["as-list"])), False
-    if type(obj) in (list, tuple) and PLAIN.issuperset(map(type, obj)):
-        return (list(obj) if type(obj) is list else obj), False
     if type(obj) in (dict, list, tuple):
         return _settled_container(obj)
     return obj, False
 
 
 def _settled_container(obj: Any) -> tuple[Any, bool]:
+    if type(obj) is not dict and PLAIN.issuperset(map(type, obj)):
+        return (list(obj) if type(obj) is list else obj), False
     settled = [_settled(value) for value in (obj.values() if type(obj) is dict else obj)]
     values = [value for value, _ in settled]
     closed = any(flag for _, flag in settled)

@@ -42,13 +42,11 @@ class PromptSend(BatchedSend):
                 del payload
         except CommClosedError:
             logger.info("the stream to %s has closed", self.comm)
+            self.abort()
         except Exception:  # part of a message may have been written: nothing can be said after it
             logger.exception("a message of the stream to %s could not be written", self.comm)
-        else:
-            self.stopped.set()
-            return
+            self.abort()
         self.stopped.set()
-        self.abort()
 
 
 def promptly(stream: BatchedSend) -> PromptSend:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TypeAlias
 
-from daskfed.messages import Attempt, BlockSpec, Key, Message, SiteHello
+from daskfed.messages import Attempt, BlockSpec, Key, Message, QuickEnum, SiteHello
 
 # -- events ----------------------------------------------------------------------------------------------------------
 
@@ -194,10 +193,8 @@ Event: TypeAlias = (
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-class Outcome(Enum):
+class Outcome(QuickEnum):
     """What a client is told of a key."""
-
-    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     IN_MEMORY = "memory"
     FAILED = "erred"

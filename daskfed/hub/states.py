@@ -5,15 +5,12 @@ Anything that is not in a table raises :class:`daskfed.errors.IllegalTransition`
 
 from __future__ import annotations
 
-from enum import Enum
-
 from daskfed.errors import IllegalTransition
+from daskfed.messages import QuickEnum
 
 
-class BlockPhase(Enum):
+class BlockPhase(QuickEnum):
     """Where a block stands."""
-
-    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     WAITING = "waiting"  # some input does not exist yet
     READY = "ready"  # may be placed
@@ -23,10 +20,8 @@ class BlockPhase(Enum):
     GONE = "gone"  # nobody wants it any more
 
 
-class KeyPhase(Enum):
+class KeyPhase(QuickEnum):
     """Where a key stands."""
-
-    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     PENDING = "pending"  # some block will make it
     HELD = "held"  # in memory at one site or more

@@ -407,7 +407,6 @@ class Agent:
         return self._port
 
 
-@functools.cache
 def own_network() -> str:
     """Return what stands for the loopback of this process: that of another machine or container is another one."""
     try:

@@ -32,13 +32,13 @@ from distributed.utils import sync
 
 from daskfed.comm.prompt import PromptSend
 from daskfed.dask_private import UpdateDataEvent
+from daskfed.messages import PLAIN
 
 SMALL = 2**16  # bytes of a result that rides home
 FLUSH_S = 0.01
 PIECE_S = 0.001  # of work that the thread takes on at once
 MOST_TURNS = 10  # one after the other, where nothing else waits for the thread
 PREFIX = "daskfed-lane-"  # of the names of lanes
-PLAIN = frozenset({int, float, bool, str, bytes, type(None), complex})
 
 
 def run_lane(address: str, token: str, name: str, turn_s: float) -> None:
@@ -231,10 +231,9 @@ class Lane:
     def _others_wait(self) -> bool:
         state = self.worker.state
         try:
-            waiting = [task.key for tasks in (state.ready, state.constrained) for task in tasks]
+            return any(not str(task.key).startswith(PREFIX) for task in (*state.ready, *state.constrained))
         except RuntimeError:  # they are changing, on the event loop
             return True
-        return not all(str(key).startswith(PREFIX) for key in waiting)
 
     def _may_go_on(self) -> bool:
         """Whether the thread is still of its worker's pool, and the worker takes work."""

@@ -7,15 +7,12 @@ queues, is handed to the site's scheduler, and is done. Anything that is not in 
 
 from __future__ import annotations
 
-from enum import Enum
-
 from daskfed.errors import IllegalTransition
+from daskfed.messages import QuickEnum
 
 
-class KeyPhase(Enum):
+class KeyPhase(QuickEnum):
     """Where a key stands at this site."""
-
-    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     ABSENT = "absent"  # not here, and nobody here expects it
     WANTED = "wanted"  # to be fetched from another site as soon as the byte budget allows
@@ -26,10 +23,8 @@ class KeyPhase(Enum):
     FAILED = "failed"  # its task raised, here or where it was to be made
 
 
-class BlockPhase(Enum):
+class BlockPhase(QuickEnum):
     """Where a block stands at this site."""
-
-    __hash__ = object.__hash__  # in C: this is asked for each key, again and again
 
     WAITING = "waiting"  # some input has not arrived yet
     QUEUED = "queued"  # all inputs are with the scheduler; waits for its turn and can be recalled
