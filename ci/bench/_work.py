@@ -11,3 +11,8 @@ def leaf(number: int) -> float:
 def combine(numbers: list[float]) -> float:
     """Return the mean."""
     return sum(numbers) / len(numbers)
+
+
+def large(number: int) -> bytes:
+    """Return a megabyte that compresses to little, distinct for each ``number``."""
+    return number.to_bytes(8, "big") * 125_000

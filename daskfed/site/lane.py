@@ -6,8 +6,8 @@ are given back when the one before them takes long, so that nobody waits for it 
 
 Lane to agent: ``{"done": [(run, start, [value, ...], types, seconds), ...], "failed": [...], "returned": [...]}``, and
 of results that stay with the worker ``{"large": [(run, row, seconds), ...]}``, which the agent answers with their keys,
-in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, nbytes, type), ...]}``; and, where the call
-that runs has left the pool of threads, so that the lane will end with it, ``{"seceded": True}``.
+in ``{"store": [(run, row, key), ...]}``, and then ``{"stored": [(run, row, key, nbytes, type), ...]}``; and, where the
+call that runs has left the pool of threads, so that the lane will end with it, ``{"seceded": True}``.
 Agent to lane: ``{"payloads": {run: <frames>}, "chunks": [(run, start, stop), ...], "patience": seconds}``;
 ``{"back": True}``, to give back what has not begun; and ``{"end": True}``.
 """
@@ -161,7 +161,7 @@ class Lane:
         stored = []
         for run, row, key in told:
             value, kind = self._large.pop((run, row))
-            stored.append((run, row, sizeof(value), self._type(kind)))
+            stored.append((run, row, key, sizeof(value), self._type(kind)))
             event = UpdateDataEvent(data={key: value}, stimulus_id=f"{self.name}-{run}-{row}")
             self.worker.handle_stimulus(event)
         self._send({"stored": stored})

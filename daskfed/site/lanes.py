@@ -115,6 +115,7 @@ class Lanes:
         self._ask = ask
         self._land = land
         self._tasks: set[asyncio.Task[None]] = set()  # that register large results
+        self._unregistered: dict[str, list[tuple[int, int, MadeKey, bytes]]] = {}  # by worker: those that wait for it
         self._deliver = deliver
         self._threads = threads
         self._streams: dict[str, LaneStream] = {}
@@ -372,8 +373,8 @@ class Lanes:
             self._done(report, lane, run, *told)
         for run, row, exception, traceback in message.get("failed", ()):
             self._failed(report, lane, run, row, {"exception": exception, "traceback": traceback})
-        for run, row, seconds in message.get("large", ()):
-            self._large(lane, run, row, seconds)
+        if large := message.get("large"):
+            self._large(lane, large)
         if stored := message.get("stored"):
             self._stored(lane, stored)
         for chunk in message.get("returned", ()):
@@ -408,39 +409,62 @@ class Lanes:
         self._note(known.prefix, len(values), seconds, nbytes)
         report.events.append(ev.KeysReady(tuple(made)))
 
-    def _large(self, lane: str, run: int, row: int, seconds: float) -> None:
-        """A result is large: it stays with its worker, under its key."""
-        known = self.queue.runs.get(run)
-        if known is not None:
-            self.queue.time(known.prefix, 1, seconds)
-            self._streams[lane].send({"store": [(run, row, known.keys[row])]})
-        else:  # nobody wants it
-            self._streams[lane].send({"store": [(run, row, _unwanted(run, row))]})
-
-    def _stored(self, lane: str, stored: Iterable[tuple[int, int, int, bytes]]) -> None:
-        worker = self._streams[lane].worker
-        for run, row, nbytes, kind in stored:
+    def _large(self, lane: str, large: Iterable[tuple[int, int, float]]) -> None:
+        """Some results are large: they stay with their worker, under their keys, or others where nobody wants them."""
+        store: list[tuple[int, int, Key]] = []
+        for run, row, seconds in large:
             known = self.queue.runs.get(run)
-            key: Key = self.queue.runs[run].keys[row] if known is not None else _unwanted(run, row)
+            if known is not None:
+                self.queue.time(known.prefix, 1, seconds)
+            store.append((run, row, known.keys[row] if known is not None else _unwanted(run, row)))
+        self._streams[lane].send({"store": store})
+
+    def _stored(self, lane: str, stored: Iterable[tuple[int, int, Key, int, bytes]]) -> None:
+        worker = self._streams[lane].worker
+        under_way = worker in self._unregistered
+        waiting = self._unregistered.setdefault(worker, [])
+        for run, row, key, nbytes, kind in stored:
             self.queue.park(lane, Chunk(run, row, row + 1))
-            self._tasks.add(task := asyncio.ensure_future(self._register(worker, run, row, MadeKey(key, nbytes), kind)))
+            waiting.append((run, row, MadeKey(key, nbytes), kind))
+        if not under_way:
+            self._tasks.add(task := asyncio.ensure_future(self._register_all(worker)))
             task.add_done_callback(self._tasks.discard)
 
-    async def _register(self, worker: str, run: int, row: int, made: MadeKey, kind: bytes) -> None:
-        """Have the scheduler know a large result, and report it; where its worker is gone the call runs again."""
-        what = {"who_has": {made.key: [worker]}, "nbytes": {made.key: made.nbytes}}
+    async def _register_all(self, worker: str) -> None:
+        """Have the scheduler know the large results of a worker: what comes meanwhile is told together."""
         try:
-            await self._ask("update_data", **what, client=self.wire.client)
+            while waiting := self._unregistered[worker]:
+                self._unregistered[worker] = []
+                await self._register(worker, waiting)
+        finally:
+            del self._unregistered[worker]
+
+    async def _register(self, worker: str, stored: list[tuple[int, int, MadeKey, bytes]]) -> None:
+        """Have the scheduler know large results, and report them; where their worker is gone the calls run again."""
+        who_has = {made.key: [worker] for _, _, made, _ in stored}
+        nbytes = {made.key: made.nbytes for _, _, made, _ in stored}
+        try:
+            await self._ask("update_data", who_has=who_has, nbytes=nbytes, client=self.wire.client)
         except (OpaqueError, OSError) as exc:
-            logger.info("the result of %r cannot be kept at %s: %s", made.key, worker, exc)
-            self.queue.unpark(run, row)
+            logger.info("%d results, such as %r, cannot be kept at %s: %s", len(stored), stored[0][2].key, worker, exc)
+            for run, row, _, _ in stored:
+                self.queue.unpark(run, row)
             self._feed()
             return
-        if self.queue.parked_done(run, row):
-            self._deliver(Report([ev.KeysReady((made,))], {made.key: kind}))
-        else:
-            self.wire.release([made.key])
-        self._forget_work(run)
+        report = Report()
+        ready, unwanted = [], []
+        for run, row, made, kind in stored:
+            if self.queue.parked_done(run, row):
+                ready.append(made)
+                report.types[made.key] = kind
+            else:
+                unwanted.append(made.key)
+            self._forget_work(run)
+        if ready:
+            report.events.append(ev.KeysReady(tuple(ready)))
+            self._deliver(report)
+        if unwanted:
+            self.wire.release(unwanted)
 
     async def close(self) -> None:
         """End what is under way; lanes that run nothing end their turns, and are waited for."""

@@ -91,6 +91,7 @@ class Peer:
         self.link = link
         self.wire = wire
         self.closed = False
+        self.handled = 0  # messages of the other end
         self._clock = clock
         self._handle = handle
         self._wakes_at = inf
@@ -115,6 +116,7 @@ class Peer:
             return
         envelope = Envelope.decode(msgpack.unpackb(data, use_list=False, strict_map_key=False), _decode_item)
         for message, beside in self.link.receive(envelope, self._clock.now):
+            self.handled += 1
             self._handle(message, beside)
         self.pump()
 

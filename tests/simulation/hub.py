@@ -210,7 +210,7 @@ class HubNode:
         if self.core.sites[name].unclaimed:
             return
         site_end = self.links[name].ends[1]
-        if hub_end.link.accepted == site_end.link.received and site_end.link.accepted == hub_end.link.received:
+        if hub_end.link.accepted == site_end.handled and site_end.link.accepted == hub_end.handled:
             for key, here in site.core.keys.items():
                 state = self.core.ledger.keys.get(key)
                 needed = site.core.holds(key) and state is not None and state.needed
