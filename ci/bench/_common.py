@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ cluster = LocalCluster(n_workers=n_workers, threads_per_worker=nthreads, schedul
 threading.Event().wait()
 """
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what a benchmark started ends with it
+if threading.current_thread() is threading.main_thread():  # and not where a site opens calls of what is here
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what a benchmark started ends with it
 
 
 def free_port() -> int:

@@ -89,9 +89,10 @@ class Stream:
             self.done.update(dict.fromkeys(numbers, self.now))
 
     def latency_s(self, since: float, until: float) -> float:
-        """Return the median latency of what was submitted in a window; infinite where something is not done."""
+        """Return the median latency of what was submitted in a window; infinite where that is not done, or nothing."""
         inside = [number for number, at in self.submitted.items() if since <= at < until]
-        return median([self.done.get(number, float("inf")) - self.submitted[number] for number in inside])
+        latencies = [self.done.get(number, float("inf")) - self.submitted[number] for number in inside]
+        return median(latencies or [float("inf")])
 
     def windows(self) -> list[float]:
         """Return the latency in each window."""

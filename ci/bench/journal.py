@@ -6,14 +6,14 @@ import contextlib
 import json
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 
 from _common import hub_and_sites, median, timed, verdict, wait_for
 
 import daskfed
 
 CALLS = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-REPEATS = 5
+REPEATS = 20
 
 
 def trivial(number: int) -> int:
@@ -30,27 +30,29 @@ def calls(client: daskfed.Client, count: int) -> None:
         future.release()
 
 
-def measured(state: Path | None) -> float:
-    """Return the wall seconds of all calls at a federation started for them: a hub in its own process and two sites."""
+@contextlib.contextmanager
+def federation(state: str | None) -> Iterator[daskfed.Client]:
+    """Run a hub in its own process and two sites; yields a client that has made some calls."""
     with contextlib.ExitStack() as stack:
         address, _ = stack.enter_context(hub_and_sites(("north", "south"), state=state))
         client = stack.enter_context(daskfed.Client(address, timeout=60, set_as_default=False))
         wait_for(lambda: sum(site["workers"] for site in client.sites().values()) == 2, "the sites' workers")
-        calls(client, CALLS // 10)
-        return timed(lambda: calls(client, CALLS))
+        calls(client, CALLS)
+        yield client
 
 
 def main() -> int:
-    """Measure in turns, each time at a new federation, and print; return 1 where the bar is missed."""
+    """Measure at two federations in turns, and print; return 1 where the bar is missed."""
     found: dict[str, list[float]] = {"with": [], "without": []}
-    for repeat in range(REPEATS):
-        for name in ("with", "without") if repeat % 2 else ("without", "with"):
-            with tempfile.TemporaryDirectory() as folder:
-                found[name].append(measured(Path(folder) if name == "with" else None))
-    kept, plain = median(found["with"]), median(found["without"])
+    with tempfile.TemporaryDirectory() as folder, federation(folder) as kept, federation(None) as plain:
+        for repeat in range(REPEATS):
+            turn = [("with", kept), ("without", plain)]
+            for name, client in turn[:: 1 if repeat % 2 else -1]:
+                found[name].append(timed(lambda client=client: calls(client, CALLS)))
+    with_it, without = median(found["with"]), median(found["without"])
     ratio = median([a / b for a, b in zip(found["with"], found["without"], strict=True)])
     print(json.dumps({"calls": CALLS, "seconds": found}))
-    print(f"{CALLS} calls: with a journal {kept:.2f} s, without {plain:.2f} s (medians of {REPEATS}, in turns)")
+    print(f"{CALLS} calls: with a journal {with_it:.2f} s, without {without:.2f} s (medians of {REPEATS}, in turns)")
     return not verdict("with a journal / without, median of the turns' ratios", ratio, 1.05)
 
 
