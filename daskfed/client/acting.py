@@ -145,7 +145,7 @@ class ActingClient(distributed.Client):
         ready = tuple(self._packages.sites)
         call = {"function": dumps(look_at_site), "args": dumps((self._packages.question(packages),))}
         try:
-            asked = self.scheduler.run_function(**call, kwargs=dumps({}), wait=True)
+            asked = self.scheduler.run_function(**call, kwargs=dumps({}), wait=True, connected=True)
             reply = await asyncio.wait_for(asked, PACKAGES_S)
         except Exception as exc:  # the hub, or any error of a site: work goes on as if nobody had asked
             logger.info("sites could not be asked for packages: %s", exc)

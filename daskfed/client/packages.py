@@ -62,6 +62,7 @@ class Packages:
 
     def __init__(self) -> None:
         self.sites: dict[str, dict[str, str | None]] = {}  # site -> package -> version; None: it is not there
+        self._away: set[str] = set()  # sites
         self._asked: dict[str, float] = {}  # package -> when, in seconds of the monotonic clock
         self._good: set[str] = set()  # packages that all sites have
         self._skipped: set[bytes] = set()  # what is found in pickles and is of no interest
@@ -71,9 +72,14 @@ class Packages:
     def sites_changed(self, sites: Sites) -> None:
         """Other sites are there now; what they tell of themselves when they join need not be asked.
 
-        One that is joining is left out: it may still be getting packages that were sent.
+        One that is joining is left out: it may still be getting packages that were sent. One that is back is asked for
+        what it was taken to have while it was away.
         """
         self._good.clear()
+        away = {name for name, facts in sites.items() if facts["status"] == "away"}
+        for name in self._away - away:
+            self.sites[name] = {each: told for each, told in self.sites.get(name, {}).items() if told != ""}
+        self._away = away
         here = {name: facts for name, facts in sites.items() if facts["status"] != "joining"}
         self.sites = {name: {**dict(facts["versions"]), **self.sites.get(name, {})} for name, facts in here.items()}
 

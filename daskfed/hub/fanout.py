@@ -304,13 +304,15 @@ class Fanout:
 
     # -- schedulers --------------------------------------------------------------------------------------------------
 
-    async def run_function(self, **call: Any) -> dict[str, Any]:
+    async def run_function(self, connected: bool = False, **call: Any) -> dict[str, Any]:
         """Run a pickled function at the scheduler of every site; its value, or where there are several sites, by site.
 
-        Where it fails at a site, the reply is its error there. Raises UnknownSiteError where there is no site.
+        With ``connected`` sites that are away are left out, and not waited for. Where it fails at a site, the reply is
+        its error there. Raises UnknownSiteError where there is no site.
         """
         several = len(self.hub.ports) > 1
-        replies = await self.ask_all("run_function", **call)
+        asked = self.everywhere(**call) if connected else dict.fromkeys(self.hub.ports, call)
+        replies = await self.ask("run_function", asked)
         if not replies:
             raise UnknownSiteError("no site is connected, and the hub itself runs nothing: wait until one has joined")
         failed = next((reply for reply in replies.values() if reply["status"] != "OK"), None)

@@ -169,6 +169,18 @@ class TestPlacing:
         with pytest.raises(Unasked):
             packages.place(submission(mine.f, sites=("late",)), there, may_ask=True)
 
+    def test_a_site_that_is_back_is_asked_for_what_it_could_not_say(self, mine: ModuleType) -> None:
+        packages, there = known({"north": {}, "south": {}})
+        away = there | {"south": {**there["south"], "status": "away"}}
+        packages.sites_changed(away)
+        packages.learn({"only_mine"}, {"north": {"only_mine": ""}}, away)
+        assert packages.place(submission(mine.f), away, may_ask=True) == set()  # it is taken to have it
+        packages.sites_changed(away)
+        assert packages.place(submission(mine.f), away, may_ask=True) == set()
+        packages.sites_changed(there)
+        with pytest.raises(Unasked):
+            packages.place(submission(mine.f), there, may_ask=True)
+
     def test_an_old_answer_is_asked_for_again_before_it_is_an_error(self, mine: ModuleType) -> None:
         packages, there = known({"north": {"only_mine": None}}, "only_mine")
         packages._asked["only_mine"] -= 2 * module.STALE_S
