@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Killable:
     def kill_site(self, name: str) -> None:
         """Kill a site with everything that it consists of."""
         for pid in self.sites[name].processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended as others did
+                os.kill(pid, signal.SIGKILL)
         self.sites[name].process.wait(10)
 
     def kill_hub(self, away_s: float = 1.0) -> None:
