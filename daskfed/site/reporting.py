@@ -23,6 +23,7 @@ gone: the block may need them.
 from __future__ import annotations
 
 import heapq
+import time
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
@@ -40,6 +41,7 @@ BUSY_S = 0.25
 PLENTY = 32  # unfinished tasks per thread that keep it busy for BUSY_S, unless they take less than 8 ms
 STATUS_S = 1.0
 LEARNED_S = 0.5
+SOUGHT_S = 10.0  # how long a key is held that was looked for before it came; the hub looks for it again sooner
 SPREAD = 16  # workers among which imports that come together are spread
 UNFINISHED = frozenset({"waiting", "queued", "no-worker", "processing"})
 DORMANT = frozenset({"released", "erred"})
@@ -57,6 +59,8 @@ class SiteReporter(Attached):
         self.failed_imports: set[Key] = set()  # that could not be brought to a worker
         self._failed = {key: None for key, task in scheduler.tasks.items() if task.state == "erred"}
         self.unfinished = sum(ts.state in UNFINISHED for ts in scheduler.tasks.values())
+        self._sought: dict[Key, float] = {}  # looked for in vain -> until when one that comes is held
+        self._came: set[Key] = set()  # of these
         self._load_timer: Any = None
         self._load_is_due_soon = False
         self._durations: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])  # prefix -> tasks, seconds
@@ -68,7 +72,8 @@ class SiteReporter(Attached):
         scheduler.handlers["fed-find"] = self.find
         scheduler.handlers["fed-holders"] = self.holders
         overdue = lambda: end_overdue(scheduler)  # noqa: E731
-        self.begin(scheduler, (self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (overdue, STATUS_S))
+        often = ((self._tell_status, STATUS_S), (self._tell_learned, LEARNED_S), (self._end_seeking, STATUS_S))
+        self.begin(scheduler, *often, (overdue, STATUS_S))
         self._tell_status()
         self._tell_load()
 
@@ -159,7 +164,9 @@ class SiteReporter(Attached):
         """Tell the sizes of keys that were in memory before a graph asked for them, and sweep what it left useless."""
         expect_failures(task for key in tasks if (task := scheduler.tasks.get(key)) is not None)
         if client != self.client:
+            self._hold_sought(keys)
             return
+        self._no_longer_sought(keys)
         self._begin_imports(keys)
         for key in keys:
             task = scheduler.tasks.get(key)
@@ -338,10 +345,35 @@ class SiteReporter(Attached):
     # -- keys that tasks made ----------------------------------------------------------------------------------------
 
     def find(self, keys: Collection[Key], client: str) -> list[Key]:
-        """Hold those of ``keys`` for the agent that tasks made, or are making, and return them."""
+        """Hold those of ``keys`` for the agent that tasks made, or are making, and return them.
+
+        Others are held when they come: a task's client may have named a key before what it submits is here, and let go
+        of it before it is looked for again.
+        """
         found = [key for key in keys if (task := self.scheduler.tasks.get(key)) and (task.run_spec or task.who_has)]
         self.scheduler.client_desires_keys(found, client)
+        self._no_longer_sought(found)
+        self._sought |= dict.fromkeys(set(keys).difference(found), time.monotonic() + SOUGHT_S)
         return found
+
+    def _hold_sought(self, keys: Collection[Key]) -> None:
+        """A task's client has submitted something: hold what the hub looked for."""
+        if self._sought and (come := self._sought.keys() & set(keys)):
+            self._came |= come
+            self.scheduler.client_desires_keys(list(come), self.client)
+
+    def _no_longer_sought(self, keys: Collection[Key]) -> None:
+        for key in self._sought and keys:
+            self._sought.pop(key, None)
+            self._came.discard(key)
+
+    def _end_seeking(self) -> None:
+        """Let go of what came after all and was not looked for again."""
+        now = time.monotonic()
+        over = [key for key, until in self._sought.items() if until <= now]
+        if unwanted := [key for key in over if key in self._came]:
+            self.scheduler.client_releases_keys(unwanted, self.client)
+        self._no_longer_sought(over)
 
     def holders(self, keys: Collection[Key] | None = None) -> Holders:
         """Return which workers hold which keys, of all that are known where none are named."""
@@ -356,6 +388,7 @@ class SiteReporter(Attached):
         """Hold keys that tasks made for the agent, and tell how they stand; of one that is gone, that it is."""
         if client != self.client:
             return
+        self._no_longer_sought(keys)
         known = self.scheduler.tasks
         for key in keys:
             if key in known and known[key].state == "memory":

@@ -158,6 +158,10 @@ def return_future(delay: float = 0.0) -> Future:
     return get_client().submit(slow_inc, 41, delay, pure=False)
 
 
+def submit_and_let_go(key: str) -> None:
+    get_client().submit(slow_inc, 41, key=key)
+
+
 def return_futures() -> dict[str, list[Future]]:
     return {"all": get_client().map(inc, range(3), pure=False)}
 
@@ -211,6 +215,15 @@ class TestReturnedFutures:
         assert inner.result(timeout=20) == 42
         del inner
         until(lambda: client.explain(key)["phase"] == "unknown", "it is held though nobody wants it")
+
+    def test_one_that_is_named_before_its_site_hears_of_it(self, client: Client, there: str, here: str) -> None:
+        """What a task submits can be later at its scheduler than the result that names it, and be let go of at once."""
+        key = f"late-{uuid.uuid4()}"
+        future = Future(key, client)
+        client._send_to_scheduler({"op": "client-desires-keys", "keys": [key]})
+        until(lambda: client.explain(key)["phase"] == "pending", "it is not wanted")
+        at(client, there, submit_and_let_go, key)
+        assert future.result(timeout=20) == 42
 
     def test_one_that_nobody_knows_any_more_is_cancelled(self, client: Client, there: str, here: str) -> None:
         inner = at(client, there, return_future)
