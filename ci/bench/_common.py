@@ -137,6 +137,11 @@ def cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+def uss(process: psutil.Process) -> int:
+    """Return the bytes that only this process has."""
+    return int(process.memory_full_info().uss)
+
+
 def roles_of_site(agent: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
     """Return ``agent``, ``scheduler`` (the host of the cluster) of a site's process tree."""
     root = psutil.Process(agent.pid)

@@ -7,7 +7,7 @@ import time
 
 import distributed
 import psutil
-from _common import hub_and_sites, verdict
+from _common import hub_and_sites, uss, verdict
 
 import daskfed
 
@@ -17,10 +17,10 @@ SETTLE_S = 2.0
 BAR = 1024.0  # bytes for each key
 
 
-def uss(hub: psutil.Process) -> int:
+def settled(hub: psutil.Process) -> int:
     """Return the bytes that only the hub has, once it has done what it was told."""
     time.sleep(SETTLE_S)
-    return int(hub.memory_full_info().uss)
+    return uss(hub)
 
 
 def main() -> int:
@@ -29,11 +29,11 @@ def main() -> int:
         client.wait_for_workers(2, timeout=60)
         distributed.wait(client.map(int, range(KEYS // STEPS), pure=False))  # imports, buffers, and room to reuse
         hub = psutil.Process(processes["hub"].pid)
-        held, sizes = [], [uss(hub)]
+        held, sizes = [], [settled(hub)]
         for _ in range(STEPS):
             held.append(client.map(int, range(KEYS // STEPS), pure=False))
             distributed.wait(held[-1])
-            sizes.append(uss(hub))
+            sizes.append(settled(hub))
         grown = [(after - before) / (KEYS // STEPS) for before, after in zip(sizes, sizes[1:], strict=False)]
         print(f"bytes of the hub for each of {KEYS} keys, in {STEPS} steps: {[round(each) for each in grown]}")
         return not verdict("bytes of the hub for each held key", (sizes[-1] - sizes[0]) / KEYS, BAR)

@@ -12,24 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import psutil
 from _calls import WORKERS, nothing
-from _common import hub_and_sites, verdict
+from _common import cpu_s, hub_and_sites, uss, verdict
 
 import daskfed
 
 CALLS = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
 CHUNK = 1000
 CLIENT_BAR, HUB_BAR = 1024.0, 300.0  # bytes for each call
-
-
-def uss(process: psutil.Process) -> int:
-    """Return the bytes that only this process has."""
-    return int(process.memory_full_info().uss)
-
-
-def cpu_s(process: psutil.Process) -> float:
-    """Return the seconds of CPU time that a process has spent."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def main() -> int:

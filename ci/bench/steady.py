@@ -18,7 +18,7 @@ import dask.array
 import distributed
 import psutil
 from _calls import WORKERS, nothing
-from _common import hub_and_sites, roles_of_site, verdict
+from _common import hub_and_sites, roles_of_site, uss, verdict
 from _work import large
 
 import daskfed
@@ -77,7 +77,7 @@ def sizes(watched: dict[str, psutil.Process]) -> Sizes:
     time.sleep(SETTLE_S)
     return {
         name: {
-            "MB": process.memory_full_info().uss / 1e6,
+            "MB": uss(process) / 1e6,
             "files": process.num_fds(),
             "threads": process.num_threads(),
         }
